@@ -1,0 +1,1 @@
+"""Continual user modelling with prompts on a frozen backbone."""

@@ -1,0 +1,83 @@
+"""PackedBatch: ragged histories back to back, checked once, ready for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcl_ext import ops
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Histories of B users without padding.
+
+    items       [T] int32 or int64, oldest first, 1..V
+    offsets     [B + 1] int64; user b owns items[offsets[b] : offsets[b + 1]]
+    max_seqlen  the longest history, a host int
+    plan        the attention work list, made once and used by every layer
+    dropped     how many unknown ids `from_lists` left out
+    """
+
+    items: Tensor
+    offsets: Tensor
+    max_seqlen: int
+    plan: ops.AttentionPlan
+    dropped: int = 0
+
+    @classmethod
+    def from_packed(cls, items: Tensor, offsets: Tensor, dropped: int = 0) -> PackedBatch:
+        """items [T], offsets [B + 1] int64 on the CPU. Raises ValueError where the offsets do not fit the items."""
+        if items.dim() != 1 or items.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"items must be [T] int32 or int64, got {list(items.shape)} {items.dtype}")
+        plan = ops.attention_plan(offsets)
+        if int(offsets[-1]) != items.numel():
+            raise ValueError(f"offsets must end at the number of items, got {int(offsets[-1])} and {items.numel()}")
+        longest = int(offsets.diff().max()) if offsets.numel() > 1 else 0
+        return cls(items, offsets, longest, plan, dropped)
+
+    @classmethod
+    def from_lists(cls, histories: Sequence[Sequence[int]], *, num_items: int, max_len: int) -> PackedBatch:
+        """Histories as lists of item ids, oldest first, of any length.
+
+        Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are kept.
+        """
+        kept, dropped = [], 0
+        for row, history in enumerate(histories):
+            try:
+                ids = torch.as_tensor(history, dtype=torch.int64).reshape(-1)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ValueError(f"history {row} must be a list of item ids, got {history!r:.80}") from error
+            known = ids[(ids >= 1) & (ids <= num_items)]
+            dropped += ids.numel() - known.numel()
+            kept.append(known[-max_len:] if max_len else known[:0])
+        lengths = torch.tensor([0] + [ids.numel() for ids in kept], dtype=torch.int64)
+        items = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64)
+        return cls.from_packed(items, lengths.cumsum(0), dropped)
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64, items per user."""
+        return self.offsets.diff()
+
+    @property
+    def last_rows(self) -> Tensor:
+        """[B] int64, the row of each user's newest item; meaningless (but in 0..T) for an empty history."""
+        return (self.offsets[1:] - 1).clamp_min(0)
+
+    @property
+    def users(self) -> Tensor:
+        """[T] int64, which user each row belongs to."""
+        index = torch.arange(len(self), device=self.offsets.device)
+        return torch.repeat_interleave(index, self.lengths, output_size=self.items.numel())
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return PackedBatch(
+            self.items.to(device), self.offsets.to(device), self.max_seqlen, self.plan.to(device), self.dropped
+        )

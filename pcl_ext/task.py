@@ -1,0 +1,93 @@
+"""What a task is: a name, a kind, and what it predicts. A value, never a class of its own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+METRICS = {
+    "items": ("mrr@5", "ndcg@10", "hr@10"),
+    "binary": ("auc", "log_loss", "accuracy"),
+    "classes": ("accuracy", "macro_f1"),
+    "regression": ("rmse", "mae"),
+}
+_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+
+
+def check_task_name(name: str) -> str:
+    """Return `name` if it may name a task (and so a file), raise otherwise."""
+    if not isinstance(name, str):
+        raise TypeError(f"a task's name must be a str, got {type(name).__name__}")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"a task's name must match [a-z0-9_-]{{1,64}}, got {name!r}")
+    return name
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One prediction problem.
+
+    name         matches [a-z0-9_-]{1,64}
+    kind         items (rank the catalogue), binary, classes or regression
+    description  a sentence; contextual prompts read it
+    metric       the metric that is reported and that stops training; None takes the first of the kind
+    num_classes  for classes only
+    catalogue    for items only: the item ids (1..V) that are ranked, in column order; None ranks all of 1..V
+    repeats      for items only: a target may be an item of the visible history
+    """
+
+    name: str
+    kind: str
+    description: str = ""
+    metric: str | None = None
+    num_classes: int | None = None
+    catalogue: tuple[int, ...] | None = None
+    repeats: bool = False
+
+    def __post_init__(self):
+        check_task_name(self.name)
+        if self.kind not in METRICS:
+            raise ValueError(f"kind of task {self.name!r} must be one of {', '.join(METRICS)}, got {self.kind!r}")
+        metric = METRICS[self.kind][0] if self.metric is None else self.metric
+        if metric not in METRICS[self.kind]:
+            options = ", ".join(METRICS[self.kind])
+            raise ValueError(f"metric of task {self.name!r} ({self.kind}) must be one of {options}, got {metric!r}")
+        object.__setattr__(self, "metric", metric)
+        if (self.kind == "classes") != (self.num_classes is not None):
+            raise ValueError(f"num_classes is given for classes and only there, got {self.num_classes} ({self.kind})")
+        if self.num_classes is not None and self.num_classes < 2:
+            raise ValueError(f"num_classes of task {self.name!r} must be at least 2, got {self.num_classes}")
+        if self.kind != "items" and (self.catalogue is not None or self.repeats):
+            raise ValueError(f"catalogue and repeats are for items only, task {self.name!r} is {self.kind}")
+        if self.catalogue is not None:
+            object.__setattr__(self, "catalogue", _check_catalogue(self.name, self.catalogue))
+
+    def num_outputs(self, num_items: int) -> int:
+        """Columns of the task's output for a backbone that knows `num_items` items."""
+        if self.kind == "items":
+            return num_items if self.catalogue is None else len(self.catalogue)
+        return self.num_classes or 1
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["catalogue"] = None if self.catalogue is None else list(self.catalogue)
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TaskSpec:
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown keys of a task: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _check_catalogue(name: str, catalogue: Any) -> tuple[int, ...]:
+    ids = tuple(int(item) for item in catalogue)
+    if not ids:
+        raise ValueError(f"catalogue of task {name!r} must not be empty")
+    if min(ids) < 1:
+        raise ValueError(f"catalogue of task {name!r} holds item ids from 1 up, got {min(ids)}")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"catalogue of task {name!r} must not name an item twice")
+    return ids
