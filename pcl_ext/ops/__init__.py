@@ -1,0 +1,25 @@
+"""The ops: checked, differentiable, fused where the compiled module is there and plain PyTorch elsewhere."""
+
+from pcl_ext.ops import reference
+from pcl_ext.ops._native import has_fused, native_status
+from pcl_ext.ops.attention_plan import AttentionPlan, attention_plan
+from pcl_ext.ops.embed import embed
+from pcl_ext.ops.gather_histories import gather_histories
+from pcl_ext.ops.plan_batches import plan_batches
+from pcl_ext.ops.prompt_attention import prompt_attention
+from pcl_ext.ops.to_packed import to_packed
+from pcl_ext.ops.to_padded import to_padded
+
+__all__ = [
+    "AttentionPlan",
+    "attention_plan",
+    "embed",
+    "gather_histories",
+    "has_fused",
+    "native_status",
+    "plan_batches",
+    "prompt_attention",
+    "reference",
+    "to_packed",
+    "to_padded",
+]

@@ -1,0 +1,43 @@
+"""plan_batches: rows grouped into batches of nearly equal size."""
+
+import torch
+from torch import Tensor
+
+from pcl_ext.ops import reference
+from pcl_ext.ops._check import check_count, check_like, check_tensor
+from pcl_ext.ops._native import use_fused
+
+
+def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str = "auto") -> list[Tensor]:
+    """Group the row numbers of lengths [N] int64 into batches of at most max_tokens packed rows: a list of [n] int64.
+
+    A history longer than max_tokens is a batch alone; an empty one counts as one packed row. Every row is in one batch,
+    the batches are nearly equally full, and rows and batches are shuffled by seed: the same arguments, the same list.
+    """
+    check_tensor("lengths", lengths, 1, (torch.int64,))
+    check_like("lengths", lengths, "plan_batches", torch.empty(0), dtype=False)
+    check_count("max_tokens", max_tokens, 1)
+    check_count("seed", seed)
+    if len(lengths) == 0:
+        return []
+    if lengths.min() < 0:
+        raise ValueError(f"lengths must be at least 0, got {int(lengths.min())} at index {int(lengths.argmin())}")
+    use_fused(impl, torch.empty(0))
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(lengths), generator=generator)
+    cost = lengths.clamp(min=1)
+    order = shuffled[torch.argsort(cost[shuffled], descending=True, stable=True)]
+    alone = int((cost > max_tokens).sum())
+    batches = list(order[:alone].split(1)) + _fill(cost, order[alone:], max_tokens)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _fill(cost: Tensor, order: Tensor, max_tokens: int) -> list[Tensor]:
+    """Batches of the rows order [n], costliest first: as few as fit when each row goes to the emptiest one."""
+    if len(order) == 0:
+        return []
+    costs = cost[order]
+    num_bins = max(-(-int(costs.sum()) // max_tokens), int((2 * costs > max_tokens).sum()), 1)
+    while (bins := reference.plan_batches(costs, max_tokens, num_bins)) is None:
+        num_bins += max(1, num_bins // 100)
+    return list(order[torch.argsort(bins, stable=True)].split(torch.bincount(bins).tolist()))

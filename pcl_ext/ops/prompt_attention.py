@@ -1,0 +1,101 @@
+"""prompt_attention: packed histories attend to shared prefixes and to themselves."""
+
+import torch
+from torch import Tensor
+
+from pcl_ext.ops import reference
+from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, reads_values
+from pcl_ext.ops._native import use_fused
+from pcl_ext.ops.attention_plan import AttentionPlan, attention_plan, check_layout
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    prefix_offsets: Tensor | None = None,
+    prefix_index: Tensor | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    plan: AttentionPlan | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attend over ragged histories with shared prefixes: q, k, v [T, H, d], offsets [B + 1] int64 -> [T, H, d].
+
+    prefix_k, prefix_v [M, H, d] are packed by prefix_offsets [R + 1] int64; prefix_index [B] int64 says which prefix a
+    history sees (-1 none), and may be left out when R == 1 (all see it) or R == B (each sees its own). Row i of history
+    b attends to all of prefix_index[b] and to rows <= i of b (all rows of b when causal is False). scale multiplies the
+    scores, 1 / sqrt(d) by default. plan is what attention_plan(offsets, prefix_offsets, prefix_index) returned.
+    Under autocast, float32 tensors are cast to its dtype. Raises ValueError or TypeError naming what is wrong.
+    """
+    q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
+    _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index)
+    check_layout(offsets, prefix_offsets, prefix_index, "q", q)
+    if plan is None:
+        plan = attention_plan(offsets, prefix_offsets, prefix_index)
+    else:
+        _check_plan(plan, offsets, prefix_offsets, prefix_index)
+    _check_totals(plan, q, prefix_k)
+    use_fused(impl, q)
+    return reference.prompt_attention(
+        q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, plan.prefix_index, causal=causal, scale=scale
+    )
+
+
+def _autocast(*tensors):
+    """Cast float32 tensors to the autocast dtype, as torch does for its own attention."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index) -> None:
+    check_tensor("q", q, 3, FLOATS)
+    for name, value in (("k", k), ("v", v)):
+        check_tensor(name, value, 3)
+        check_like(name, value, "q", q)
+        check_shape(name, value, q.shape, "[T, H, d]")
+    parts = {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_offsets": prefix_offsets}
+    missing = [name for name, value in parts.items() if value is None]
+    if len(missing) == 3:
+        if prefix_index is not None:
+            raise ValueError("prefix_index needs a prefix, got prefix_index without prefix_k, prefix_v, prefix_offsets")
+        return
+    if missing:
+        raise ValueError(
+            f"prefix_k, prefix_v and prefix_offsets come together or not at all, got no {', no '.join(missing)}"
+        )
+    for name, value in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        check_tensor(name, value, 3)
+        check_like(name, value, "q", q)
+        check_shape(name, value, (prefix_k.shape[0], *q.shape[1:]), "[M, H, d]")
+
+
+def _check_plan(plan, offsets, prefix_offsets, prefix_index) -> None:
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(f"plan must be an AttentionPlan, got {type(plan).__name__}")
+    pairs = [("offsets", offsets, plan.offsets), ("prefix_offsets", prefix_offsets, plan.prefix_offsets)]
+    if prefix_index is not None:
+        pairs.append(("prefix_index", prefix_index, plan.prefix_index))
+    for name, given, planned in pairs:
+        if given is planned:
+            continue
+        same = given is not None and planned is not None and given.shape == planned.shape
+        if not same or (reads_values(given) and not torch.equal(given, planned)):
+            raise ValueError(f"plan must be made from the same {name}, got a plan of other {name}")
+
+
+def _check_totals(plan: AttentionPlan, q: Tensor, prefix_k: Tensor | None) -> None:
+    if plan.total != q.shape[0]:
+        raise ValueError(f"offsets must end at len(q) = {q.shape[0]}, got {plan.total}")
+    if prefix_k is not None and plan.prefix_total != prefix_k.shape[0]:
+        raise ValueError(f"prefix_offsets must end at len(prefix_k) = {prefix_k.shape[0]}, got {plan.prefix_total}")

@@ -1,0 +1,120 @@
+"""The plain-PyTorch twin of every op: what the kernels must compute. Arguments are checked by the caller."""
+
+import heapq
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def prompt_attention(
+    q,
+    k,
+    v,
+    offsets,
+    prefix_k=None,
+    prefix_v=None,
+    prefix_offsets=None,
+    prefix_index=None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """q, k, v [T, H, d], offsets [B + 1], prefix [M, H, d] by prefix_offsets [R + 1], prefix_index [B] -> [T, H, d]."""
+    given = [x for x in (q, k, v, prefix_k, prefix_v) if x is not None]
+    rows = [x[:0] for x in given]  # nothing to add, but every input takes part in backward
+    starts = [0] if prefix_k is None else prefix_offsets.tolist()
+    prefix_of = [-1] * (len(offsets) - 1) if prefix_index is None else prefix_index.tolist()
+    for (begin, end), prefix in zip(pairwise(offsets.tolist()), prefix_of, strict=True):
+        keys, values = k[begin:end], v[begin:end]
+        if prefix >= 0:
+            shared = slice(starts[prefix], starts[prefix + 1])
+            keys, values = torch.cat([prefix_k[shared], keys]), torch.cat([prefix_v[shared], values])
+        n, total = end - begin, len(keys)
+        mask = torch.ones(n, total, dtype=torch.bool, device=q.device)
+        if causal:
+            mask = mask.tril(total - n)  # row i sees the whole prefix and own rows <= i
+        attended = F.scaled_dot_product_attention(
+            q[begin:end].transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=mask,
+            scale=scale,
+        )[0]
+        rows.append(attended.transpose(0, 1))
+    return torch.cat(rows)
+
+
+def attention_plan(offsets: Tensor, prefix_offsets: Tensor | None, prefix_index: Tensor | None) -> Tensor:
+    """The work list of csrc/attention_plan.h: [B + 1] offsets, [R + 1] prefix offsets, [B] prefix of each history,
+    [B] histories by falling cost, [B] histories by prefix (-1 first), [R + 1] where each prefix begins among those."""
+    if prefix_offsets is None:
+        prefix_offsets = offsets.new_zeros(1)
+    if prefix_index is None:
+        prefix_index = offsets.new_full((len(offsets) - 1,), -1)
+    length = offsets.diff()
+    padded = torch.cat([prefix_offsets.diff(), offsets.new_zeros(1)])  # index -1: no prefix
+    order = torch.argsort(-length * (2 * padded[prefix_index] + length), stable=True)
+    by_prefix = torch.argsort(prefix_index, stable=True)
+    begins = torch.searchsorted(prefix_index[by_prefix], torch.arange(len(prefix_offsets), device=offsets.device))
+    return torch.cat([offsets, prefix_offsets, prefix_index, order, by_prefix, begins])
+
+
+def embed(items, offsets, table, position=None, prompt=None, prompt_index=None) -> Tensor:
+    """items [T], table [V + 1, D], position [max_len, D], prompt [K, P, D], prompt_index [B] -> [T, D]."""
+    user = _user_of_row(offsets, len(items))
+    distance = offsets[1:][user] - 1 - torch.arange(len(items), device=items.device)
+    out = F.embedding(items, table)
+    if position is not None:
+        out = out + F.embedding(distance, position)
+    if prompt is not None:
+        num_prompts, length, dim = prompt.shape
+        which = torch.zeros_like(user) if prompt_index is None else prompt_index[user]
+        prompted = (distance < length) & (which >= 0)
+        row = torch.where(prompted, which * length + length - 1 - distance, num_prompts * length)
+        rows = torch.cat([prompt.reshape(-1, dim), prompt.new_zeros(1, dim)])
+        out = out + F.embedding(row, rows)
+    return out
+
+
+def _user_of_row(offsets: Tensor, total: int) -> Tensor:
+    """offsets [B + 1] -> [T], the user each packed row belongs to."""
+    users = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    return torch.repeat_interleave(users, offsets.diff(), output_size=total)
+
+
+def to_padded(packed: Tensor, offsets: Tensor, max_seqlen: int, fill: float = 0) -> Tensor:
+    """packed [T, ...], offsets [B + 1] -> padded [B, L, ...]."""
+    position = torch.arange(max_seqlen, device=packed.device)
+    rows = offsets[:-1, None] + position
+    used = position < offsets.diff()[:, None]
+    padded = packed.new_full((*used.shape, *packed.shape[1:]), fill)
+    return padded.index_put(used.nonzero(as_tuple=True), packed[rows[used]])
+
+
+def to_packed(padded: Tensor, offsets: Tensor, total: int) -> Tensor:
+    """padded [B, L, ...], offsets [B + 1] -> packed [T, ...]."""
+    position = torch.arange(padded.shape[1], device=padded.device)
+    return padded[position < offsets.diff()[:, None]]
+
+
+def gather_histories(values: np.ndarray, begin: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+    """values [E], begin [n] and lengths [n] of the picked histories -> packed [T], offsets [n + 1]."""
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    shift = np.repeat(begin - offsets[:-1], lengths)
+    return torch.from_numpy(np.array(values[np.arange(offsets[-1]) + shift])), torch.from_numpy(offsets)
+
+
+def plan_batches(cost: Tensor, capacity: int, num_bins: int) -> Tensor | None:
+    """cost [n] -> bin [n]: rows, in order, go to the emptiest bin (the first of equals); None if one does not fit."""
+    bins = [(0, b) for b in range(num_bins)]
+    where = []
+    for c in cost.tolist():
+        load, b = bins[0]
+        if load + c > capacity:
+            return None
+        heapq.heapreplace(bins, (load + c, b))
+        where.append(b)
+    return torch.tensor(where, dtype=torch.int64)

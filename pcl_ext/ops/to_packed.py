@@ -1,0 +1,26 @@
+"""to_packed: a padded block to packed rows."""
+
+from torch import Tensor
+
+from pcl_ext.ops import reference
+from pcl_ext.ops._check import check_count, check_offsets, check_tensor, reads_values
+from pcl_ext.ops._native import use_fused
+from pcl_ext.ops.to_padded import check_padded_values
+
+
+def to_packed(padded: Tensor, offsets: Tensor, total: int, *, impl: str = "auto") -> Tensor:
+    """Drop padding: padded [B, L, ...] of any dtype, offsets [B + 1] int64 -> packed [total, ...].
+
+    total is offsets[-1], known to the host. Raises ValueError or TypeError naming what is wrong.
+    """
+    check_tensor("padded", padded)
+    if padded.dim() < 2:
+        raise ValueError(f"padded must have at least 2 dimensions, [B, L, ...], got shape {tuple(padded.shape)}")
+    check_offsets("offsets", offsets, "padded", padded)
+    if offsets.shape[0] - 1 != padded.shape[0]:
+        raise ValueError(f"offsets must be [B + 1] = ({padded.shape[0] + 1},), got {tuple(offsets.shape)}")
+    check_count("total", total)
+    if reads_values(padded):
+        check_padded_values(offsets, total, "total", padded.shape[1])
+    use_fused(impl, padded, dtypes=())
+    return reference.to_packed(padded, offsets, total)
