@@ -47,10 +47,7 @@ class PackedBatch:
         """
         kept, dropped = [], 0
         for row, history in enumerate(histories):
-            try:
-                ids = torch.as_tensor(history, dtype=torch.int64).reshape(-1)
-            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise ValueError(f"history {row} must be a list of item ids, got {history!r:.80}") from error
+            ids = _as_ids(history, row)
             known = ids[(ids >= 1) & (ids <= num_items)]
             dropped += ids.numel() - known.numel()
             kept.append(known[-max_len:] if max_len else known[:0])
@@ -81,3 +78,15 @@ class PackedBatch:
         return PackedBatch(
             self.items.to(device), self.offsets.to(device), self.max_seqlen, self.plan.to(device), self.dropped
         )
+
+
+def _as_ids(history: Sequence[int], row: int) -> Tensor:
+    if len(history) == 0:
+        return torch.empty(0, dtype=torch.int64)
+    try:
+        ids = torch.as_tensor(history)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"history {row} must be a list of item ids, got {str(history):.80}") from error
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"history {row} must be a flat list of integer item ids, got {str(history):.80}")
+    return ids.to(torch.int64)

@@ -1,0 +1,83 @@
+"""Using a model over a dataset: evaluation, outputs, the start of a head. Streaming: one batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcl_ext.data import Dataset, ExampleBatch, iterate
+from pcl_ext.metrics import TaskMetrics
+from pcl_ext.model import UserModel
+
+BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Score:
+    """One task measured on one fold.
+
+    metrics, standard_error  by metric name
+    count                    targets that were ranked or predicted
+    outputs                  sha256 of all outputs, in a fixed order of batches: equal hashes mean equal bits
+    """
+
+    metrics: dict[str, float]
+    standard_error: dict[str, float]
+    count: int
+    outputs: str
+
+
+@torch.no_grad()
+def evaluate(
+    model: UserModel,
+    dataset: Dataset,
+    tasks: Sequence[str] | None = None,
+    *,
+    fold: str = "test",
+    batch_tokens: int = BATCH_TOKENS,
+) -> dict[str, Score]:
+    """Every metric of every task (all of the model's by default) on the users of a fold; full ranking, every row."""
+    scores = {}
+    for name in model.task_names if tasks is None else tasks:
+        task = model.task(name)
+        metrics, digest = TaskMetrics(task.spec), hashlib.sha256()
+        for batch, output in outputs(model, dataset, name, fold=fold, batch_tokens=batch_tokens):
+            digest.update(output.cpu().contiguous().numpy().tobytes())
+            metrics.update(output, task.columns(batch.target), batch.target_row)
+        scores[name] = Score(metrics.compute(), metrics.standard_error(), metrics.count, digest.hexdigest())
+    return scores
+
+
+@torch.no_grad()
+def outputs(
+    model: UserModel, dataset: Dataset, name: str, *, fold: str, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[ExampleBatch, Tensor]]:
+    """Batches of a task's examples in a fixed order, each with the model's output; in evaluation mode, float32."""
+    training = model.training
+    model.eval()
+    try:
+        examples, max_len = dataset.examples(name, fold), model.backbone.config.max_len
+        for batch in iterate(dataset, examples, max_tokens=batch_tokens, max_len=max_len, seed=None):
+            yield batch, model(batch.history, name).float()
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def fit_head(model: UserModel, dataset: Dataset, name: str, max_examples: int = 20_000) -> None:
+    """Start a new task's head at the base rates of its training data, on standardised features."""
+    task, examples = model.task(name), dataset.examples(name, "train")
+    features, targets, rows, count = [], [], [], 0
+    model.eval()
+    for batch in iterate(dataset, examples, max_tokens=BATCH_TOKENS, max_len=model.backbone.config.max_len, seed=0):
+        features.append(model.encode(batch.history, [name])[name])
+        targets.append(task.columns(batch.target))
+        rows.append(batch.target_row + count)
+        count += len(batch.history)
+        if count >= max_examples:
+            break
+    task.fit_head(torch.cat(features), torch.cat(targets), torch.cat(rows))

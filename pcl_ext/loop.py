@@ -1,0 +1,221 @@
+"""The training loop under `train`: epochs, early stopping, and checkpoints that resume with the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcl_ext import store
+from pcl_ext.metrics import higher_is_better
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Settings of one training run.
+
+    epochs              at most this many passes over the training users
+    patience            stop after so many epochs without a better validation metric; the best epoch's weights are kept
+    batch_tokens        packed rows a step
+    precision           float32, or bfloat16 (mixed: weights and optimiser stay float32)
+    checkpoint_seconds  how often a step is followed by a checkpoint, where a path is given; 0 is after every step
+    """
+
+    epochs: int = 60
+    patience: int = 8
+    batch_tokens: int = 16_384
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    precision: str = "float32"
+    seed: int = 0
+    checkpoint_seconds: float = 30.0
+
+    def __post_init__(self):
+        for name, low in (("epochs", 1), ("patience", 1), ("batch_tokens", 1), ("seed", 0), ("checkpoint_seconds", 0)):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not self.learning_rate > 0 or not self.weight_decay >= 0:
+            raise ValueError(
+                f"learning_rate must be above 0 and weight_decay at least 0, got {self.learning_rate} and "
+                f"{self.weight_decay}"
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the step to do next, and one entry an epoch of the learning curve."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    curve: list[dict] = field(default_factory=list)
+
+    def stale_epochs(self) -> int:
+        """Epochs since the best one."""
+        best = max((entry["epoch"] for entry in self.curve if entry["best"]), default=-1)
+        return len(self.curve) - 1 - best
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What `fit` minimises and watches.
+
+    batches   (epoch, first step) -> (steps of the epoch, the batches from that step on): same answer, same bits
+    loss      of one batch
+    validate  metrics of the model as it is; `metric` among them stops training
+    identity  JSON values: a checkpoint made for others is refused
+    """
+
+    label: str
+    batches: Callable[[int, int], tuple[int, Iterator[Any]]]
+    loss: Callable[[Any], Tensor]
+    validate: Callable[[], dict[str, float]]
+    metric: str
+    identity: dict[str, Any]
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    problem: Problem,
+    config: LoopConfig,
+    checkpoint: Path | None = None,
+) -> list[dict]:
+    """Train until the validation metric stops improving; leaves the best epoch's weights in the model.
+
+    Trains what has parameters and is in the optimiser. Returns the learning curve: one {"epoch", "loss", "valid",
+    "seconds", "best"} an epoch. A run that finds its own checkpoint goes on from there and ends with the same bits.
+    Dropout draws from torch's global generator, which the caller has seeded.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    keeper = Checkpoint(checkpoint, config.checkpoint_seconds, trained, optimizer, problem.identity)
+    progress, best = keeper.load()
+    while progress.epoch < config.epochs and progress.stale_epochs() < config.patience:
+        steps, batches = problem.batches(progress.epoch, progress.step)
+        model.train()
+        for batch in _bar(batches, steps, progress, problem.label):
+            started = time.monotonic()
+            progress.loss_sum += _step(model, optimizer, problem, config, batch)
+            progress.step += 1
+            progress.seconds += time.monotonic() - started
+            keeper.save(progress, best)
+        model.eval()
+        values = problem.validate()
+        if _end_epoch(progress, values, problem.metric):
+            best = {name: p.detach().clone() for name, p in trained.items()}
+        keeper.save(progress, best, now=True)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(best[name])
+    return progress.curve
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, problem: Problem, config: LoopConfig, batch: Any
+) -> float:
+    device = next(model.parameters()).device.type
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        loss = problem.loss(batch)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"{problem.label}: the loss is {value}; lower learning_rate (now {config.learning_rate})"
+        )
+    loss.backward()
+    optimizer.step()
+    return value
+
+
+def _end_epoch(progress: Progress, values: dict[str, float], metric: str) -> bool:
+    """Append the epoch to the curve; True where it is the best so far."""
+    seen = [entry["valid"][metric] for entry in progress.curve]
+    better = max if higher_is_better(metric) else min
+    best = not seen or (values[metric] != better(seen) and better([values[metric], *seen]) == values[metric])
+    entry = {"epoch": progress.epoch, "loss": progress.loss_sum / max(progress.step, 1), "valid": values}
+    progress.curve.append(entry | {"seconds": progress.seconds, "best": best})
+    progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
+    return best
+
+
+def _bar(batches: Iterator[Any], steps: int, progress: Progress, label: str) -> Iterator[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
+    text = f"{label} epoch {progress.epoch}"
+    if progress.curve:
+        text += "  " + "  ".join(f"{name} {value:.4f}" for name, value in progress.curve[-1]["valid"].items())
+    return tqdm(batches, desc=text, total=steps, initial=progress.step, leave=False, disable=None)
+
+
+class Checkpoint:
+    """Everything a run needs to go on with the same bits: weights, optimiser, generator, place in the data.
+
+    One safetensors file, written atomically; no path, no checkpoints.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        seconds: float,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        identity: dict[str, Any],
+    ):
+        self.path, self.seconds, self.identity = path, seconds, json.loads(json.dumps(identity))
+        self.trained, self.optimizer, self.written = trained, optimizer, time.monotonic()
+
+    def save(self, progress: Progress, best: dict[str, Tensor], now: bool = False) -> None:
+        """Write where `seconds` have passed since the last time, or `now`."""
+        if self.path is None or (not now and time.monotonic() - self.written < self.seconds):
+            return
+        state = self.optimizer.state_dict()
+        tensors = {f"weight/{name}": p.detach() for name, p in self.trained.items()}
+        tensors |= {f"best/{name}": value for name, value in best.items()}
+        tensors |= {f"optimizer/{i}/{key}": t for i, part in state["state"].items() for key, t in part.items()}
+        tensors["generator"] = torch.get_rng_state()
+        store.save_tensors(self.path, tensors, {"identity": self.identity, "progress": asdict(progress)})
+        self.written = time.monotonic()
+
+    def load(self) -> tuple[Progress, dict[str, Tensor]]:
+        """Where to go on: the start, where there is no file. Raises ValueError for a file of another run."""
+        if self.path is None or not self.path.exists():
+            return Progress(), {}
+        tensors, meta = store.load_tensors(self.path)
+        for key in sorted(self.identity.keys() | meta["identity"].keys()):
+            then, now = meta["identity"].get(key), self.identity.get(key)
+            if then != now:
+                raise ValueError(
+                    f"{self.path} is the checkpoint of a run with {key} = {then!r}, this one has {now!r}; "
+                    "repeat that run's settings to resume it, or remove the file to start again"
+                )
+        groups = {"weight": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind in groups:
+                groups[kind][rest] = tensor
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(groups["weight"][name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in groups["optimizer"].items():
+            place, _, key = name.partition("/")
+            state.setdefault(int(place), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["generator"])
+        return Progress(**meta["progress"]), groups["best"]
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

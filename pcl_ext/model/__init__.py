@@ -1,0 +1,24 @@
+"""Backbone, prompts, heads, and the user model that holds them."""
+
+from pcl_ext.model.backbone import Backbone, LayerPrefix, freeze
+from pcl_ext.model.config import BackboneConfig, MemoryConfig
+from pcl_ext.model.heads import task_loss
+from pcl_ext.model.memory import ContextualPrompt, Encoded, Memory, hashed_text_vector
+from pcl_ext.model.task_module import Task
+from pcl_ext.model.user_model import UserModel, as_predictions
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "ContextualPrompt",
+    "Encoded",
+    "LayerPrefix",
+    "Memory",
+    "MemoryConfig",
+    "Task",
+    "UserModel",
+    "as_predictions",
+    "freeze",
+    "hashed_text_vector",
+    "task_loss",
+]

@@ -1,0 +1,84 @@
+"""Typed settings of the backbone and of what a task stores. Plain values, so they go into JSON as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PLACEMENTS = ("none", "tail", "prefix", "both")
+READOUTS = ("last", "mean", "item_memory")
+CONTEXTS = ("none", "texts", "prompts")
+
+
+def _at_least(owner: object, **minimum: float) -> None:
+    for name, low in minimum.items():
+        value = getattr(owner, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= low:
+            raise ValueError(f"{name} must be at least {low}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Shape of the shared encoder.
+
+    num_items   V, item ids are 1..V
+    dim         D, a multiple of num_heads
+    ffn_dim     width of the feed-forward layers; None is 4 D
+    max_len     how many of the newest events of a history count
+    dropout     on embeddings and residual branches, while pretraining only
+    """
+
+    num_items: int
+    dim: int = 64
+    num_heads: int = 2
+    num_layers: int = 2
+    ffn_dim: int | None = None
+    max_len: int = 200
+    dropout: float = 0.2
+
+    def __post_init__(self):
+        _at_least(self, num_items=1, dim=1, num_heads=1, num_layers=1, max_len=1, dropout=0)
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {self.dim} and {self.num_heads}")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout must be below 1, got {self.dropout}")
+        if self.ffn_dim is None:
+            object.__setattr__(self, "ffn_dim", 4 * self.dim)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What one task stores.
+
+    placement     where its prompt goes: tail (added to the last embeddings, Eq. 1), prefix, both or none
+    prompt_len    t, rows of each prompt
+    readout       what the head reads: any of last (newest state), mean (means of every layer's states),
+                  item_memory (a table of the task's own with item_width numbers an item, averaged over the history);
+                  None is last for an items task, all three for labels
+    item_width    width of the item memory
+    contextual    what the task may take from others: none, texts (their descriptions) or prompts (their stored rows)
+    tied          items only: score against the frozen item table; None ties where every item of the catalogue was
+                  trained in pretraining, and gives the task an output table of its own elsewhere
+    dropout       on the head's input, while the task learns
+    """
+
+    placement: str = "tail"
+    prompt_len: int = 20
+    readout: tuple[str, ...] | None = None
+    item_width: int = 16
+    contextual: str = "none"
+    tied: bool | None = None
+    dropout: float = 0.2
+
+    def __post_init__(self):
+        _at_least(self, prompt_len=0, item_width=1, dropout=0)
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
+        if self.contextual not in CONTEXTS:
+            raise ValueError(f"contextual must be one of {', '.join(CONTEXTS)}, got {self.contextual!r}")
+        if self.contextual != "none" and self.placement == "none":
+            raise ValueError(f"contextual {self.contextual!r} needs a prompt to act on, got placement 'none'")
+        if self.readout is not None:
+            object.__setattr__(self, "readout", tuple(self.readout))
+            unknown = [name for name in self.readout if name not in READOUTS]
+            if unknown or not self.readout or len(set(self.readout)) != len(self.readout):
+                raise ValueError(f"readout must name one or more of {', '.join(READOUTS)} once, got {self.readout}")

@@ -1,0 +1,81 @@
+"""Output layers, one per task and saved with it, and the loss of each kind of task."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcl_ext.task import TaskSpec
+
+
+class TiedItemsHead(nn.Module):
+    """Scores items with the frozen item table through a zero-start residual projection: (f + A f) . e_c + b_c."""
+
+    def __init__(self, num_features: int, dim: int, columns: int):
+        super().__init__()
+        self.project = nn.Linear(num_features, dim)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+        self.bias = nn.Parameter(torch.zeros(columns))
+
+    def queries(self, features: Tensor, newest: Tensor) -> Tensor:
+        """features [b, F], newest [b, D] -> [b, D], to be multiplied with item rows."""
+        return newest + self.project(features)
+
+
+class ItemsHead(nn.Module):
+    """Scores items with rows of the task's own, [C, D]: (f + A f) . r_c + b_c, for a catalogue the backbone need not know.
+
+    table [C, D] and trained [C] bool: rows the backbone has trained start there, the others near zero.
+    """
+
+    def __init__(self, num_features: int, table: Tensor, trained: Tensor):
+        super().__init__()
+        self.project = nn.Linear(num_features, table.shape[1])
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+        cold = torch.randn_like(table) * 0.02
+        self.rows = nn.Parameter(torch.where(trained[:, None], table, cold))
+        self.bias = nn.Parameter(torch.zeros(len(table)))
+
+    def queries(self, features: Tensor, newest: Tensor) -> Tensor:
+        """features [b, F], newest [b, D] -> [b, D], to be multiplied with item rows."""
+        return newest + self.project(features)
+
+
+class LabelHead(nn.Module):
+    """A linear layer on standardised features; one column for binary and regression, C for classes.
+
+    `shift` and `scale` [F] are measured on the first training examples (`fit_features`), `unit` [2] holds mean and
+    standard deviation of a regression target.
+    """
+
+    def __init__(self, num_features: int, columns: int):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(num_features))
+        self.register_buffer("scale", torch.ones(num_features))
+        self.register_buffer("unit", torch.tensor([0.0, 1.0]))
+        self.linear = nn.Linear(num_features, columns)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[b, F] -> [b, columns]."""
+        return self.linear((features - self.shift) * self.scale)
+
+
+def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> Tensor:
+    """Mean loss over targets.
+
+    output [b, C] (items, classes) or [b] (binary logits, regression values); target [m]: the column, the class, 0 / 1
+    or the value; target_row [m]: the row of the output each belongs to.
+    """
+    if spec.kind == "items":
+        normal = torch.logsumexp(output.float(), dim=1)
+        return (normal[target_row] - output[target_row, target].float()).mean()
+    if spec.kind == "classes":
+        return F.cross_entropy(output[target_row].float(), target)
+    if spec.kind == "binary":
+        return F.binary_cross_entropy_with_logits(output[target_row].float(), target.float())
+    return F.mse_loss(output[target_row].float(), target.float())

@@ -1,0 +1,147 @@
+"""Task: everything one task stores, its memories and its head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcl_ext.model.backbone import Backbone, NamedModules, freeze
+from pcl_ext.model.config import MemoryConfig
+from pcl_ext.model.heads import ItemsHead, LabelHead, TiedItemsHead
+from pcl_ext.model.memory import ContextualPrompt, Encoded, ItemMemory, LastState, MeanStates, PrefixPrompt, TailPrompt
+from pcl_ext.task import TaskSpec
+
+
+class Task(nn.Module):
+    """Memories and head of one task, open (trainable) until `close` folds and freezes it.
+
+    depends_on  names of the tasks whose stored prompts the contextual prompt was made from
+    """
+
+    def __init__(
+        self, spec: TaskSpec, config: MemoryConfig, backbone: Backbone, context: ContextualPrompt | None = None
+    ):
+        super().__init__()
+        self.spec, self.config, self.depends_on, self.closed = spec, config, [], False
+        shape = backbone.config
+        self.memories = NamedModules()
+        if config.placement in ("tail", "both"):
+            self.memories["tail"] = TailPrompt(config.prompt_len, shape.dim)
+        if config.placement in ("prefix", "both"):
+            self.memories["prefix"] = PrefixPrompt(config.prompt_len, shape.dim)
+        readouts = {
+            "last": lambda: LastState(shape),
+            "mean": lambda: MeanStates(shape),
+            "item_memory": lambda: ItemMemory(shape, config.item_width),
+        }
+        default = ("last",) if spec.kind == "items" else ("last", "mean", "item_memory")
+        for name in config.readout or default:
+            self.memories[name] = readouts[name]()
+        self.context = context
+        self.dropout = nn.Dropout(config.dropout)
+        self._build_head(backbone)
+
+    def _build_head(self, backbone: Backbone) -> None:
+        num_features = sum(memory.num_features for memory in self.memories.values())
+        columns = self.spec.num_outputs(backbone.config.num_items)
+        if self.spec.kind != "items":
+            self.head = LabelHead(num_features, columns)
+            return
+        ids = range(1, columns + 1) if self.spec.catalogue is None else self.spec.catalogue
+        self.register_buffer("catalogue", torch.tensor(list(ids), dtype=torch.int64), persistent=False)
+        if int(self.catalogue.max()) > backbone.config.num_items:
+            raise ValueError(
+                f"catalogue of task {self.spec.name!r} names item {int(self.catalogue.max())}, the backbone knows "
+                f"items 1..{backbone.config.num_items}"
+            )
+        column_of = torch.full((backbone.config.num_items + 1,), -1, dtype=torch.int64)
+        column_of[self.catalogue] = torch.arange(columns)
+        self.register_buffer("column_of", column_of, persistent=False)
+        trained = backbone.trained_items[self.catalogue]
+        self.tied = bool(trained.all()) if self.config.tied is None else self.config.tied
+        if self.tied:
+            self.head = TiedItemsHead(num_features, backbone.config.dim, columns)
+        else:
+            self.head = ItemsHead(num_features, backbone.table.detach()[self.catalogue], trained)
+
+    def tail(self) -> Tensor | None:
+        """[P, D] added to the newest embeddings, the contextual prompt included while the task is open."""
+        return self._prompt("tail")
+
+    def prefix(self) -> Tensor | None:
+        """[P, D] in front of a history, the contextual prompt included while the task is open."""
+        return self._prompt("prefix")
+
+    def _prompt(self, placement: str) -> Tensor | None:
+        if placement not in self.memories:
+            return None
+        rows = getattr(self.memories[placement], placement)()
+        return rows if self.context is None else rows + self.context()
+
+    def columns(self, target: Tensor) -> Tensor:
+        """Targets as the head's output numbers them: item ids [m] become columns of the catalogue."""
+        if self.spec.kind != "items":
+            return target
+        columns = self.column_of[target]
+        if bool((columns < 0).any()):
+            item = int(target[columns < 0][0])
+            raise ValueError(f"targets of task {self.spec.name!r} must be in its catalogue, got item {item}")
+        return columns
+
+    def memory_parameters(self) -> list[nn.Parameter]:
+        """What is trained besides the head."""
+        head = {id(p) for p in self.head.parameters()}
+        return [p for p in self.parameters() if id(p) not in head]
+
+    def features(self, encoded: Encoded) -> Tensor:
+        """[B, F], what the head reads."""
+        parts = [memory.features(encoded) for memory in self.memories.values() if memory.num_features]
+        return torch.cat(parts, dim=1)
+
+    def forward(self, encoded: Encoded, table: Tensor) -> Tensor:
+        """Histories read for this task, and the item table [V + 1, D] -> output [B, C], or [B] for one number."""
+        features = self.dropout(self.features(encoded))
+        if self.spec.kind == "items":
+            rows = table[self.catalogue] if self.tied else self.head.rows
+            return F.linear(self.head.queries(features, encoded.newest()), rows, self.head.bias)
+        output = self.head(features)
+        if self.spec.kind == "classes":
+            return output
+        return output[:, 0] * self.head.unit[1] + self.head.unit[0]
+
+    @torch.no_grad()
+    def fit_head(self, features: Tensor, target: Tensor, target_row: Tensor) -> None:
+        """Start the head at the training data's own base rates, on standardised features.
+
+        features [n, F] of some training histories, target [m], target_row [m].
+        """
+        if self.spec.kind == "items":
+            counts = torch.bincount(target, minlength=self.head.bias.numel()).double() + 1.0
+            self.head.bias.copy_((counts / counts.mean()).log())
+            return
+        fixed = [memory.standardise for memory in self.memories.values() for _ in range(memory.num_features)]
+        fixed = torch.tensor(fixed)
+        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        self.head.shift.copy_(torch.where(fixed, mean, 0.0))
+        self.head.scale.copy_(torch.where(fixed, 1.0 / deviation.clamp_min(1e-3), 1.0))
+        if self.spec.kind == "regression":
+            deviation, mean = torch.std_mean(target.double(), correction=0)
+            self.head.unit.copy_(torch.stack([mean, deviation.clamp_min(1e-12)]))
+            return
+        classes = max(self.head.linear.out_features, 2)
+        counts = torch.bincount(target.long(), minlength=classes).double() + 1.0
+        prior = counts.log() - counts.log().mean()
+        self.head.linear.bias.copy_(prior if self.spec.kind == "classes" else (prior[1] - prior[0])[None])
+
+    def close(self) -> None:
+        """Fold the contextual prompt into the stored one and freeze everything, for good."""
+        if self.context is not None:
+            with torch.no_grad():
+                rows = self.context()
+                for placement in ("tail", "prefix"):
+                    if placement in self.memories:
+                        self.memories[placement].rows += rows
+            self.context = None
+        freeze(self)
+        self.closed = True

@@ -1,0 +1,231 @@
+"""UserModel: a frozen backbone and any number of tasks. A plain module; the training loop is its user's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model.backbone import Backbone, LayerPrefix, NamedModules, freeze
+from pcl_ext.model.config import MemoryConfig
+from pcl_ext.model.memory import ContextualPrompt, Encoded, hashed_text_vector
+from pcl_ext.model.task_module import Task
+from pcl_ext.model.trunk import encode_on_shared_trunk
+from pcl_ext.task import TaskSpec
+
+
+class UserModel(nn.Module):
+    """A backbone over histories, and tasks that each own their prompts, readout and head.
+
+    Tasks are numbered in the order in which they were added: `task_names`.
+    """
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.tasks = NamedModules()
+
+    @property
+    def task_names(self) -> list[str]:
+        return list(self.tasks)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.table.device
+
+    def freeze_backbone(self) -> None:
+        """Make the backbone's parameters buffers; pretraining ends with this."""
+        freeze(self.backbone)
+
+    @property
+    def backbone_frozen(self) -> bool:
+        return not any(True for _ in self.backbone.parameters())
+
+    def add_task(
+        self,
+        spec: TaskSpec,
+        config: MemoryConfig | None = None,
+        *,
+        closed: bool = False,
+        depends_on: Sequence[str] = (),
+        text: Tensor | None = None,
+    ) -> Task:
+        """Start a task. With `closed` it is built empty, to be filled from a file.
+
+        text [256] replaces the hashed vector of the task's description where its contextual prompt reads texts.
+        """
+        if spec.name in self.tasks:
+            raise ValueError(f"task {spec.name!r} is there already; remove_task it first")
+        config = config or MemoryConfig()
+        task = Task(spec, config, self.backbone)
+        task.register_buffer("text", hashed_text_vector(spec.description or spec.name) if text is None else text)
+        if config.contextual != "none" and not closed:
+            task.context, task.depends_on = self._context(task), list(self._context_sources(config))
+        if closed:
+            task.depends_on = list(depends_on)
+            task.close()
+        self.tasks[spec.name] = task.to(self.device)
+        return task
+
+    def _context_sources(self, config: MemoryConfig) -> list[str]:
+        """Closed tasks that the contextual prompt of a new one reads."""
+        closed = [name for name, task in self.tasks.items() if task.closed]
+        if config.contextual == "texts":
+            return closed
+        same = [n for n in closed if self.tasks[n].config.placement == config.placement]
+        return [n for n in same if self.tasks[n].config.prompt_len == config.prompt_len]
+
+    def _context(self, task: Task) -> ContextualPrompt:
+        config, shape = task.config, self.backbone.config
+        sources = [self.tasks[name] for name in self._context_sources(config)]
+        texts = torch.stack([source.text for source in sources] + [task.text.to(self.device)])
+        prompts = None
+        if config.contextual == "prompts":
+            kind = "prefix" if config.placement == "prefix" else "tail"
+            rows = [source.memories[kind].rows for source in sources]
+            prompts = torch.stack(rows) if rows else texts.new_zeros(0, config.prompt_len, shape.dim)
+        return ContextualPrompt(texts, prompts, config.prompt_len, shape.dim, shape.num_heads)
+
+    def freeze_task(self, name: str) -> None:
+        """Close a task: fold its contextual prompt, turn its tensors into buffers. It never changes again."""
+        self.task(name).close()
+
+    def remove_task(self, name: str) -> None:
+        """Forget a task. Raises where another one was made from it only if that one is still open."""
+        self.task(name)
+        users = [other for other, task in self.tasks.items() if name in task.depends_on and not task.closed]
+        if users:
+            raise ValueError(f"task {name!r} is read by open tasks: {', '.join(users)}; close them first")
+        del self.tasks[name]
+
+    def task(self, name: str) -> Task:
+        if name not in self.tasks:
+            raise ValueError(f"task must be one of {', '.join(self.tasks) or '(no tasks yet)'}, got {name!r}")
+        return self.tasks[name]
+
+    def train(self, mode: bool = True) -> UserModel:
+        """As nn.Module.train, but what is frozen stays in evaluation mode: no dropout in a closed task."""
+        super().train(mode)
+        for part in [self.backbone, *self.tasks.values()]:
+            if not any(True for _ in part.parameters()):
+                part.eval()
+        return self
+
+    def forward(
+        self, batch: PackedBatch, task: str | None = None, *, task_index: Tensor | None = None
+    ) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
+        """Outputs of a batch, for one task or for a task per row.
+
+        task        a name -> output [B, C] (items: a column per item of the catalogue; classes) or [B]
+                    (binary: logit; regression: value)
+        task_index  [B] int64, places in `task_names` -> {name: (rows [b] int64, output [b, C] or [b])}
+        """
+        if (task is None) == (task_index is None):
+            raise ValueError("give either task or task_index")
+        if task is not None:
+            return self.task(task)(self._encode(batch, [self.task(task)], None), self.backbone.table)
+        index = self._check_task_index(batch, task_index)
+        names, index = torch.unique(index, return_inverse=True)
+        tasks = [self.tasks[self.task_names[place]] for place in names.tolist()]
+        encoded = self._encode(batch, tasks, index)
+        outputs = {}
+        for place, part in enumerate(tasks):
+            rows = torch.nonzero(index == place)[:, 0]
+            outputs[part.spec.name] = (rows, part(encoded.select(rows), self.backbone.table))
+        return outputs
+
+    def _check_task_index(self, batch: PackedBatch, index: Tensor) -> Tensor:
+        if index.dtype != torch.int64 or index.shape != (len(batch),):
+            raise ValueError(f"task_index must be [{len(batch)}] int64, got {list(index.shape)} {index.dtype}")
+        if len(batch) and not 0 <= int(index.min()) <= int(index.max()) < len(self.tasks):
+            worst = index[(index < 0) | (index >= len(self.tasks))][0]
+            raise ValueError(f"task_index must be in 0..{len(self.tasks) - 1}, got {int(worst)}")
+        return index.to(self.device)
+
+    def _encode(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> Encoded:
+        """The trunk with each row's own prompts. index [B] int64 into tasks; None: all rows are of tasks[0]."""
+        prompt, prompt_index = _stack_tails(tasks, index)
+        prefix = self._prefix(batch, tasks, index)
+        return Encoded(self.backbone(batch, prompt, prompt_index, prefix), batch.items, batch.offsets)
+
+    def _prefix(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> LayerPrefix | None:
+        rows = [task.prefix() for task in tasks]
+        present = [row for row in rows if row is not None and len(row)]
+        if not present:
+            return None
+        number = torch.full((len(tasks),), -1, dtype=torch.int64)
+        number[[row is not None and len(row) > 0 for row in rows]] = torch.arange(len(present))
+        lengths = torch.tensor([0] + [len(row) for row in present], dtype=torch.int64)
+        index = torch.zeros(len(batch), dtype=torch.int64, device=self.device) if index is None else index
+        return self.backbone.prefix(
+            torch.cat(present), lengths.cumsum(0).to(self.device), number.to(self.device)[index]
+        )
+
+    def encode(self, batch: PackedBatch, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """User vectors [B, F] for each of the tasks (all by default): what its head reads.
+
+        Tasks that differ by tail prompts share one pass over the trunk (design: many tasks, one user).
+        """
+        names = self.task_names if tasks is None else list(tasks)
+        parts = {name: self.task(name) for name in names}
+        shared = [name for name, part in parts.items() if part.prefix() is None]
+        encoded = {}
+        if len(shared) > 1:
+            tails = [parts[name].tail() for name in shared]
+            encoded = dict(zip(shared, encode_on_shared_trunk(self.backbone, batch, tails)))
+        return {
+            name: part.features(encoded[name] if name in encoded else self._encode(batch, [part], None))
+            for name, part in parts.items()
+        }
+
+    @torch.no_grad()
+    def predict(self, histories: Sequence[Sequence[int]], task: str, k: int = 10) -> list[dict]:
+        """Predictions for plain lists of item ids, oldest first: new users and empty histories included.
+
+        items: {"items": [k ids], "scores": [k]}; classes: {"class", "probabilities"}; binary: {"probability"};
+        regression: {"value"}. Only the newest max_len ids count; unknown ids are dropped, with a warning that counts.
+        """
+        config, training = self.backbone.config, self.training
+        batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)
+        if batch.dropped:
+            warnings.warn(f"{batch.dropped} unknown item ids were dropped from {len(batch)} histories", stacklevel=2)
+        self.eval()
+        try:
+            output = self(batch.to(self.device), task).float()
+        finally:
+            self.train(training)
+        return as_predictions(self.task(task), output, k)
+
+
+def as_predictions(task: Task, output: Tensor, k: int) -> list[dict]:
+    """Output of a batch as one plain dict a row."""
+    if task.spec.kind == "items":
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        best = output.topk(min(k, output.shape[1]), dim=1)
+        items = task.catalogue[best.indices]
+        return [{"items": i, "scores": s} for i, s in zip(items.tolist(), best.values.tolist())]
+    if task.spec.kind == "classes":
+        probabilities = output.softmax(1).tolist()
+        return [{"class": c, "probabilities": p} for c, p in zip(output.argmax(1).tolist(), probabilities)]
+    if task.spec.kind == "binary":
+        return [{"probability": p} for p in output.sigmoid().tolist()]
+    return [{"value": value} for value in output.tolist()]
+
+
+def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Tail prompts as one [K, P, D] (shorter ones padded with zero rows at the old end) and the prompt of each row."""
+    tails = [task.tail() for task in tasks]
+    longest = max((len(tail) for tail in tails if tail is not None), default=0)
+    if not longest:
+        return None, None
+    if index is None:
+        return tails[0][None], None
+    present = [place for place, tail in enumerate(tails) if tail is not None]
+    number = torch.full((len(tasks),), -1, dtype=torch.int64, device=index.device)
+    number[present] = torch.arange(len(present), device=index.device)
+    padded = [nn.functional.pad(tails[place], (0, 0, longest - len(tails[place]), 0)) for place in present]
+    return torch.stack(padded), number[index]

@@ -1,0 +1,166 @@
+"""Pretraining and learning a task: plain functions over a plain module."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcl_ext import infer
+from pcl_ext.batch import PackedBatch
+from pcl_ext.data import Dataset, iterate, plan
+from pcl_ext.loop import LoopConfig, Problem, fit
+from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel, task_loss
+from pcl_ext.store import hash_tensor
+
+NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(LoopConfig):
+    """Settings of `pretrain`: those of a training loop, and
+
+    full_softmax  catalogues up to this size use the exact softmax
+    negatives     larger ones a sampled softmax with logQ correction, with so many items drawn for each step
+    """
+
+    epochs: int = 100
+    learning_rate: float = 2e-3
+    full_softmax: int = 20_000
+    negatives: int = 4096
+
+
+@dataclass(frozen=True)
+class LearnConfig(LoopConfig):
+    """Settings of `learn_task`: those of a training loop (`learning_rate` is for prompts and other memories), and
+
+    head_rate  learning rate of the head
+    """
+
+    learning_rate: float = 1e-2
+    head_rate: float = 3e-3
+
+
+def pretrain(
+    dataset: Dataset, backbone: BackboneConfig, config: PretrainConfig | None = None, checkpoint: Path | None = None
+) -> tuple[UserModel, list[dict]]:
+    """Next-item prediction over the train users' histories; returns a model with a frozen backbone and its curve.
+
+    The model knows one task, "next", closed. The loss is taken at every position over all items; stops on the last
+    item of the valid users.
+    """
+    config = config or PretrainConfig()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = UserModel(Backbone(backbone))
+        task = model.add_task(dataset.task("next").spec, NEXT)
+        loss = NextItemLoss(model.backbone, task, dataset, config)
+        examples = dataset.sequences("train", backbone.max_len)
+
+        def batches(epoch: int, start: int):
+            options = {"max_tokens": config.batch_tokens, "max_len": backbone.max_len + 1, "seed": config.seed + epoch}
+            steps = len(plan(examples, **options))
+            return steps, iterate(dataset, examples, start=start, **options)
+
+        identity = {"dataset": dataset.sha256, "backbone": asdict(backbone), "config": asdict(config)}
+        problem = Problem("next", batches, loss, lambda: validate(model, dataset, "next"), task.spec.metric, identity)
+        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        curve = fit(model, optimizer, problem, config, checkpoint)
+    model.backbone.trained_items[loss.counts > 0] = True
+    model.freeze_backbone()
+    model.freeze_task("next")
+    return model, curve
+
+
+def learn_task(
+    model: UserModel,
+    dataset: Dataset,
+    name: str,
+    config: LearnConfig | None = None,
+    memory: MemoryConfig | None = None,
+    checkpoint: Path | None = None,
+) -> list[dict]:
+    """Add the dataset's task `name` to a model with a frozen backbone, learn it, close it; returns the curve."""
+    config = config or LearnConfig()
+    if not model.backbone_frozen:
+        raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
+    max_len = model.backbone.config.max_len
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        task = model.add_task(dataset.task(name).spec, memory)
+        examples = dataset.examples(name, "train")
+
+        def batches(epoch: int, start: int):
+            options = {"max_tokens": config.batch_tokens, "max_len": max_len, "seed": config.seed + epoch}
+            return len(plan(examples, **options)), iterate(dataset, examples, start=start, **options)
+
+        def loss(batch) -> Tensor:
+            output = model(batch.history, name)
+            return task_loss(task.spec, output, task.columns(batch.target), batch.target_row)
+
+        infer.fit_head(model, dataset, name)
+        tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
+        identity = {"dataset": dataset.sha256, "task": task.spec.to_json(), "memory": asdict(task.config)}
+        identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
+        problem = Problem(name, batches, loss, lambda: validate(model, dataset, name), task.spec.metric, identity)
+        groups = [
+            {"params": task.memory_parameters(), "lr": config.learning_rate},
+            {"params": list(task.head.parameters()), "lr": config.head_rate},
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        curve = fit(model, optimizer, problem, config, checkpoint)
+    model.freeze_task(name)
+    return curve
+
+
+def validate(model: UserModel, dataset: Dataset, name: str) -> dict[str, float]:
+    """Metrics of one task on the valid users."""
+    return infer.evaluate(model, dataset, [name], fold="valid")[name].metrics
+
+
+class NextItemLoss:
+    """Cross-entropy of the next item at every position, over all items or a sample of them.
+
+    counts [V + 1] int64: how often each item occurs in the train users' histories.
+    """
+
+    def __init__(self, backbone: Backbone, task: Task, dataset: Dataset, config: PretrainConfig):
+        self.backbone, self.task = backbone, task
+        self.counts = dataset.item_counts("train")
+        self.negatives = config.negatives if backbone.config.num_items > config.full_softmax else 0
+
+    def __call__(self, batch) -> Tensor:
+        history, target = shift(batch.history)
+        states = self.backbone(history)[-1]
+        queries = self.task.head.queries(states, states)
+        if self.negatives:
+            return self._sampled(queries, target)
+        scores = F.linear(queries, self.backbone.table[1:], self.task.head.bias)
+        return F.cross_entropy(scores.float(), target.long() - 1)
+
+    def _sampled(self, queries: Tensor, target: Tensor) -> Tensor:
+        """Sampled softmax with logQ correction (Bengio and Senecal, 2008); draws by smoothed frequency."""
+        weights = (self.counts[1:].double() + 1.0).pow(0.75)
+        drawn = torch.multinomial(weights, self.negatives, replacement=True)
+        log_q = (weights / weights.sum() * self.negatives).log().to(queries)
+        column = target.long() - 1
+        table, bias = self.backbone.table[1:], self.task.head.bias
+        hit = (queries * table[column]).sum(1) + bias[column] - log_q[column]
+        rest = F.linear(queries, table[drawn], bias[drawn] - log_q[drawn])
+        rest = rest.masked_fill(drawn[None, :] == column[:, None], -torch.inf)
+        return F.cross_entropy(torch.cat([hit[:, None], rest], 1).float(), torch.zeros_like(column))
+
+
+def shift(history: PackedBatch) -> tuple[PackedBatch, Tensor]:
+    """Histories of n items -> histories of their first n - 1, and the item [T] that follows each row."""
+    rows = torch.arange(history.items.numel())
+    first, last = torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows, dtype=torch.bool)
+    filled = history.lengths > 0
+    first[history.offsets[:-1][filled]] = True
+    last[history.offsets[1:][filled] - 1] = True
+    lengths = (history.lengths - 1).clamp_min(0)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return PackedBatch.from_packed(history.items[~last], offsets), history.items[~first]

@@ -1,0 +1,204 @@
+"""Promises of the user model: rows are independent, tasks mix, prefixes are shared, closed tasks never move."""
+
+import pytest
+import torch
+
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.task import TaskSpec
+
+V, LENGTHS = 40, [5, 0, 1, 12, 30, 3]
+PLACEMENTS = ["none", "tail", "prefix", "both"]
+SPECS = {
+    "rank": TaskSpec("rank", "items", "what is bought next", catalogue=tuple(range(5, 25))),
+    "click": TaskSpec("click", "binary", "clicks"),
+    "age": TaskSpec("age", "classes", "age group", num_classes=3),
+    "value": TaskSpec("value", "regression", "basket value"),
+}
+
+
+def histories(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, V + 1, (n,), generator=generator).tolist() for n in lengths]
+
+
+def pack(lists):
+    return PackedBatch.from_lists(lists, num_items=V, max_len=20)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = UserModel(Backbone(BackboneConfig(V, dim=16, num_heads=2, max_len=20)))
+    model.freeze_backbone()
+    return model.eval()
+
+
+def add(model, name, placement="tail", prompt_len=4, **options):
+    """A task whose every tensor is random, so that nothing is 0 by luck."""
+    config = MemoryConfig(placement=placement, prompt_len=prompt_len, dropout=0.0, **options)
+    task = model.add_task(SPECS[name], config)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.normal_(0, 0.5)
+    return task
+
+
+def add_all(model, placement="tail"):
+    for length, name in enumerate(SPECS, start=2):
+        add(model, name, placement, length)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", SPECS)
+def test_output_of_a_user_does_not_depend_on_the_batch(model, name, placement):
+    add(model, name, placement)
+    together = model(pack(histories()), name)
+    alone = torch.cat([model(pack([history]), name) for history in histories()])
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_batch_may_mix_tasks_and_placements(model):
+    for name, placement, length in zip(SPECS, ["both", "tail", "none", "prefix"], [3, 5, 4, 2]):
+        add(model, name, placement, length)
+    batch = pack(histories())
+    index = torch.tensor([3, 0, 1, 0, 2, 3])
+    outputs = model(batch, task_index=index)
+    assert list(outputs) == [model.task_names[i] for i in index.unique()]
+    for name, (rows, output) in outputs.items():
+        assert torch.equal(rows, torch.nonzero(index == model.task_names.index(name))[:, 0])
+        torch.testing.assert_close(output, model(batch, name)[rows])
+
+
+def test_gradients_of_a_mixed_batch_are_those_of_each_task_alone(model):
+    add_all(model, "both")
+    batch, index = pack(histories()), torch.tensor([3, 0, 1, 0, 2, 3])
+    sum(output.square().sum() for _, output in model(batch, task_index=index).values()).backward()
+    mixed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for place, name in enumerate(model.task_names):
+        model(batch, name)[index == place].square().sum().backward()
+    for name, gradient in mixed.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [[0, 1], [0, 0, 0, 0, 0, 9], [-1, 0, 0, 0, 0, 0]], ids=str)
+def test_task_index_must_fit(model, index):
+    add_all(model)
+    with pytest.raises(ValueError, match="task_index must be"):
+        model(pack(histories()), task_index=torch.tensor(index))
+
+
+def test_a_zero_tail_prompt_is_the_frozen_backbone(model):
+    model.add_task(SPECS["rank"], MemoryConfig(placement="tail"))
+    batch = pack(histories())
+    states = model.backbone(batch)
+    assert torch.equal(model.encode(batch, ["rank"])["rank"][2], states[-1][batch.last_rows[2]])
+
+
+def test_shared_prefix_equals_prompts_as_tokens_of_every_user(model):
+    """Design: attention use 1. Naive: the prompt rows in front of every history, one long causal sequence each."""
+    task, batch = add(model, "click", "prefix", 4), pack(histories())
+    shared = model._encode(batch, [task], None).states
+    rows = model.backbone.embed(batch)
+    pieces, lengths = [], []
+    for user in range(len(batch)):
+        own = rows[batch.offsets[user] : batch.offsets[user + 1]]
+        pieces += [task.prefix(), own]
+        lengths += [len(own) + 4]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    naive, _ = model.backbone.run(torch.cat(pieces), offsets)
+    is_prompt = torch.cat([torch.arange(n) < 4 for n in lengths])
+    for got, want in zip(shared, naive):
+        torch.testing.assert_close(got, want[~is_prompt])
+
+
+def test_shared_trunk_equals_every_task_alone(model):
+    """Design: attention use 2, the tails of several tasks against one trunk; lengths differ, one has no prompt."""
+    for name, placement, length in zip(SPECS, ["tail", "none", "tail", "tail"], [3, 4, 25, 1]):
+        add(model, name, placement, length, readout=("last", "mean", "item_memory"))
+    batch = pack(histories())
+    together = model.encode(batch)
+    for name in SPECS:
+        torch.testing.assert_close(together[name], model.encode(batch, [name])[name])
+
+
+@pytest.mark.parametrize("contextual", ["texts", "prompts"])
+@pytest.mark.parametrize("placement", ["tail", "prefix", "both"])
+def test_closing_folds_the_contextual_prompt(model, placement, contextual):
+    add(model, "click", placement)
+    model.freeze_task("click")
+    task = add(model, "age", placement, contextual=contextual)
+    assert task.depends_on == ["click"]
+    batch = pack(histories())
+    before = model(batch, "age")
+    model.freeze_task("age")
+    torch.testing.assert_close(model(batch, "age"), before)
+    assert task.context is None and not list(task.parameters())
+
+
+@pytest.mark.parametrize("contextual", ["texts", "prompts"])
+def test_a_contextual_prompt_starts_at_zero_and_learns(model, contextual):
+    add(model, "click")
+    model.freeze_task("click")
+    task = model.add_task(SPECS["age"], MemoryConfig(prompt_len=4, contextual=contextual))
+    assert not task.tail().any()
+    task.tail().sum().backward()
+    assert task.context.out.weight.grad.abs().max() > 0
+
+
+def test_learning_on_leaves_closed_tasks_bit_for_bit(model):
+    add_all(model)
+    for name in ("rank", "click"):
+        model.freeze_task(name)
+    batch = pack(histories())
+    before = {name: model(batch, name).clone() for name in ("rank", "click")}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model.train()(batch, "age").square().sum() + model(batch, "value").square().sum()).backward()
+        optimizer.step()
+    model.eval()
+    assert all(torch.equal(model(batch, name), before[name]) for name in before)
+
+
+def test_predict_for_new_users_unknown_ids_and_empty_histories(model):
+    add_all(model)
+    lists = [[1, 2, 3], [], [10**9, 2, -4, 0], list(range(1, 41))]
+    with pytest.warns(UserWarning, match="3 unknown item ids"):
+        ranked = model.predict(lists, "rank", k=5)
+    assert [len(answer["items"]) for answer in ranked] == [5] * 4
+    assert all(5 <= item < 25 for answer in ranked for item in answer["items"])
+    for place, same in ((2, [2]), (3, list(range(21, 41)))):
+        alone = model.predict([same], "rank", k=5)[0]
+        assert ranked[place]["items"] == alone["items"]
+        assert ranked[place]["scores"] == pytest.approx(alone["scores"], rel=1e-5)
+    assert set(model.predict([[1]], "click")[0]) == {"probability"}
+    assert sum(model.predict([[1]], "age")[0]["probabilities"]) == pytest.approx(1, abs=1e-6)
+    assert set(model.predict([[]], "value")[0]) == {"value"}
+    assert model.predict([], "rank") == []
+
+
+@pytest.mark.parametrize("history", [["a"], [1.5], [[1, 2]], [True], [2**70]], ids=str)
+def test_a_history_that_is_no_list_of_ids_is_refused(model, history):
+    add(model, "click")
+    with pytest.raises(ValueError, match="history 1 must be"):
+        model.predict([[1], history], "click")
+
+
+def test_unknown_tasks_and_doubled_names_are_refused(model):
+    add(model, "click")
+    with pytest.raises(ValueError, match="task must be one of click, got 'clik'"):
+        model.predict([[1]], "clik")
+    with pytest.raises(ValueError, match="is there already"):
+        model.add_task(SPECS["click"])
+    with pytest.raises(ValueError, match="names item 41"):
+        model.add_task(TaskSpec("far", "items", catalogue=(1, 41)))
+
+
+@pytest.mark.parametrize("name", ["items", "train", "keys", "type", "pop"])
+def test_a_task_may_have_the_name_of_a_method(model, name):
+    model.add_task(TaskSpec(name, "binary"))
+    model.train().eval()
+    assert model.task_names == [name] and model.predict([[1]], name)[0]["probability"] == 0.5
+    assert any(key.startswith(f"tasks.{name}.") for key in model.state_dict())
