@@ -12,12 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pcl_ext.confusion import Confusion
-from pcl_ext.ranking import Exclude, check_scores, count_above
-from pcl_ext.result_matrix import ResultMatrix, higher_is_better
+from pcl_ext.metrics.confusion import Confusion
+from pcl_ext.metrics.ranking import Exclude, check_scores, count_above
 from pcl_ext.task import METRICS, TaskSpec
-
-__all__ = ["METRICS", "ResultMatrix", "TaskMetrics", "higher_is_better"]
 
 
 class TaskMetrics:
@@ -64,10 +61,11 @@ class TaskMetrics:
 
     def standard_error(self) -> dict[str, float]:
         """One standard error of each metric. items: targets of one output row count as one cluster; auc: DeLong;
-        rmse and macro_f1: delta method. nan where one row leaves nothing to estimate from."""
+        rmse and macro_f1: delta method. A metric is left out where too few rows leave nothing to estimate from."""
         if not self.count:
             raise ValueError(f"metrics of task {self.spec.name!r} need at least one target, got none")
-        return self._kind.standard_error()
+        errors = self._kind.standard_error()
+        return {metric: error for metric, error in errors.items() if not math.isnan(error)}
 
     def _checked(self, output: Tensor, target: Tensor, target_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         name, kind = self.spec.name, self.spec.kind

@@ -1,0 +1,81 @@
+"""Files that are there whole or not at all, and locks between processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\.pcl-[0-9a-f]{16}\.tmp")
+
+
+class StoreError(ValueError):
+    """A file is missing, damaged, or not what belongs there; or what was to be saved must not be."""
+
+
+def damaged(
+    path: Path, what: str, *, mend: str = "restore the file from a copy of the run, or make it again"
+) -> StoreError:
+    return StoreError(f"{path} {what}; {mend}")
+
+
+@contextmanager
+def temporary(folder: Path) -> Iterator[BinaryIO]:
+    """A new file in `folder` under a name of our own, locked while it is in use, gone afterwards unless published."""
+    draft = folder / f".pcl-{secrets.token_hex(8)}.tmp"
+    with draft.open("xb") as file:
+        _try_lock(file)
+        try:
+            yield file
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Give a finished temporary file its name, durably: fsync, rename, fsync of the folder."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Remove what a killed save left in `folder`: files of our own naming that no process holds."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            with suppress(OSError), path.open("rb") as file:
+                if _try_lock(file):
+                    path.unlink()
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    """Whether nobody else holds the file. The lock lives as long as `file` is open, and dies with the process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: there nobody holds any.
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path`, or raise StoreError(message) where another process does."""
+    with path.open("ab") as file:
+        if not _try_lock(file):
+            raise StoreError(message)
+        yield

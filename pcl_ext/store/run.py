@@ -1,0 +1,249 @@
+"""A run on disk: the backbone, one file a task, and the manifest that says what belongs together.
+
+Files are named by their content and never overwritten; replacing the manifest is the one commit point, so a save that
+is killed leaves the old state or the new one. Every load checks every hash. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.store.atomic import StoreError, damaged, fsync_folder, locked, publish, sweep_temporary, temporary
+from pcl_ext.store.manifest import (
+    BACKBONE_FILE,
+    NAME,
+    TASK_FILE,
+    backbone_hash,
+    describe,
+    read_manifest,
+    write_manifest,
+)
+from pcl_ext.store.tensor_file import dtype_name, read_tensors, write_tensors
+from pcl_ext.task import TaskSpec, check_task_name
+
+
+def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
+    """Save the backbone and the closed tasks of a model as the run `path`; open tasks are left out.
+
+    record  JSON values kept with them; None keeps the record that is there
+    StoreError, with what was saved before untouched: a tensor that is not finite, a run of another backbone that has
+    tasks, a damaged file in the way, a second process saving to the same run. OSError where the disk refuses.
+    """
+    path = Path(path)
+    backbone = _backbone_entry(model)
+    tasks = [_task_entry(name, task, backbone["hash"]) for name, task in model.tasks.items() if task.closed]
+    (path / "tasks").mkdir(parents=True, exist_ok=True)
+    with locked(path / ".save.lock", f"{path} is being saved to by another process; try again when it is done"):
+        old = read_manifest(path) if (path / NAME).exists() else {"backbone": None, "tasks": [], "record": {}}
+        if old["tasks"] and old["backbone"]["hash"] != backbone["hash"]:
+            raise StoreError(f"{path} holds tasks of another backbone; save to another folder")
+        _sweep(path, old)
+        kept = {entry["name"]: entry for entry in old["tasks"]}
+        values = {
+            "backbone": _place(path, "backbone", backbone, old["backbone"]),
+            "tasks": [_place(path, f"tasks/{task['name']}", task, kept.get(task["name"])) for task in tasks],
+            "record": old["record"] if record is None else dict(record),
+        }
+        for folder in (path / "tasks", path, path.absolute().parent):
+            fsync_folder(folder)
+        write_manifest(path, values)
+
+
+def from_pretrained(path: str | Path) -> UserModel:
+    """The model of a run, on the CPU and in evaluation mode: backbone and tasks frozen, every hash checked.
+
+    StoreError names the file and the tensor that is wrong. Draws no random numbers.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    with torch.random.fork_rng(devices=[]):
+        entry = manifest["backbone"]
+        config = _build(path / NAME, "backbone.config", BackboneConfig, **entry["config"])
+        model = UserModel(_build(path / NAME, "backbone.config", Backbone, config))
+        _fill(model.backbone, _read(path, entry, manifest), path / entry["file"])
+        model.freeze_backbone()
+        for place, entry in enumerate(manifest["tasks"]):
+            where = f"tasks[{place}]"
+            spec = _build(path / NAME, f"{where}.spec", TaskSpec.from_json, entry["spec"])
+            config = _build(path / NAME, f"{where}.config", MemoryConfig, **entry["config"])
+            tensors = _read(path, entry, manifest)
+            depends_on = entry["depends_on"]
+            task = _build(path / NAME, where, model.add_task, spec, config, closed=True, depends_on=depends_on)
+            _fill(task, tensors, path / entry["file"])
+    return model.eval()
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Check every file and tensor of a run against the manifest, one file in memory at a time.
+
+    -> {"backbone": its hash, "tasks": [names], "files", "tensors", "bytes"}; StoreError names the file and the tensor.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    entries = [manifest["backbone"], *manifest["tasks"]]
+    for entry in entries:
+        _read(path, entry, manifest)
+    return {
+        "backbone": manifest["backbone"]["hash"],
+        "tasks": [task["name"] for task in manifest["tasks"]],
+        "files": len(entries),
+        "tensors": sum(len(entry["tensors"]) for entry in entries),
+        "bytes": sum(entry["bytes"] for entry in entries),
+    }
+
+
+@contextmanager
+def lock(path: str | Path) -> Iterator[None]:
+    """Hold a run for as long as it takes to load, learn and save: of two at once, one would lose what it learned.
+
+    StoreError where another process holds it. Ends with the process, however that ends.
+    """
+    Path(path).mkdir(parents=True, exist_ok=True)
+    with locked(
+        Path(path) / ".lock", f"{path} is in use by another process; wait for it, or choose another run folder"
+    ):
+        yield
+
+
+def _backbone_entry(model: UserModel) -> dict[str, Any]:
+    state = _finite(model.backbone.state_dict(), "the backbone")
+    entry = {"config": _json(asdict(model.backbone.config)), "tensors": describe(state), "state": state}
+    entry["hash"] = backbone_hash(entry["config"], entry["tensors"])
+    entry["metadata"] = _metadata(entry, entry["hash"])
+    return entry
+
+
+def _task_entry(name: str, task: nn.Module, backbone: str) -> dict[str, Any]:
+    check_task_name(name)
+    state = _finite(task.state_dict(), f"task {name!r}")
+    entry = {"name": name, "spec": _json(task.spec.to_json()), "config": _json(asdict(task.config))}
+    entry |= {"depends_on": list(task.depends_on), "tensors": describe(state), "state": state}
+    entry["metadata"] = _metadata(entry, backbone)
+    return entry
+
+
+def _metadata(entry: Mapping[str, Any], backbone: str) -> dict[str, Any]:
+    """What a file says of itself, so that one that belongs elsewhere is known."""
+    said = {key: entry[key] for key in ("name", "spec", "config", "depends_on") if key in entry}
+    return {"kind": "task" if "name" in entry else "backbone", "backbone": backbone, **said}
+
+
+def _finite(state: Mapping[str, Any], whose: str) -> dict[str, Tensor]:
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise StoreError(f"{name!r} of {whose} must be a tensor, got {type(tensor).__name__}; nothing was saved")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise StoreError(f"tensor {name!r} of {whose} must be finite, it holds NaN or infinity; nothing was saved")
+    return dict(state)
+
+
+def _json(values: Any) -> Any:
+    """As it will come back from JSON: tuples are lists."""
+    return json.loads(json.dumps(values))
+
+
+def _place(path: Path, stem: str, entry: dict[str, Any], old: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Write the file of a manifest entry, or keep the one that is there; -> the entry with file, bytes and sha256."""
+    state, metadata = entry.pop("state"), entry.pop("metadata")
+    if old is not None and all(old[key] == value for key, value in entry.items()):
+        if (path / old["file"]).is_file() and _hash_file(path / old["file"]) == old["sha256"]:
+            return dict(old)
+    folder = (path / stem).parent
+    with temporary(folder) as file:
+        sha256, size = write_tensors(file, state, metadata)
+        final = path / f"{stem}-{sha256[:8]}.safetensors"
+        if not os.path.lexists(final):
+            publish(file, final)
+        elif not final.is_file() or _hash_file(final) != sha256:
+            raise damaged(final, "is in the way: it is damaged", mend="move it elsewhere and save again")
+    return entry | {"file": str(final.relative_to(path).as_posix()), "bytes": size, "sha256": sha256}
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sweep(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Remove what earlier saves left: temporary files, and files that bear their content's name but are not in use."""
+    used = {entry["file"] for entry in [manifest["backbone"], *manifest["tasks"]] if entry}
+    for folder, pattern in ((path, BACKBONE_FILE), (path / "tasks", TASK_FILE)):
+        sweep_temporary(folder)
+        for file in folder.iterdir():
+            match = pattern.fullmatch(file.name)
+            if not match or file.relative_to(path).as_posix() in used or file.is_symlink() or not file.is_file():
+                continue
+            with suppress(OSError):
+                if _hash_file(file).startswith(match[match.lastindex]):
+                    file.unlink()
+
+
+def _read(path: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a file, every one as the manifest has it."""
+    file = path / entry["file"]
+    content = read_tensors(file)
+    _check_origin(file, content.metadata, _metadata(entry, manifest["backbone"]["hash"]))
+    _same_names(file, content.tensors, entry["tensors"], "the manifest")
+    for name, tensor in content.tensors.items():
+        got = {"dtype": dtype_name(tensor), "shape": list(tensor.shape), "sha256": content.hashes[name]}
+        for key, want in entry["tensors"][name].items():
+            if got[key] != want:
+                raise damaged(file, f"tensor {name!r} has {key} {got[key]}, the manifest says {want}")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise damaged(file, f"tensor {name!r} holds NaN or infinity")
+    if (content.sha256, content.size) != (entry["sha256"], entry["bytes"]):
+        raise damaged(file, "differs from what was saved outside of its tensors: its sha256 is not the manifest's")
+    return content.tensors
+
+
+def _check_origin(file: Path, got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    if got.get("kind") != want["kind"]:
+        raise damaged(file, f"must hold a {want['kind']}, it holds {got.get('kind')!r:.40}")
+    if got.get("backbone") != want["backbone"] and want["kind"] == "task":
+        made, here = str(got.get("backbone"))[:8], want["backbone"][:8]
+        mend = "put the task's own file back, or learn the task again on this backbone"
+        raise damaged(file, f"was made for another backbone ({made}, this run's is {here})", mend=mend)
+    for key in sorted(set(got) | set(want)):
+        if got.get(key) != want.get(key):
+            raise damaged(file, f"says {key} = {got.get(key)!r:.80}, the manifest {want.get(key)!r:.80}")
+
+
+def _build(file: Path, where: str, make: Any, *args: Any, **kwargs: Any) -> Any:
+    """make(...), with a refusal turned into an error about the manifest."""
+    try:
+        return make(*args, **kwargs)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        mend = "use the version of pcl_ext that wrote the run, or restore the file from a copy"
+        raise damaged(file, f"has a {where} that cannot be built: {error}", mend=mend) from error
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Load a state dict without any conversion: same names, shapes and dtypes."""
+    want = module.state_dict()
+    _same_names(file, tensors, want, "the model")
+    for name, tensor in tensors.items():
+        if tensor.shape != want[name].shape or tensor.dtype != want[name].dtype:
+            here, there = (f"{list(t.shape)} {t.dtype}" for t in (tensor, want[name]))
+            raise damaged(file, f"tensor {name!r} is {here}, the model needs {there}")
+    module.load_state_dict(tensors)
+
+
+def _same_names(file: Path, got: Mapping[str, Any], want: Mapping[str, Any], who: str) -> None:
+    if missing := sorted(set(want) - set(got)):
+        raise damaged(file, f"lacks tensor {missing[0]!r} of {who}")
+    if extra := sorted(set(got) - set(want)):
+        raise damaged(file, f"has tensor {extra[0]!r}, unknown to {who}")
