@@ -1,0 +1,11 @@
+"""pyarrow, or a clear word on how to get it."""
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv as csv
+    import pyarrow.parquet as pq
+except ImportError as error:
+    raise ImportError("datasets on disk need pyarrow: pip install 'pcl_ext[cli]'") from error
+
+__all__ = ["csv", "pa", "pc", "pq"]

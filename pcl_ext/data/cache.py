@@ -1,0 +1,114 @@
+"""Parquet once, flat .npy files from then on: written in pieces, complete or absent, memory-mapped after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+_VERSION = 1
+_HEADER = 128
+
+
+class NpyFile:
+    """A one-dimensional .npy file that grows: a header of fixed size is filled in by `close`."""
+
+    def __init__(self, path: Path, dtype):
+        self.dtype = np.dtype(dtype)
+        self.count = 0
+        self._file = open(path, "wb")
+        self._file.write(b"\0" * _HEADER)
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, self.dtype).data)
+        self.count += len(values)
+
+    def close(self) -> None:
+        text = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': ({self.count},), }}"
+        start = b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little")
+        self._file.seek(0)
+        self._file.write(start + text.encode().ljust(_HEADER - 11) + b"\n")
+        self._file.close()
+
+
+class NpyFolder:
+    """Growing .npy files of one folder by name; close all at the end of a `with`."""
+
+    def __init__(self, folder: Path, **dtypes):
+        self.files = {name: NpyFile(folder / f"{name}.npy", dtype) for name, dtype in dtypes.items()}
+
+    def append(self, **values: np.ndarray) -> None:
+        for name, array in values.items():
+            self.files[name].append(array)
+
+    def __enter__(self) -> NpyFolder:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def load(folder: Path, name: str) -> np.ndarray | None:
+    """The memory-mapped array `name` of a cache folder; None where there is none. Read-only."""
+    path = folder / f"{name}.npy"
+    if not path.exists():
+        return None
+    if path.stat().st_size <= _HEADER:  # an empty file cannot be mapped
+        return np.load(path)
+    return np.load(path, mmap_mode="r")
+
+
+def identity(paths: Sequence[Path], extra: str = "") -> str:
+    """Changes when one of the files does: sizes and modification times, and what else decides the cache's contents."""
+    marks = [(path.name, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+    return sha256(repr((_VERSION, marks, extra)).encode()).hexdigest()[:16]
+
+
+def cached(dataset: Path, stem: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder that `build` once filled for this key: <dataset>/.cache/<stem>-<key>, or below the temporary folder
+    where the dataset cannot be written. Built apart and renamed, so that it is complete wherever it exists."""
+    roots = [dataset / ".cache", _user_cache(dataset)]
+    for root in roots:
+        if (root / f"{stem}-{key}").is_dir():
+            return root / f"{stem}-{key}"
+    for root in roots:
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f"tmp-{stem}-", dir=root))
+        except OSError:
+            if root is roots[-1]:
+                raise
+            continue
+        return _build(work, root / f"{stem}-{key}", build)
+    raise AssertionError("unreachable")
+
+
+def _build(work: Path, final: Path, build: Callable[[Path], None]) -> Path:
+    try:
+        build(work)
+        try:
+            os.rename(work, final)
+        except OSError:
+            if not final.is_dir():  # another process was first otherwise
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for old in final.parent.glob(f"{final.name.rsplit('-', 1)[0]}-{'[0-9a-f]' * 16}"):
+        if old != final:  # of an earlier version of the file; open memory maps stay valid
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _user_cache(dataset: Path) -> Path:
+    name = sha256(str(dataset).encode()).hexdigest()[:16]
+    root = Path(tempfile.gettempdir()) / f"pcl_ext-cache-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.is_symlink() or root.stat().st_uid != os.getuid():
+        raise PermissionError(f"{root} must be a folder of this user, it belongs to someone else")
+    return root / name

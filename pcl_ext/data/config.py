@@ -1,0 +1,257 @@
+"""The TOML file of `pcl prepare events`, as checked values. docs/data.md shows every key at work."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pcl_ext.data.conditions import Condition, parse_conditions
+from pcl_ext.task import METRICS, check_task_name
+
+TEXT, NUMBER, WHOLE, YES_NO, LIST = (str,), (int, float), (int,), (bool,), (list, tuple)
+ANY = (object,)
+REDUCE = ("any", "count", "sum", "mean", "median", "min", "max")
+
+
+def _key(types: tuple, default: Any = dataclasses.MISSING, name: str | None = None):
+    """A dataclass field that is read from the TOML key `name` and must be one of `types`."""
+    return field(default=default, metadata={"types": types, "name": name})
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """A Parquet or CSV file. Paths are relative to the TOML file.
+
+    columns    names for a CSV without a header line
+    delimiter  of a CSV; more than one character is fine
+    """
+
+    file: str = _key(TEXT)
+    delimiter: str = _key(TEXT, ",")
+    columns: list | None = _key(LIST, None)
+    encoding: str = _key(TEXT, "utf-8")
+
+
+@dataclass(frozen=True)
+class EventsConfig(TableConfig):
+    """[events]: the log, in any order.
+
+    time         sorts each user's events (stable); left out: the order of the file
+    time_unit    s, ms, us or ns: what integers in `time` count since 1970; only needed to compare them with dates
+    time_format  strptime format of times that are text; ISO 8601 where left out
+    where        conditions an event of a history satisfies
+    distinct     keep only the first event of each (user, item)
+    min_length   users with fewer events in their history are left out
+    until        histories end before this date (or raw time)
+    """
+
+    user: str = _key(TEXT, "user_id")
+    item: str = _key(TEXT, "item_id")
+    time: str | None = _key(TEXT, None)
+    time_unit: str = _key(TEXT, "s")
+    time_format: str | None = _key(TEXT, None)
+    where: tuple[Condition, ...] = _key(LIST, ())
+    distinct: bool = _key(YES_NO, False)
+    min_length: int = _key(WHOLE, 1)
+    until: Any = _key(ANY, None)
+
+
+@dataclass(frozen=True)
+class UsersConfig(TableConfig):
+    """[users]: one row per user; users without a history are left out."""
+
+    user: str = _key(TEXT, "user_id")
+
+
+@dataclass(frozen=True)
+class ItemsConfig(TableConfig):
+    """[items], optional: one row per item. All of its items are known to the dataset, bought or not, and conditions
+    may name its columns."""
+
+    item: str = _key(TEXT, "item_id")
+
+
+@dataclass(frozen=True)
+class FoldConfig:
+    """[fold]: by = "hash" of the user id, or "date" of the user's first event.
+
+    rotate  0..4, by hash only: train 75 %, valid 5 %, test 20 %, another fifth tested each time
+    valid   by date only: users who arrive from then on are valid ..
+    test    .. and from then on test
+    """
+
+    by: str = _key(TEXT, "hash")
+    rotate: int | None = _key(WHOLE, None)
+    valid: Any = _key(ANY, None)
+    test: Any = _key(ANY, None)
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """items = {..} of a task: the items it is about, kept out of all inputs.
+
+    modulo, remainder  items with sha256("<name>:item:<id>")[:8] % modulo == remainder
+    where              conditions on the columns of [items]
+    """
+
+    modulo: int | None = _key(WHOLE, None)
+    remainder: int = _key(WHOLE, 0)
+    where: tuple[Condition, ...] = _key(LIST, ())
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """[[task]]: what it is, where its targets come from, and how values become targets.
+
+    source "users"   `column` of the users table
+    source "events"  events with `where`, at or after `from`, before `until` ([events] where and until do not apply):
+                     kind items: the items of these events, each once a user
+                     other kinds: one value a user, `reduce` over `column`; any (1 or 0) and count need no column
+    items            a subset of the items (SubsetConfig)
+    pick             all, first or last: which of a user's events count; kind items
+    cut              "end": the whole history is visible; "before": the events before the picked one; kind items
+    repeats          targets may be items of the visible history; otherwise such targets are left out
+
+    Labels: `threshold` (value >= threshold is 1), `positive` (a value or a list: these are 1), `bins` (a number: equal
+    counts over the train users; a list: edges, value >= edge moves up), `labels` (the values in class order; the rest
+    has no label); none of them: all distinct values in order. `ignore` lists values that mean unknown.
+    """
+
+    name: str = _key(TEXT)
+    kind: str = _key(TEXT)
+    description: str = _key(TEXT, "")
+    metric: str | None = _key(TEXT, None)
+    source: str = _key(TEXT, "users")
+    column: str | None = _key(TEXT, None)
+    where: tuple[Condition, ...] = _key(LIST, ())
+    start: Any = _key(ANY, None, "from")
+    until: Any = _key(ANY, None)
+    items: SubsetConfig | None = _key((dict,), None)
+    pick: str = _key(TEXT, "all")
+    cut: str = _key(TEXT, "end")
+    repeats: bool = _key(YES_NO, False)
+    reduce: str = _key(TEXT, "any")
+    threshold: float | None = _key(NUMBER, None)
+    positive: Any = _key(ANY, None)
+    bins: Any = _key((int, list), None)
+    labels: list | None = _key(LIST, None)
+    ignore: list = _key(LIST, ())
+
+    def __post_init__(self):
+        where = f"task {self.name!r}: "
+        check_task_name(self.name)
+        if self.name == "next":
+            raise ValueError(where + "next is always there, it needs no [[task]]")
+        for key, options in (
+            ("kind", tuple(METRICS)),
+            ("source", ("users", "events")),
+            ("pick", ("all", "first", "last")),
+            ("cut", ("end", "before")),
+            ("reduce", REDUCE),
+        ):
+            if getattr(self, key) not in options:
+                raise ValueError(where + f"{key} must be one of {', '.join(options)}, got {getattr(self, key)!r}")
+        if self.kind == "items" and self.source != "events":
+            raise ValueError(where + 'kind items needs source = "events"')
+        needs_column = self.source == "users" or self.reduce not in ("any", "count")
+        if self.kind != "items" and needs_column and self.column is None:
+            raise ValueError(where + "column is missing")
+        self._check_labels(where)
+
+    def _check_labels(self, where: str) -> None:
+        given = [key for key in ("threshold", "positive", "bins", "labels") if getattr(self, key) is not None]
+        allowed = {"binary": ("threshold", "positive", "labels"), "classes": ("bins", "labels")}.get(self.kind, ())
+        if wrong := [key for key in given if key not in allowed]:
+            raise ValueError(where + f"{wrong[0]} is not for kind {self.kind}")
+        if len(given) > 1:
+            raise ValueError(where + f"only one of {' and '.join(given)} may be given")
+        if self.bins is not None and (
+            self.bins < 2 if isinstance(self.bins, int) else not self.bins or sorted(set(self.bins)) != self.bins
+        ):
+            raise ValueError(where + f"bins must be a number from 2 up or a list of rising edges, got {self.bins!r}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """The whole file. `name` is hashed with the ids: another name, another split."""
+
+    name: str
+    folder: Path
+    events: EventsConfig
+    users: UsersConfig | None = None
+    items: ItemsConfig | None = None
+    fold: FoldConfig = FoldConfig()
+    tasks: tuple[TaskConfig, ...] = ()
+
+    def __post_init__(self):
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"[[task]] names must differ, got {', '.join(names)}")
+        for task in self.tasks:
+            if task.source == "users" and self.users is None:
+                raise ValueError(f"task {task.name!r}: source users needs a [users] table")
+            if task.items is not None and task.items.where and self.items is None:
+                raise ValueError(f"task {task.name!r}: items.where needs an [items] table")
+
+
+def read_config(path: str | Path) -> LogConfig:
+    """Raises FileNotFoundError, or ValueError naming the file and the key."""
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f"config must be a TOML file, {path} is missing")
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return parse_config(tomllib.loads(path.read_text(encoding="utf-8")), path.parent)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_config(values: dict[str, Any], folder: Path) -> LogConfig:
+    """A TOML document as a dict -> LogConfig; `folder` is where its files are."""
+    known = {"name": str, "events": dict, "users": dict, "items": dict, "fold": dict, "task": list}
+    _check_known(values, known, "the file")
+    for key, kind in known.items():
+        if key in values and not isinstance(values[key], kind):
+            raise ValueError(f"{key} must be a {kind.__name__}, got {values[key]!r}")
+    for key in ("name", "events"):
+        if not values.get(key):
+            raise ValueError(f"{key} is missing")
+    parts = {"events": EventsConfig, "users": UsersConfig, "items": ItemsConfig, "fold": FoldConfig}
+    given = {key: parse(cls, values[key], f"[{key}]") for key, cls in parts.items() if key in values}
+    tasks = tuple(parse(TaskConfig, task, f"[[task]] {i + 1}") for i, task in enumerate(values.get("task", [])))
+    return LogConfig(values["name"], Path(folder), tasks=tasks, **given)
+
+
+def parse(cls, values: dict[str, Any], where: str):
+    """A dict -> the dataclass `cls`; raises ValueError for unknown, missing and wrongly typed keys."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a table, got {values!r}")
+    by_name = {f.metadata["name"] or f.name: f for f in fields(cls)}
+    _check_known(values, by_name, where)
+    found = {}
+    for name, spec in by_name.items():
+        if name not in values:
+            if spec.default is dataclasses.MISSING:
+                raise ValueError(f"{where}: {name} is missing")
+            continue
+        value, types = values[name], spec.metadata["types"]
+        if types != ANY and (not isinstance(value, types) or (isinstance(value, bool) and types != YES_NO)):
+            expected = " or ".join(t.__name__ for t in types)
+            raise ValueError(f"{where}: {name} must be {expected}, got {value!r}")
+        if name == "where":
+            value = parse_conditions(value, f"{where}: where")
+        elif spec.metadata["types"] == (dict,):
+            value = parse(SubsetConfig, value, f"{where}: {name}")
+        found[spec.name] = value
+    return cls(**found)
+
+
+def _check_known(values: dict, known, where: str) -> None:
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")

@@ -1,0 +1,133 @@
+"""Labels: one value per user (a column of the users table, or a summary of events) becomes 0/1, a class or a number."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pcl_ext.data._arrow import pa, pc
+from pcl_ext.data.config import TaskConfig
+from pcl_ext.data.log import EventLog
+
+
+class Labels(NamedTuple):
+    """user [m] rows, target [m] (int64 or float32), names of the classes or None."""
+
+    user: np.ndarray
+    target: np.ndarray
+    names: list[str] | None
+
+
+def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
+    """One value per kept user: `reduce` over the user's selected events; null where there is none to reduce."""
+    label = f"task {task.name!r}"
+    start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
+    kept = log.mask(task.where, f"{label}: where", start, until) & (log.row_of[log.user.codes] >= 0)
+    if task.items is not None:
+        kept &= log.subset(task.items, f"{label}: items")[log.item.codes]
+    user = log.row_of[log.user.codes]
+    if task.reduce in ("any", "count"):
+        counts = np.bincount(user[kept], minlength=len(log.users))
+        return pa.array(counts if task.reduce == "count" else (counts > 0).astype(np.int64))
+    values = numbers(log.column(task.column, label), f"{label}: column {task.column!r}")
+    kept &= np.isfinite(values)
+    return pa.array(_reduce(task.reduce, user[kept], values[kept], len(log.users)), from_pandas=True)
+
+
+def _reduce(how: str, user: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """[count] float64, NaN for users without a value."""
+    order = np.lexsort((values, user))
+    user, values = user[order], values[order]
+    sizes = np.bincount(user, minlength=count)
+    starts = np.cumsum(sizes) - sizes
+    result = np.full(count, np.nan)
+    some = sizes > 0
+    first, last = starts[some], starts[some] + sizes[some] - 1
+    if how in ("sum", "mean"):
+        sums = np.bincount(user, weights=values, minlength=count)[some]
+        result[some] = sums if how == "sum" else sums / sizes[some]
+    elif how == "median":
+        result[some] = (values[(first + last) // 2] + values[(first + last + 1) // 2]) / 2
+    else:
+        result[some] = values[first if how == "min" else last]
+    return result
+
+
+def numbers(column: pa.ChunkedArray | pa.Array, where: str) -> np.ndarray:
+    """[n] float64, NaN for null."""
+    kind = column.type
+    if pa.types.is_decimal(kind) or pa.types.is_boolean(kind):
+        column, kind = column.cast(pa.float64() if pa.types.is_decimal(kind) else pa.int8()), pa.float64()
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise ValueError(f"{where} must hold numbers, got {kind}")
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels:
+    """values [N], one per user; train [N] bool: whose values set the edges of `bins`."""
+    label = f"task {task.name!r}"
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if len(task.ignore):
+        values = pc.if_else(_is_in(values, list(task.ignore), f"{label}: ignore"), pa.scalar(None, values.type), values)
+    if task.kind == "regression" or task.threshold is not None or task.bins is not None:
+        target, names = _from_numbers(numbers(values, f"{label}: its values"), task, train)
+    else:
+        target, names = _from_values(values, task, label)
+    user = np.flatnonzero(~np.isnan(target))
+    if not len(user):
+        raise ValueError(f"{label}: no user has a value")
+    return Labels(user, target[user].astype(np.float32 if task.kind == "regression" else np.int64), names)
+
+
+def _from_numbers(values: np.ndarray, task: TaskConfig, train: np.ndarray) -> tuple[np.ndarray, list[str] | None]:
+    values = np.where(np.isfinite(values), values, np.nan)
+    if task.kind == "regression":
+        return values, None
+    if task.threshold is not None:
+        edges = [task.threshold]
+    elif isinstance(task.bins, int):
+        known = values[train & ~np.isnan(values)]
+        if not len(known):
+            raise ValueError(f"task {task.name!r}: bins needs values of train users, got none")
+        edges = np.quantile(known, np.arange(1, task.bins) / task.bins).tolist()
+        if len(set(edges)) < len(edges):
+            raise ValueError(f"task {task.name!r}: bins = {task.bins} gives equal edges {edges}; give edges yourself")
+    else:
+        edges = task.bins
+    target = np.where(np.isnan(values), np.nan, np.searchsorted(edges, values, side="right"))
+    shown = [f"{edge:g}" for edge in edges]
+    middle = [f"{low} to {high}" for low, high in zip(shown, shown[1:], strict=False)]
+    return target, [f"below {shown[0]}", *middle, f"{shown[-1]} or more"]
+
+
+def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.ndarray, list[str]]:
+    null = values.is_null().to_numpy(zero_copy_only=False)
+    if task.positive is not None:
+        positive = task.positive if isinstance(task.positive, list) else [task.positive]
+        hit = _is_in(values, positive, f"{label}: positive").to_numpy(zero_copy_only=False)
+        return np.where(null, np.nan, hit), ["other", ", ".join(str(value) for value in positive)]
+    if task.labels is not None:
+        order = _cast(task.labels, values, f"{label}: labels")
+    else:
+        order = pc.unique(values).drop_null()
+        order = order.take(pc.array_sort_indices(order))
+    if task.kind == "binary" and len(order) != 2:
+        found = ", ".join(str(value) for value in order.to_pylist()[:5])
+        raise ValueError(f"{label}: binary needs 2 values or threshold or positive, got {len(order)}: {found}")
+    if len(order) < 2:
+        raise ValueError(f"{label}: classes needs at least 2 values, got {len(order)}")
+    target = pc.index_in(values, value_set=order).to_numpy(zero_copy_only=False).astype(np.float64)
+    return np.where(null | np.isnan(target), np.nan, target), [str(value) for value in order.to_pylist()]
+
+
+def _is_in(values: pa.Array, wanted: list, where: str) -> pa.Array:
+    return pc.is_in(values, value_set=_cast(wanted, values, where))
+
+
+def _cast(wanted: list, values: pa.Array, where: str) -> pa.Array:
+    try:
+        return pa.array(wanted).cast(values.type)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{where} must be values of the column ({values.type}), got {wanted!r}") from error

@@ -1,0 +1,138 @@
+"""A task's table: tasks/<name>.json and .parquet, or the derived next-item task."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pcl_ext.data.cache import NpyFolder, cached, identity, load
+from pcl_ext.data.parquet import Column, open_parquet, pieces
+from pcl_ext.task import TaskSpec
+
+if TYPE_CHECKING:
+    from pcl_ext.data.dataset import Dataset
+
+NEXT = "next"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """One row per target, memory-mapped.
+
+    spec    what the task is
+    user    [M] int64, the user's row in the dataset (not the id)
+    cut     [M] int32, how many events of the history the model may see
+    target  [M] int64 (item id, class, 0/1) or float32 (regression)
+    time    [M] int64 or None
+    labels  what the classes are called, where the json says so
+    """
+
+    spec: TaskSpec
+    user: np.ndarray
+    cut: np.ndarray
+    target: np.ndarray
+    time: np.ndarray | None = None
+    labels: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+def load_task(dataset: Dataset, name: str) -> TaskTable:
+    """Raises KeyError for an unknown task, ValueError for a file that breaks its promises."""
+    if name not in dataset.task_names:
+        raise KeyError(f"task must be one of {', '.join(dataset.task_names)}, got {name!r}")
+    path = dataset.path / "tasks" / f"{name}.parquet"
+    if name == NEXT and not path.exists():
+        spec, labels = _next_spec(dataset), None
+        key = identity([dataset.path / "histories.parquet"])
+        folder = cached(dataset.path, "next", key, lambda out: _build_next(dataset, out))
+    else:
+        spec, labels = _read_spec(dataset, path.with_suffix(".json"), name)
+        key = identity([path, dataset.path / "histories.parquet"], repr(spec))
+        folder = cached(dataset.path, f"task-{name}", key, lambda out: _build_table(dataset, path, spec, out))
+    arrays = {column: load(folder, column) for column in ("user", "cut", "target", "time")}
+    return TaskTable(spec, **arrays, labels=labels)
+
+
+def _next_spec(dataset: Dataset) -> TaskSpec:
+    path = dataset.path / "tasks" / f"{NEXT}.json"
+    if path.exists():
+        return _read_spec(dataset, path, NEXT)[0]
+    return TaskSpec(NEXT, "items", "the next item of a user's history", repeats=not dataset.distinct)
+
+
+def _read_spec(dataset: Dataset, path: Path, name: str) -> tuple[TaskSpec, tuple[str, ...] | None]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"must hold an object, got {type(values).__name__}")
+        labels = values.pop("labels", None)
+        for key in ("name", "kind"):
+            if key not in values:
+                raise ValueError(f"{key} is missing")
+        spec = TaskSpec.from_json(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if spec.name != name:
+        raise ValueError(f"{path}: name must be the file's, {name!r}, got {spec.name!r}")
+    count = {"binary": 2, "classes": spec.num_classes}.get(spec.kind)
+    if labels is not None and not (isinstance(labels, list) and len(labels) == count):
+        raise ValueError(f"{path}: labels must be a list of {count} names (classes and binary only), got {labels!r}")
+    if spec.catalogue is not None and max(spec.catalogue) > dataset.num_items:
+        raise ValueError(f"{path}: catalogue must hold ids 1..{dataset.num_items}, got {max(spec.catalogue)}")
+    return spec, None if labels is None else tuple(str(label) for label in labels)
+
+
+def _build_next(dataset: Dataset, out: Path) -> None:
+    with NpyFolder(out, user=np.int64, cut=np.int32, target=np.int64) as arrays:
+        for start in range(0, dataset.num_users, _CHUNK):
+            offsets = dataset.offsets[start : start + _CHUNK + 1]
+            lengths = np.diff(offsets)
+            kept = np.flatnonzero(lengths >= 2)
+            target = dataset.items[offsets[kept + 1] - 1]
+            arrays.append(user=start + kept, cut=lengths[kept] - 1, target=target)
+
+
+def _build_table(dataset: Dataset, path: Path, spec: TaskSpec, out: Path) -> None:
+    file = open_parquet(path, ("user_id", "target", "cut"))
+    timed = "time" in file.schema_arrow.names
+    dtypes = {"user": np.int64, "cut": np.int32, "target": np.float32 if spec.kind == "regression" else np.int64}
+    if timed:
+        dtypes["time"] = np.int64
+    with NpyFolder(out, **dtypes) as arrays:
+        for base, batch in pieces(file, path, ["user_id", "target", "cut"] + ["time"] * timed):
+            ids = Column(path, "user_id").integers(batch["user_id"], base)
+            user = dataset.rows_of(ids)
+            Column(path, "user_id").require(user >= 0, "a user of histories.parquet", base, ids)
+            cut = Column(path, "cut").integers(batch["cut"], base)
+            length = dataset.offsets[user + 1] - dataset.offsets[user]
+            good = (cut >= 0) & (cut <= length)
+            Column(path, "cut").require(good, "in 0..the history's length", base, cut)
+            values = {"user": user, "cut": cut, "target": _targets(dataset, path, spec, batch["target"], base)}
+            if timed:
+                values["time"] = Column(path, "time").integers(batch["time"], base)
+            arrays.append(**values)
+
+
+def _targets(dataset: Dataset, path: Path, spec: TaskSpec, array, base: int) -> np.ndarray:
+    column = Column(path, "target")
+    if spec.kind == "regression":
+        return column.floats(array, base)
+    target = column.integers(array, base)
+    if spec.kind == "items" and spec.catalogue is not None:
+        column.require(np.isin(target, spec.catalogue), "an item of the task's catalogue", base, target)
+    elif spec.kind == "items":
+        good = (target >= 1) & (target <= dataset.num_items)
+        column.require(good, f"an item id 1..{dataset.num_items}", base, target)
+    else:
+        top = (spec.num_classes or 2) - 1
+        column.require((target >= 0) & (target <= top), f"in 0..{top}", base, target)
+    return target

@@ -1,0 +1,56 @@
+"""Reading a Parquet or CSV file into memory, by default only the columns that are asked for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from pcl_ext.data._arrow import csv, pa, pq
+from pcl_ext.data.config import TableConfig
+
+_SEPARATOR = "\x1f"
+
+
+def read_table(
+    config: TableConfig, folder: Path, where: str, required: set[str], optional: Iterable[str] | None = None
+) -> pa.Table:
+    """The `required` columns and those of `optional` that are there (None: all).
+
+    Raises FileNotFoundError, or ValueError naming the TOML table, the file and the column.
+    """
+    path = folder / config.file
+    if not path.is_file():
+        raise FileNotFoundError(f"{where}: file {path} is missing")
+    if path.suffix not in (".parquet", ".pq"):
+        table = _read_csv(config, path, where)
+        return table.select(_choose(table.column_names, path, where, required, optional))
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        return file.read(columns=_choose(names, path, where, required, optional))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{where}: {path} is not a readable Parquet file: {error}") from error
+
+
+def _choose(names: list[str], path: Path, where: str, required: set[str], optional) -> list[str]:
+    if missing := sorted(required - set(names)):
+        raise ValueError(f"{where}: {path} has no column {missing[0]!r}; it has {', '.join(names)}")
+    return [name for name in names if optional is None or name in required or name in optional]
+
+
+def _read_csv(config: TableConfig, path: Path, where: str) -> pa.Table:
+    source, delimiter = str(path), config.delimiter
+    try:
+        if len(delimiter) != 1:
+            text = path.read_text(encoding=config.encoding)
+            source, delimiter = io.BytesIO(text.replace(delimiter, _SEPARATOR).encode()), _SEPARATOR
+        encoding = "utf-8" if delimiter == _SEPARATOR else config.encoding
+        return csv.read_csv(
+            source,
+            read_options=csv.ReadOptions(column_names=config.columns, encoding=encoding),
+            parse_options=csv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == _SEPARATOR else '"'),
+            convert_options=csv.ConvertOptions(strings_can_be_null=True, null_values=["", "NA", "NaN", "nan", "null"]),
+        )
+    except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
+        raise ValueError(f"{where}: {path} is not readable as CSV: {error}") from error

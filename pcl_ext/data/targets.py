@@ -1,0 +1,62 @@
+"""Targets of an items task: events of the log, what is visible before them, and what to leave out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pcl_ext.data.config import TaskConfig
+from pcl_ext.data.log import EventLog, first_of_pairs
+
+
+class ItemTargets(NamedTuple):
+    """One row per target: row of the user, code of the item, cut, and time (None where it may precede the cut)."""
+
+    user: np.ndarray
+    item: np.ndarray
+    cut: np.ndarray
+    time: np.ndarray | None
+    catalogue: np.ndarray | None
+
+
+def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
+    """Raises ValueError where no target is left."""
+    label = f"task {task.name!r}"
+    start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
+    kept = log.mask(task.where, f"{label}: where", start, until) & (log.row_of[log.user.codes] >= 0)
+    catalogue = None
+    if task.items is not None:
+        catalogue = log.subset(task.items, f"{label}: items")
+        kept &= catalogue[log.item.codes]
+    chosen = np.flatnonzero(kept)
+    chosen = chosen[np.argsort(log.rank[chosen])]
+    user, item = log.row_of[log.user.codes[chosen]], log.item.codes[chosen]
+    if task.cut == "end":
+        cut = log.offsets[user + 1] - log.offsets[user]
+        first = first_of_pairs(user, item, len(log.item))
+    else:
+        cut = np.searchsorted(log.rank[log.history], log.rank[chosen]) - log.offsets[user]
+        first = np.flatnonzero(cut > 0)
+    chosen, user, item, cut = chosen[first], user[first], item[first], cut[first]
+    if not task.repeats:
+        fresh = ~_visible(log, user, item, cut)
+        chosen, user, item, cut = chosen[fresh], user[fresh], item[fresh], cut[fresh]
+    if task.pick != "all":
+        side = np.diff(user, prepend=-1) if task.pick == "first" else np.diff(user, append=-1)
+        picked = side != 0
+        chosen, user, item, cut = chosen[picked], user[picked], item[picked], cut[picked]
+    if not len(user):
+        raise ValueError(f"{label}: no event satisfies where, from, until and items")
+    after = task.cut == "before" or (start is not None and log.until is not None and start >= log.until)
+    return ItemTargets(user, item, cut, log.time[chosen] if after and log.config.events.time else None, catalogue)
+
+
+def _visible(log: EventLog, user: np.ndarray, item: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    """[m] bool: the item is among the first `cut` of the user's history."""
+    owner = log.row_of[log.user.codes[log.history]]
+    width = len(log.item)
+    keys, first = np.unique(owner * width + log.item.codes[log.history], return_index=True)
+    wanted = user * width + item
+    at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return (keys[at] == wanted) & (first[at] - log.offsets[user] < cut)

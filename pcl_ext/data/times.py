@@ -1,0 +1,101 @@
+"""Times of a log as int64: raw integers as they are, everything else in microseconds since 1970 (UTC)."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+import numpy as np
+
+from pcl_ext.data._arrow import pa, pc
+
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def is_date(value: Any) -> bool:
+    return isinstance(value, dt.date)  # a datetime is one, too
+
+
+def parse_time(value: Any, where: str) -> int | dt.datetime:
+    """A TOML date, datetime, ISO string or raw integer -> int or an aware datetime (UTC where no zone is given)."""
+    if isinstance(value, bool) or not isinstance(value, int | str | dt.date):
+        raise ValueError(f"{where} must be a date or an integer, got {value!r}")
+    if isinstance(value, int):
+        return value
+    try:
+        date = dt.datetime.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"{where} must be a date as in 2011-09-10, got {value!r}") from None
+    if not isinstance(date, dt.datetime):
+        date = dt.datetime(date.year, date.month, date.day)
+    return date if date.tzinfo else date.replace(tzinfo=dt.timezone.utc)
+
+
+class TimeColumn:
+    """The times of all events, [n] int64, and their unit, so that dates can be compared with them."""
+
+    def __init__(self, column: pa.ChunkedArray, unit: str, time_format: str | None, where: str):
+        if unit not in _PER_SECOND:
+            raise ValueError(f"{where}_unit must be one of {', '.join(_PER_SECOND)}, got {unit!r}")
+        if column.null_count:
+            raise ValueError(f"{where}: {column.null_count} of {len(column)} times are null; leave them out by `where`")
+        self.where = where
+        if pa.types.is_integer(column.type):
+            self.unit, self.values = unit, column.cast(pa.int64()).to_numpy()
+        elif pa.types.is_floating(column.type):  # keeps fractions: whole microseconds
+            self.unit = "us"
+            scaled = column.to_numpy().astype(np.float64) * (10**6 / _PER_SECOND[unit])
+            if not np.isfinite(scaled).all():
+                raise ValueError(f"{where} must be finite, got NaN or infinite times")
+            self.values = np.round(scaled).astype(np.int64)
+        else:
+            self.unit, self.values = "us", _microseconds(column, time_format, where)
+
+    def bound(self, value: Any, where: str) -> int | None:
+        """The first raw time that is not before `value`; None for None."""
+        if value is None:
+            return None
+        date = parse_time(value, where)
+        if isinstance(date, int):
+            return date
+        seconds = (date - dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)) / dt.timedelta(microseconds=1) / 10**6
+        bound = round(seconds * _PER_SECOND[self.unit])
+        largest = int(np.abs(self.values).max(initial=0))
+        if largest > 10**11 * _PER_SECOND[self.unit]:
+            text = f"times reach {largest}, which is no date in {self.unit!r}"
+            raise ValueError(f"{where} is a date, but {text}; give [events] time_unit")
+        return bound
+
+
+def _microseconds(column: pa.ChunkedArray, time_format: str | None, where: str) -> np.ndarray:
+    kind = column.type
+    try:
+        if pa.types.is_dictionary(kind):
+            column = column.cast(kind.value_type)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            if time_format is not None:
+                column = pc.strptime(column, format=time_format, unit="us")
+            else:
+                column = _from_iso(column)
+        if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
+            raise ValueError(f"{where} must be integers, timestamps, dates or text, got {kind}")
+        zone = getattr(column.type, "tz", None)
+        return column.cast(pa.timestamp("us", zone), safe=False).cast(pa.int64()).to_numpy()
+    except pa.ArrowException as error:
+        raise ValueError(f"{where} ({kind}) is not a time: {error}") from error
+
+
+def _from_iso(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    try:
+        return column.cast(pa.timestamp("us"))
+    except pa.ArrowInvalid:
+        return column.cast(pa.timestamp("us", "UTC"))
+
+
+def to_date_column(column: pa.ChunkedArray, value: Any) -> tuple[pa.ChunkedArray, Any]:
+    """A temporal column and a date value (or a list of them) as microseconds, comparable."""
+    values = value if isinstance(value, list) else [value]
+    dates = [parse_time(v, "the value") for v in values]
+    micro = [round((d - dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)) / dt.timedelta(microseconds=1)) for d in dates]
+    column = column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=False).cast(pa.int64())
+    return column, micro if isinstance(value, list) else micro[0]
