@@ -28,7 +28,7 @@ def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str =
     cost = lengths.clamp(min=1)
     order = shuffled[torch.argsort(cost[shuffled], descending=True, stable=True)]
     alone = int((cost > max_tokens).sum())
-    batches = list(order[:alone].split(1)) + _fill(cost, order[alone:], max_tokens)
+    batches = [order[i : i + 1] for i in range(alone)] + _fill(cost, order[alone:], max_tokens)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
