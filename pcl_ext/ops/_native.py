@@ -1,4 +1,4 @@
-"""The compiled module: present, absent (PyTorch only) or broken, which is loud."""
+"""The compiled module: present, absent (PyTorch only) or broken, which is loud. What the ops need to call it."""
 
 from importlib.util import find_spec
 
@@ -10,8 +10,10 @@ if find_spec("pcl_ext._C") is None:  # PyTorch-only install
 else:
     from pcl_ext import _C as C  # a broken build must raise here
 
-FUSED_FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+LIBRARY = torch.library.Library("pcl_ext", "FRAGMENT")
+SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # csrc/isa.h
 IMPLS = ("auto", "fused", "reference")
+BEST_ISA = -1
 
 
 def has_fused() -> bool:
@@ -26,7 +28,7 @@ def native_status() -> str:
     return f"{C.__file__}, {C.compiler()}, instruction sets {', '.join(C.isas())}, using {C.isas()[-1]}"
 
 
-def use_fused(impl: str, tensor: Tensor, dtypes: tuple = FUSED_FLOATS) -> bool:
+def use_fused(impl: str, tensor: Tensor, dtypes=tuple(SCALARS)) -> bool:
     """Choose the path for tensor: auto takes the fused one when it can, fused takes it or raises."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
@@ -36,5 +38,47 @@ def use_fused(impl: str, tensor: Tensor, dtypes: tuple = FUSED_FLOATS) -> bool:
     if impl == "fused" and not can:
         if C is None:
             raise RuntimeError("impl='fused' needs the compiled module pcl_ext._C, which is not built")
-        raise TypeError(f"impl='fused' runs on cpu tensors of {dtypes}, got {tensor.dtype} on {tensor.device}")
+        names = ", ".join(str(d)[6:] for d in dtypes) or "all"
+        raise TypeError(f"impl='fused' takes cpu tensors of {names}, got {str(tensor.dtype)[6:]} on {tensor.device}")
     return can
+
+
+def define(name: str, schema: str, kernel, fake, autograd: type[torch.autograd.Function] | None = None) -> None:
+    """Register pcl_ext::name: its schema, its CPU kernel where the module is there, its fake and its autograd rule."""
+    LIBRARY.define(name + schema)
+    if C is not None:
+        LIBRARY.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"pcl_ext::{name}", fake, lib=LIBRARY)
+    if autograd is not None:
+        LIBRARY.impl(name, lambda *args: autograd.apply(*args), "Autograd")
+
+
+def call(op, *args):
+    """op(*args), past its autograd layer where no gradient is wanted: that layer costs more than a small op."""
+    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if wanted or torch.compiler.is_compiling():
+        return op(*args)
+    return below_autograd(op, *args)
+
+
+def below_autograd(op, *args):
+    """The op's kernel, from inside its autograd rule."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's data begins; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def packed_rows(tensor: Tensor, first: int) -> Tensor:
+    """tensor itself where its dimensions from `first` on are contiguous, else a contiguous copy."""
+    if tensor.is_contiguous():
+        return tensor
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[first:]), reversed(tensor.stride()[first:])):
+        if size != 1 and stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor

@@ -14,6 +14,7 @@ from pcl_ext.ops._check import (
     check_shape,
     check_tensor,
 )
+from pcl_ext.ops._native import C, address, define
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,22 +68,62 @@ def attention_plan(
     Raises ValueError or TypeError naming what is wrong.
     """
     check_layout(offsets, prefix_offsets, prefix_index, "offsets", offsets)
-    check_offset_values("offsets", offsets, None, "")
-    if prefix_offsets is not None:
-        check_offset_values("prefix_offsets", prefix_offsets, None, "")
-        if prefix_index is not None:
-            check_range("prefix_index", prefix_index, -1, len(prefix_offsets) - 2)
-    index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     return AttentionPlan(
         offsets=offsets,
         prefix_offsets=prefix_offsets,
-        prefix_index=index,
-        work=reference.attention_plan(offsets, prefix_offsets, index),
+        prefix_index=resolve_prefix_index(offsets, prefix_offsets, prefix_index),
+        work=work_list(offsets, prefix_offsets, prefix_index),
         batch=offsets.shape[0] - 1,
         num_prefixes=0 if prefix_offsets is None else prefix_offsets.shape[0] - 1,
         total=int(offsets[-1]),
         prefix_total=0 if prefix_offsets is None else int(prefix_offsets[-1]),
     )
+
+
+def work_list(offsets, prefix_offsets, prefix_index, total: int = -1, prefix_total: int = -1) -> Tensor:
+    """The checked work list; offsets must end at total and prefix_offsets at prefix_total unless these are -1."""
+    index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
+    if C is not None and offsets.device.type == "cpu":
+        return torch.ops.pcl_ext.attention_plan(offsets, prefix_offsets, index, total, prefix_total)
+    _check_values(offsets, prefix_offsets, index, total, prefix_total)
+    return reference.attention_plan(offsets, prefix_offsets, index)
+
+
+def _check_values(offsets, prefix_offsets, prefix_index, total: int, prefix_total: int) -> None:
+    check_offset_values("offsets", offsets, None if total < 0 else total, "len(q)")
+    if prefix_offsets is not None:
+        end = None if prefix_total < 0 else prefix_total
+        check_offset_values("prefix_offsets", prefix_offsets, end, "len(prefix_k)")
+        check_range("prefix_index", prefix_index, -1, prefix_offsets.shape[0] - 2)
+
+
+def kernel(offsets, prefix_offsets, prefix_index, total, prefix_total):
+    """The work list, built by the compiled module."""
+    work = fake(offsets, prefix_offsets, prefix_index, total, prefix_total)
+    offsets = offsets.contiguous()
+    prefix_offsets = None if prefix_offsets is None else prefix_offsets.contiguous()
+    prefix_index = None if prefix_index is None else prefix_index.contiguous()
+    num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
+    pointers = map(address, (offsets, prefix_offsets, prefix_index, work))
+    if not C.attention_plan(*pointers, offsets.shape[0] - 1, num_prefixes, total, prefix_total):
+        _check_values(offsets, prefix_offsets, prefix_index, total, prefix_total)
+        raise AssertionError("the kernel refused what its rules allow")
+    return work
+
+
+def fake(offsets, prefix_offsets, prefix_index, total, prefix_total):
+    """A work list, unfilled: its size follows from the number of histories and prefixes."""
+    batch = offsets.shape[0] - 1
+    num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
+    return offsets.new_empty(5 * batch + 2 * num_prefixes + 5)
+
+
+define(
+    "attention_plan",
+    "(Tensor offsets, Tensor? prefix_offsets, Tensor? prefix_index, int total, int prefix_total) -> Tensor",
+    kernel,
+    fake,
+)
 
 
 def check_layout(offsets, prefix_offsets, prefix_index, like_name: str, like: Tensor) -> None:

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from pcl_ext.ops import reference
+from pcl_ext.ops import prompt_attention_op, reference  # noqa: F401  (the first registers the op)
 from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, reads_values
-from pcl_ext.ops._native import use_fused
-from pcl_ext.ops.attention_plan import AttentionPlan, attention_plan, check_layout
+from pcl_ext.ops._native import call, use_fused
+from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, resolve_prefix_index, work_list
 
 
 def prompt_attention(
@@ -35,14 +35,19 @@ def prompt_attention(
     q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
     _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index)
     check_layout(offsets, prefix_offsets, prefix_index, "q", q)
-    if plan is None:
-        plan = attention_plan(offsets, prefix_offsets, prefix_index)
+    if plan is not None:
+        _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k)
+        work = plan.work
     else:
-        _check_plan(plan, offsets, prefix_offsets, prefix_index)
-    _check_totals(plan, q, prefix_k)
-    use_fused(impl, q)
+        work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], 0 if prefix_k is None else prefix_k.shape[0])
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    if use_fused(impl, q):
+        num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
+        numbers = (offsets.shape[0] - 1, num_prefixes, causal, scale)
+        return call(torch.ops.pcl_ext.prompt_attention.default, q, k, v, prefix_k, prefix_v, work, *numbers)[0]
+    index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     return reference.prompt_attention(
-        q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, plan.prefix_index, causal=causal, scale=scale
+        q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, index, causal=causal, scale=scale
     )
 
 
@@ -60,6 +65,8 @@ def _autocast(*tensors):
 
 def _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index) -> None:
     check_tensor("q", q, 3, FLOATS)
+    if q.shape[2] == 0:
+        raise ValueError(f"q must have a head width d of at least 1, got shape {tuple(q.shape)}")
     for name, value in (("k", k), ("v", v)):
         check_tensor(name, value, 3)
         check_like(name, value, "q", q)
@@ -80,7 +87,7 @@ def _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index) -> No
         check_shape(name, value, (prefix_k.shape[0], *q.shape[1:]), "[M, H, d]")
 
 
-def _check_plan(plan, offsets, prefix_offsets, prefix_index) -> None:
+def _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k) -> None:
     if not isinstance(plan, AttentionPlan):
         raise TypeError(f"plan must be an AttentionPlan, got {type(plan).__name__}")
     pairs = [("offsets", offsets, plan.offsets), ("prefix_offsets", prefix_offsets, plan.prefix_offsets)]
@@ -92,9 +99,6 @@ def _check_plan(plan, offsets, prefix_offsets, prefix_index) -> None:
         same = given is not None and planned is not None and given.shape == planned.shape
         if not same or (reads_values(given) and not torch.equal(given, planned)):
             raise ValueError(f"plan must be made from the same {name}, got a plan of other {name}")
-
-
-def _check_totals(plan: AttentionPlan, q: Tensor, prefix_k: Tensor | None) -> None:
     if plan.total != q.shape[0]:
         raise ValueError(f"offsets must end at len(q) = {q.shape[0]}, got {plan.total}")
     if prefix_k is not None and plan.prefix_total != prefix_k.shape[0]:

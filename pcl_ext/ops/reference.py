@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK_ROWS = 256  # csrc/attention_plan.h
+
 
 def prompt_attention(
     q,
@@ -48,18 +50,28 @@ def prompt_attention(
 
 
 def attention_plan(offsets: Tensor, prefix_offsets: Tensor | None, prefix_index: Tensor | None) -> Tensor:
-    """The work list of csrc/attention_plan.h: [B + 1] offsets, [R + 1] prefix offsets, [B] prefix of each history,
-    [B] histories by falling cost, [B] histories by prefix (-1 first), [R + 1] where each prefix begins among those."""
+    """The work list of csrc/attention_plan.h: which runs of histories, grouped by prefix, are worked on together."""
+    batch = offsets.shape[0] - 1
     if prefix_offsets is None:
-        prefix_offsets = offsets.new_zeros(1)
-    if prefix_index is None:
-        prefix_index = offsets.new_full((len(offsets) - 1,), -1)
+        prefix_offsets, prefix_index = offsets.new_zeros(1), offsets.new_full((batch,), -1)
     length = offsets.diff()
-    padded = torch.cat([prefix_offsets.diff(), offsets.new_zeros(1)])  # index -1: no prefix
-    order = torch.argsort(-length * (2 * padded[prefix_index] + length), stable=True)
-    by_prefix = torch.argsort(prefix_index, stable=True)
-    begins = torch.searchsorted(prefix_index[by_prefix], torch.arange(len(prefix_offsets), device=offsets.device))
-    return torch.cat([offsets, prefix_offsets, prefix_index, order, by_prefix, begins])
+    shared = torch.cat([prefix_offsets.diff(), offsets.new_zeros(1)])[prefix_index]  # index -1: the 0 at the end
+    members = torch.argsort(prefix_index, stable=True)
+    prefix, rows = prefix_index[members], length[members]
+    block = (rows.cumsum(0) - rows) // CHUNK_ROWS
+    begins = torch.ones(batch, dtype=torch.bool, device=offsets.device)
+    begins[1:] = (prefix.diff() != 0) | (block.diff() != 0)
+    chunk_begin = begins.nonzero()[:, 0]
+    chunks = len(chunk_begin)
+    cost = torch.zeros(chunks, dtype=torch.float64, device=offsets.device)
+    cost.index_add_(0, begins.cumsum(0) - 1, (length * (2 * shared + length))[members].double())
+    order = torch.argsort(cost, descending=True, stable=True)
+    numbers = torch.arange(max(batch, prefix_offsets.shape[0]), device=offsets.device)
+    prefix_chunk = torch.searchsorted(prefix[chunk_begin], numbers[: prefix_offsets.shape[0]])
+    chunk_begin = torch.cat([chunk_begin, offsets.new_full((batch + 1 - chunks,), batch)])
+    order = torch.cat([order, numbers[chunks:batch]])
+    tail = [members, chunk_begin, order, prefix_chunk, offsets.new_full((1,), chunks)]
+    return torch.cat([offsets, prefix_offsets, prefix_index, *tail])
 
 
 def embed(items, offsets, table, position=None, prompt=None, prompt_index=None) -> Tensor:

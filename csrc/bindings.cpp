@@ -1,0 +1,181 @@
+// The only file that knows Python. Addresses and sizes come in; nothing is converted, allocated or checked here: the
+// one caller is the op that has just checked.
+#include <nanobind/nanobind.h>
+
+#include "attention_plan.h"
+#include "embed.h"
+#include "gather_histories.h"
+#include "isa.h"
+#include "plan_batches.h"
+#include "prompt_attention.h"
+#include "to_packed.h"
+#include "to_padded.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+pcl::Isa choose(int isa) { return isa < 0 ? pcl::best_isa() : static_cast<pcl::Isa>(isa); }
+
+struct AttentionCall {
+  pcl::AttentionArgs args;
+  pcl::Scalar dtype;
+  pcl::Isa isa;
+  int threads;
+};
+
+// numbers: T, M, H, d, B, R, then row and head strides of q, k, v, prefix_k, prefix_v.
+AttentionCall attention_call(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype, int isa,
+                             int threads) {
+  const auto number = [&](int i) { return nb::cast<int64_t>(numbers[i]); };
+  const auto rows = [&](int i) {
+    return pcl::AttentionRows{at(nb::cast<uintptr_t>(pointers[i])), number(6 + 2 * i), number(7 + 2 * i)};
+  };
+  const pcl::AttentionPlan plan =
+      pcl::read_plan(at<const int64_t>(nb::cast<uintptr_t>(pointers[5])), number(4), number(5));
+  return {
+      {plan, rows(0), rows(1), rows(2), rows(3), rows(4), number(0), number(1), number(2), number(3), scale, causal},
+      static_cast<pcl::Scalar>(dtype),
+      choose(isa),
+      threads};
+}
+
+void prompt_attention_fwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype, int isa,
+                          int threads, uintptr_t out, uintptr_t lse) {
+  const AttentionCall call = attention_call(pointers, numbers, causal, scale, dtype, isa, threads);
+  const nb::gil_scoped_release release;
+  pcl::prompt_attention_fwd_cpu(call.args, at(out), at(lse), call.dtype, call.isa, call.threads);
+}
+
+void prompt_attention_bwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype, int isa,
+                          int threads, nb::tuple grad_pointers, int64_t grad_row, int64_t grad_head) {
+  const AttentionCall call = attention_call(pointers, numbers, causal, scale, dtype, isa, threads);
+  const auto pointer = [&](int i) { return at(nb::cast<uintptr_t>(grad_pointers[i])); };
+  const int64_t dim = call.args.head_dim;
+  const pcl::AttentionGrads grads{{pointer(0), grad_row, grad_head},
+                                  {pointer(1), call.args.num_heads * dim, dim},
+                                  pointer(2),
+                                  pointer(3),
+                                  pointer(4),
+                                  pointer(5),
+                                  pointer(6),
+                                  pointer(7)};
+  const nb::gil_scoped_release release;
+  pcl::prompt_attention_bwd_cpu(call.args, grads, call.dtype, call.isa, call.threads);
+}
+
+bool attention_plan(uintptr_t offsets, uintptr_t prefix_offsets, uintptr_t prefix_index, uintptr_t work, int64_t batch,
+                    int64_t num_prefixes, int64_t total, int64_t prefix_total) {
+  return pcl::attention_plan_cpu(at<const int64_t>(offsets), at<const int64_t>(prefix_offsets),
+                                 at<const int64_t>(prefix_index), at<int64_t>(work), batch, num_prefixes, total,
+                                 prefix_total);
+}
+
+struct EmbedCall {
+  pcl::EmbedRows rows;
+  pcl::EmbedShape shape;
+};
+
+// numbers: T, B, D, table rows, max_len, K, P, row strides of table, position and grad_out.
+EmbedCall embed_call(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers) {
+  const auto number = [&](int i) { return nb::cast<int64_t>(numbers[i]); };
+  return {
+      {at(items), wide_items, at<const int64_t>(offsets), at<const int64_t>(prompt_index)},
+      {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9)}};
+}
+
+bool embed_fwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers,
+               uintptr_t table, uintptr_t position, uintptr_t prompt, uintptr_t out, int dtype, int threads) {
+  const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
+  const nb::gil_scoped_release release;
+  if (!pcl::embed_check_cpu(call.rows, call.shape, position != 0)) return false;
+  pcl::embed_fwd_cpu(call.rows, at(table), at(position), at(prompt), at(out), call.shape,
+                     static_cast<pcl::Scalar>(dtype), threads);
+  return true;
+}
+
+bool embed_bwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers,
+               uintptr_t grad_out, uintptr_t grad_table, uintptr_t grad_position, uintptr_t grad_prompt, int dtype,
+               int threads) {
+  const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
+  const nb::gil_scoped_release release;
+  if (!pcl::embed_check_cpu(call.rows, call.shape, grad_position != 0)) return false;
+  pcl::embed_bwd_cpu(call.rows, at(grad_out), at(grad_table), at(grad_position), at(grad_prompt), call.shape,
+                     static_cast<pcl::Scalar>(dtype), threads);
+  return true;
+}
+
+bool to_packed(uintptr_t padded, uintptr_t offsets, uintptr_t packed, int64_t batch, int64_t max_seqlen, int64_t total,
+               int64_t row_bytes, int64_t row_stride, int64_t history_stride, int threads) {
+  const pcl::PaddedShape shape{batch, max_seqlen, total, row_bytes, row_bytes, row_stride, history_stride};
+  const nb::gil_scoped_release release;
+  if (!pcl::padded_check_cpu(at<const int64_t>(offsets), shape)) return false;
+  pcl::to_packed_cpu(at<const char>(padded), at<const int64_t>(offsets), at<char>(packed), shape, threads);
+  return true;
+}
+
+bool to_padded(uintptr_t packed, uintptr_t offsets, uintptr_t padding, uintptr_t padded, int64_t batch,
+               int64_t max_seqlen, int64_t total, int64_t row_bytes, int64_t packed_stride, int threads) {
+  const pcl::PaddedShape shape{batch, max_seqlen, total, row_bytes, packed_stride, row_bytes, max_seqlen * row_bytes};
+  const nb::gil_scoped_release release;
+  if (!pcl::padded_check_cpu(at<const int64_t>(offsets), shape)) return false;
+  pcl::to_padded_cpu(at<const char>(packed), at<const int64_t>(offsets), at<const char>(padding), at<char>(padded),
+                     shape, threads);
+  return true;
+}
+
+pcl::StoredHistories stored_histories(uintptr_t values, uintptr_t offsets, int64_t num_values, int64_t num_histories,
+                                      int64_t value_bytes) {
+  return {at<const char>(values), at<const int64_t>(offsets), num_values, num_histories, value_bytes};
+}
+
+bool gather_offsets(uintptr_t values, uintptr_t offsets, int64_t num_values, int64_t num_histories, int64_t value_bytes,
+                    uintptr_t rows, uintptr_t cut, int64_t count, int64_t max_len, uintptr_t packed_offsets) {
+  const auto stored = stored_histories(values, offsets, num_values, num_histories, value_bytes);
+  const pcl::PickedRows picked{at<const int64_t>(rows), at<const int64_t>(cut), count, max_len};
+  const nb::gil_scoped_release release;
+  return pcl::gather_offsets_cpu(stored, picked, at<int64_t>(packed_offsets));
+}
+
+void gather_histories(uintptr_t values, uintptr_t offsets, int64_t num_values, int64_t num_histories,
+                      int64_t value_bytes, uintptr_t rows, uintptr_t cut, int64_t count, int64_t max_len,
+                      uintptr_t packed_offsets, uintptr_t packed, int threads) {
+  const auto stored = stored_histories(values, offsets, num_values, num_histories, value_bytes);
+  const pcl::PickedRows picked{at<const int64_t>(rows), at<const int64_t>(cut), count, max_len};
+  const nb::gil_scoped_release release;
+  pcl::gather_histories_cpu(stored, picked, at<const int64_t>(packed_offsets), at<char>(packed), threads);
+}
+
+bool plan_batches(uintptr_t costs, int64_t count, int64_t capacity, int64_t num_bins, uintptr_t bins) {
+  const nb::gil_scoped_release release;
+  return pcl::plan_batches_cpu(at<const int64_t>(costs), count, capacity, num_bins, at<int64_t>(bins));
+}
+
+// Names of the instruction sets this machine can run, narrowest first; a name's place is its number.
+nb::list isas() {
+  nb::list names;
+  for (int i = 0; i <= static_cast<int>(pcl::best_isa()); ++i) names.append(pcl::isa_name(static_cast<pcl::Isa>(i)));
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(_C, m) {
+  m.def("attention_plan", &attention_plan);
+  m.def("prompt_attention_fwd", &prompt_attention_fwd);
+  m.def("prompt_attention_bwd", &prompt_attention_bwd);
+  m.def("embed_fwd", &embed_fwd);
+  m.def("embed_bwd", &embed_bwd);
+  m.def("to_packed", &to_packed);
+  m.def("to_padded", &to_padded);
+  m.def("gather_offsets", &gather_offsets);
+  m.def("gather_histories", &gather_histories);
+  m.def("plan_batches", &plan_batches);
+  m.def("isas", &isas);
+  m.def("compiler", [] { return "g++ " __VERSION__; });
+}

@@ -1,0 +1,160 @@
+#include "../prompt_attention.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../parallel.h"
+#include "prompt_attention_tasks.h"
+#include "scalar.h"
+
+namespace pcl {
+namespace {
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<void, Free>;
+
+Memory allocate(int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  void* memory = std::aligned_alloc(kLine, (bytes + kLine) / kLine * kLine);
+  if (!memory) throw std::bad_alloc();
+  return Memory(memory);
+}
+
+// A thread's working memory, kept between calls while it is small: fresh pages cost as much as the work on them.
+void* scratch(int64_t bytes) {
+  thread_local Memory memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    memory = allocate(bytes);
+    size = bytes;
+  }
+  return memory.get();
+}
+
+AttentionKernels kernels_of(Scalar dtype, Isa isa) {
+#ifdef PCL_X86
+  if (dtype != Scalar::kDouble && isa == Isa::kAvx512) return attention_kernels_avx512(dtype);
+  if (dtype != Scalar::kDouble && isa == Isa::kAvx2) return attention_kernels_avx2(dtype);
+#endif
+  static_cast<void>(isa);
+  return attention_kernels_baseline(dtype);
+}
+
+int64_t accumulator_bytes(Scalar dtype) { return dtype == Scalar::kDouble ? 8 : 4; }
+
+int64_t longest(const int64_t* offsets, int64_t count) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = offsets[i + 1] - offsets[i] > most ? offsets[i + 1] - offsets[i] : most;
+  return most;
+}
+
+int threads_of(const AttentionArgs& args, int64_t most_keys, int threads) {
+  return threads_for(args.total * args.num_heads * args.head_dim * (1 + most_keys / 2), threads);
+}
+
+int64_t chunk_prefix(const AttentionPlan& plan, int64_t chunk) {
+  return plan.prefix_index[plan.members[plan.chunk_begin[chunk]]];
+}
+
+// Room for the prefix sums of every chunk and head, [p, padded d] each, and their way into the gradients.
+class Partials {
+ public:
+  Partials(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype)
+      : args_(args), dtype_(dtype), dim_(pad_up(args.head_dim)), begin_(args.plan.num_chunks + 1, 0) {
+    const AttentionPlan& plan = args.plan;
+    for (int64_t c = 0; c < plan.num_chunks; ++c) {
+      const int64_t r = chunk_prefix(plan, c);
+      begin_[c + 1] = begin_[c] + (r < 0 ? 0 : plan.prefix_offsets[r + 1] - plan.prefix_offsets[r]);
+    }
+    const int64_t bytes = begin_[plan.num_chunks] * args.num_heads * dim_ * accumulator_bytes(dtype);
+    if (grads.grad_prefix_k) k_ = allocate(bytes);
+    if (grads.grad_prefix_v) v_ = allocate(bytes);
+  }
+
+  PrefixSums at(int64_t chunk, int64_t head) const {
+    const int64_t rows = begin_[chunk] * args_.num_heads + head * (begin_[chunk + 1] - begin_[chunk]);
+    const int64_t byte = rows * dim_ * accumulator_bytes(dtype_);
+    const auto piece = [byte](const Memory& memory) {
+      return memory ? static_cast<char*>(memory.get()) + byte : nullptr;
+    };
+    return {piece(k_), piece(v_)};
+  }
+
+  // Adds up the chunks of prefix r, in order, and writes one head of its gradients.
+  template <class A, class T>
+  void reduce(const AttentionGrads& grads, int64_t r, int64_t head) const {
+    if (grads.grad_prefix_k) reduce_one<A>(static_cast<T*>(grads.grad_prefix_k), r, head, &PrefixSums::k);
+    if (grads.grad_prefix_v) reduce_one<A>(static_cast<T*>(grads.grad_prefix_v), r, head, &PrefixSums::v);
+  }
+
+ private:
+  template <class A, class T>
+  void reduce_one(T* grad, int64_t r, int64_t head, void* PrefixSums::* which) const;
+
+  const AttentionArgs& args_;
+  Scalar dtype_;
+  int64_t dim_;
+  std::vector<int64_t> begin_;  // prefix rows of the chunks before
+  Memory k_, v_;
+};
+
+template <class A, class T>
+void Partials::reduce_one(T* grad, int64_t r, int64_t head, void* PrefixSums::* which) const {
+  const AttentionPlan& plan = args_.plan;
+  const int64_t begin = plan.prefix_offsets[r], length = plan.prefix_offsets[r + 1] - begin;
+  const int64_t first = plan.prefix_chunk[r], last = plan.prefix_chunk[r + 1];
+  A* sums = first < last ? static_cast<A*>(at(first, head).*which) : nullptr;
+  for (int64_t chunk = first + 1; chunk < last; ++chunk) {
+    const A* more = static_cast<const A*>(at(chunk, head).*which);
+    for (int64_t i = 0; i < length * dim_; ++i) sums[i] += more[i];
+  }
+  for (int64_t i = 0; i < length; ++i) {
+    T* to = grad + ((begin + i) * args_.num_heads + head) * args_.head_dim;
+    for (int64_t c = 0; c < args_.head_dim; ++c) narrow(sums ? sums[i * dim_ + c] : A{0}, to + c);
+  }
+}
+
+}  // namespace
+
+void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* lse, Scalar dtype, Isa isa, int threads) {
+  const AttentionPlan& plan = args.plan;
+  const int64_t length = longest(plan.offsets, plan.batch), shared = longest(plan.prefix_offsets, plan.num_prefixes);
+  const int64_t bytes = fwd_scratch(length, shared, args.head_dim) * accumulator_bytes(dtype);
+  const AttentionKernels kernels = kernels_of(dtype, isa);
+  parallel_for(plan.num_chunks * args.num_heads, threads_of(args, length + shared, threads), [&](int64_t task) {
+    kernels.fwd(args, out, lse, {plan.chunk_order[task / args.num_heads], task % args.num_heads, scratch(bytes)});
+  });
+}
+
+void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
+                              int threads) {
+  const AttentionPlan& plan = args.plan;
+  const int64_t length = longest(plan.offsets, plan.batch), shared = longest(plan.prefix_offsets, plan.num_prefixes);
+  const int64_t bytes = bwd_scratch(length, shared, args.head_dim) * accumulator_bytes(dtype);
+  const AttentionKernels kernels = kernels_of(dtype, isa);
+  const Partials partials(args, grads, dtype);
+  threads = threads_of(args, length + shared, threads);
+  parallel_for(plan.num_chunks * args.num_heads, threads, [&](int64_t task) {
+    const AttentionTask at{plan.chunk_order[task / args.num_heads], task % args.num_heads, scratch(bytes)};
+    kernels.bwd(args, grads, partials.at(at.chunk, at.head), at);
+  });
+  parallel_for(plan.num_prefixes * args.num_heads, threads, [&](int64_t task) {
+    const int64_t r = task / args.num_heads, head = task % args.num_heads;
+    switch (dtype) {
+      case Scalar::kDouble:
+        return partials.reduce<double, double>(grads, r, head);
+      case Scalar::kBfloat16:
+        return partials.reduce<float, Bfloat16>(grads, r, head);
+      default:
+        return partials.reduce<float, float>(grads, r, head);
+    }
+  });
+}
+
+}  // namespace pcl

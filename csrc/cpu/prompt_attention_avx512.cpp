@@ -1,0 +1,10 @@
+#include "prompt_attention_bwd_kernel.h"
+
+namespace pcl {
+
+AttentionKernels attention_kernels_avx512(Scalar dtype) {
+  using Float = Simd<float, 64, 6, 4>;
+  return dtype == Scalar::kBfloat16 ? kernels_of<Float, Bfloat16>() : kernels_of<Float, float>();
+}
+
+}  // namespace pcl

@@ -1,0 +1,216 @@
+// Backward of one chunk and head, once per instruction set. See ../prompt_attention.h for what is computed.
+//
+// A history is taken in blocks of kQueryRows rows. A block's probabilities P and their gradients dS are kept whole,
+// then every asked-for gradient is one product with them. Row tiles and key tiles start at multiples of the same
+// number, so a key tile that begins at or before a row tile needs no column of it that has not been written.
+#pragma once
+
+#include "prompt_attention_kernel.h"
+
+namespace pcl {
+namespace {
+
+// Which columns have to be known, from which gradients were asked for.
+struct Wanted {
+  bool own, own_ds, shared_ds;
+
+  Wanted(const AttentionGrads& grads, PrefixSums sums)
+      : own(grads.grad_q || grads.grad_k || grads.grad_v),
+        own_ds(grads.grad_q || grads.grad_k),
+        shared_ds(grads.grad_q || sums.k) {}
+};
+
+template <class A>
+struct History {
+  int64_t begin, length, width;  // width: columns of own keys
+  A *keys_t, *values_t;
+  Rows<A> query, keys, grad_out;
+};
+
+// Rows i0 .. i1 - 1 of a history: P and dS, [rows, score_row] each.
+template <class A>
+struct Block {
+  int64_t i0, i1, score_row;
+  A *p, *ds;
+};
+
+template <class S, class T>
+History<typename S::A> load_history(const AttentionArgs& args, const AttentionGrads& grads, const Wanted& wanted,
+                                    int64_t begin, int64_t length, const AttentionTask& task,
+                                    Pieces<typename S::A>& pieces) {
+  using A = typename S::A;
+  const int64_t dim = args.head_dim, wide = S::round_up(dim);
+  History<A> history{begin, length, wanted.own ? S::round_up(length) : 0, nullptr, nullptr, {}, {}, {}};
+  const T *k = row<T>(args.k, begin, task.head), *v = row<T>(args.v, begin, task.head);
+  if (wanted.own) {
+    history.keys_t = pieces.take(dim * history.width);
+    transpose(k, args.k.row_stride, length, dim, history.keys_t, history.width);
+    history.keys = as_rows<S>(k, args.k.row_stride, length, dim, pieces.take(length * wide));
+  }
+  if (wanted.own_ds) {
+    history.values_t = pieces.take(dim * history.width);
+    transpose(v, args.v.row_stride, length, dim, history.values_t, history.width);
+  }
+  history.query =
+      as_rows<S>(row<T>(args.q, begin, task.head), args.q.row_stride, length, dim, pieces.take(length * wide));
+  history.grad_out = as_rows<S>(row<T>(grads.grad_out, begin, task.head), grads.grad_out.row_stride, length, dim,
+                                pieces.take(length * wide));
+  return history;
+}
+
+// One row: scores to P = exp(score - lse), and grad_out v^T in ds to dS = scale * P * (ds - dot). Hidden columns become
+// 0.
+template <class S>
+void probability_row(typename S::A* p, typename S::A* ds, int64_t width, int64_t ds_begin, int64_t ds_end,
+                     Columns columns, int64_t own_seen, typename S::A lse, typename S::A dot, typename S::A scale) {
+  using V = typename S::V;
+  const V shift = S::fill(lse), centre = S::fill(dot), factor = S::fill(scale);
+  for (int64_t c = 0; c < width; c += S::kLanes) S::store(p + c, exp_v<S>(S::load(p + c) - shift));
+  for (int64_t c = ds_begin; c < ds_end; c += S::kLanes) {
+    S::store(ds + c, factor * (S::load(p + c) * (S::load(ds + c) - centre)));
+  }
+  columns.hidden(own_seen, width, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) p[c] = ds[c] = 0;
+  });
+}
+
+template <class S, class T>
+void fill_block(const AttentionArgs& args, const AttentionGrads& grads, const Wanted& wanted,
+                const Prefix<typename S::A>& prefix, const History<typename S::A>& history,
+                const Block<typename S::A>& block, const AttentionTask& task) {
+  using A = typename S::A;
+  constexpr int R = S::kTileRows;
+  const int64_t dim = args.head_dim;
+  const A scale = static_cast<A>(args.scale), one = 1;
+  const Columns columns{prefix.length, prefix.width};
+  for (int64_t i = block.i0; i < block.i1; i += R) {
+    const int64_t rows = block.i1 - i < R ? block.i1 - i : R, seen = args.causal ? i + rows : history.length;
+    const int64_t own_width = wanted.own ? S::round_up(seen) : 0, width = prefix.width + own_width;
+    A *p = block.p + (i - block.i0) * block.score_row, *ds = block.ds + (i - block.i0) * block.score_row;
+    const A* query = history.query.data + i * history.query.stride;
+    const A* grad_out = history.grad_out.data + i * history.grad_out.stride;
+    const auto product = [&](const A* a, int64_t a_row, const A* b, int64_t b_row, int64_t count, A* c, A factor) {
+      const Factor<A> pair{a, b, b_row, dim};
+      if (count) multiply<S>({a_row, 1, block.score_row, factor, false}, &pair, 1, rows, count, c);
+    };
+    product(query, history.query.stride, prefix.keys_t, prefix.width, prefix.width, p, scale);
+    product(query, history.query.stride, history.keys_t, history.width, own_width, p + prefix.width, scale);
+    const int64_t ds_begin = wanted.shared_ds ? 0 : prefix.width, ds_end = wanted.own_ds ? width : prefix.width;
+    if (wanted.shared_ds) {
+      product(grad_out, history.grad_out.stride, prefix.values_t, prefix.width, prefix.width, ds, one);
+    }
+    if (wanted.own_ds) {
+      product(grad_out, history.grad_out.stride, history.values_t, history.width, own_width, ds + prefix.width, one);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t t = history.begin + i + r;
+      const T* out = row<T>(grads.out, t, task.head);
+      A dot = 0;
+      for (int64_t c = 0; c < dim; ++c) dot += grad_out[r * history.grad_out.stride + c] * widen(out[c]);
+      const int64_t own_seen = !wanted.own ? 0 : args.causal ? i + r + 1 : history.length;
+      probability_row<S>(p + r * block.score_row, ds + r * block.score_row, width, ds_begin, ds_end, columns, own_seen,
+                         static_cast<const A*>(grads.lse)[t * args.num_heads + task.head], dot, scale);
+    }
+  }
+}
+
+// grad_q of the block's rows: dS times the keys they saw.
+template <class S, class T>
+void add_grad_q(const AttentionArgs& args, const AttentionGrads& grads, const Prefix<typename S::A>& prefix,
+                const History<typename S::A>& history, const Block<typename S::A>& block, const AttentionTask& task,
+                typename S::A* scratch) {
+  using A = typename S::A;
+  constexpr int R = S::kTileRows;
+  const int64_t dim = args.head_dim, wide = S::round_up(dim), grad_row = args.num_heads * dim;
+  for (int64_t i = block.i0; i < block.i1; i += R) {
+    const int64_t rows = block.i1 - i < R ? block.i1 - i : R, seen = args.causal ? i + rows : history.length;
+    const A* ds = block.ds + (i - block.i0) * block.score_row;
+    T* to = static_cast<T*>(grads.grad_q) + (history.begin + i) * grad_row + task.head * dim;
+    const Sink<S, T> sink(to, grad_row, rows, dim, scratch);
+    const Factor<A> parts[2] = {{ds, prefix.keys.data, prefix.keys.stride, prefix.length},
+                                {ds + prefix.width, history.keys.data, history.keys.stride, seen}};
+    multiply<S>({block.score_row, 1, sink.stride, 1, false}, parts, 2, rows, wide, sink.data);
+    sink.flush();
+  }
+}
+
+// to[key] (+)= sum over the block's rows i that see the key of weight[i, key] * rows[i].
+template <class S, class T>
+void add_to_keys(bool causal, const History<typename S::A>& history, const Block<typename S::A>& block,
+                 const typename S::A* weight, Rows<typename S::A> rows, const Sink<S, T>& to) {
+  using A = typename S::A;
+  constexpr int R = S::kTileRows;
+  const int64_t keys = causal ? block.i1 : history.length, wide = S::round_up(to.dim);
+  for (int64_t j = 0; j < keys; j += R) {
+    const int64_t count = keys - j < R ? keys - j : R, from = causal && j > block.i0 ? j : block.i0;
+    const Factor<A> pair{weight + (from - block.i0) * block.score_row + j, rows.data + from * rows.stride, rows.stride,
+                         block.i1 - from};
+    const bool add = causal ? j < block.i0 : block.i0 > 0;
+    multiply<S>({1, block.score_row, to.stride, 1, add}, &pair, 1, count, wide, to.data + j * to.stride);
+  }
+}
+
+// sums[key] += sum over the block's rows of weight[i, key] * rows[i], for the prefix keys.
+template <class S>
+void add_to_prefix(const AttentionArgs& args, const Prefix<typename S::A>& prefix, const Block<typename S::A>& block,
+                   const typename S::A* weight, Rows<typename S::A> rows, void* sums) {
+  using A = typename S::A;
+  const int64_t wide = S::round_up(args.head_dim);
+  const Factor<A> pair{weight, rows.data + block.i0 * rows.stride, rows.stride, block.i1 - block.i0};
+  multiply<S>({1, block.score_row, pad_up(args.head_dim), 1, true}, &pair, 1, prefix.length, wide,
+              static_cast<A*>(sums));
+}
+
+template <class S, class T>
+void bwd_history(const AttentionArgs& args, const AttentionGrads& grads, PrefixSums sums, const Wanted& wanted,
+                 const Prefix<typename S::A>& prefix, int64_t begin, int64_t length, const AttentionTask& task,
+                 Pieces<typename S::A> pieces) {
+  using A = typename S::A;
+  const int64_t dim = args.head_dim, wide = S::round_up(dim), grad_row = args.num_heads * dim;
+  const History<A> history = load_history<S, T>(args, grads, wanted, begin, length, task, pieces);
+  const int64_t score_row = prefix.width + history.width, first = begin * grad_row + task.head * dim;
+  const int64_t most_rows = length < kQueryRows ? length : kQueryRows;
+  A *p = pieces.take(most_rows * score_row), *ds = pieces.take(most_rows * score_row);
+  A* scratch = pieces.take(S::kTileRows * wide);
+  const auto sink = [&](void* grad) {
+    T* to = grad ? static_cast<T*>(grad) + first : nullptr;
+    return Sink<S, T>(to, grad_row, length, dim, pieces.take(length * wide));
+  };
+  const Sink<S, T> grad_k = sink(grads.grad_k), grad_v = sink(grads.grad_v);
+  for (int64_t i0 = 0; i0 < length; i0 += kQueryRows) {
+    const Block<A> block{i0, length - i0 < kQueryRows ? length : i0 + kQueryRows, score_row, p, ds};
+    fill_block<S, T>(args, grads, wanted, prefix, history, block, task);
+    if (grads.grad_q) add_grad_q<S, T>(args, grads, prefix, history, block, task, scratch);
+    if (grads.grad_k) add_to_keys<S, T>(args.causal, history, block, ds + prefix.width, history.query, grad_k);
+    if (grads.grad_v) add_to_keys<S, T>(args.causal, history, block, p + prefix.width, history.grad_out, grad_v);
+    if (sums.k) add_to_prefix<S>(args, prefix, block, ds, history.query, sums.k);
+    if (sums.v) add_to_prefix<S>(args, prefix, block, p, history.grad_out, sums.v);
+  }
+  if (grads.grad_k) grad_k.flush();
+  if (grads.grad_v) grad_v.flush();
+}
+
+template <class S, class T>
+void bwd_task(const AttentionArgs& args, const AttentionGrads& grads, PrefixSums sums, const AttentionTask& task) {
+  using A = typename S::A;
+  Pieces<A> pieces{static_cast<A*>(task.scratch)};
+  const AttentionPlan& plan = args.plan;
+  const Wanted wanted(grads, sums);
+  const Prefix<A> prefix = load_prefix<S, T>(args, task, pieces, wanted.shared_ds);
+  const int64_t sum_bytes = prefix.length * pad_up(args.head_dim) * static_cast<int64_t>(sizeof(A));
+  if (sums.k) std::memset(sums.k, 0, sum_bytes);
+  if (sums.v) std::memset(sums.v, 0, sum_bytes);
+  if (!wanted.own && prefix.length == 0) return;
+  for (int64_t m = plan.chunk_begin[task.chunk]; m < plan.chunk_begin[task.chunk + 1]; ++m) {
+    const int64_t b = plan.members[m], begin = plan.offsets[b], length = plan.offsets[b + 1] - begin;
+    if (length) bwd_history<S, T>(args, grads, sums, wanted, prefix, begin, length, task, pieces);
+  }
+}
+
+template <class S, class T>
+AttentionKernels kernels_of() {
+  return {fwd_task<S, T>, bwd_task<S, T>};
+}
+
+}  // namespace
+}  // namespace pcl

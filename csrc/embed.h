@@ -1,0 +1,44 @@
+// embed: item, position and tail-prompt rows of packed histories, added up.
+//
+//   items         [T]          int32 or int64
+//   offsets       [B + 1]      int64
+//   table         [V + 1, D]   by row stride
+//   position      [max_len, D] by row stride; null for none
+//   prompt        [K, P, D]    contiguous; null for none
+//   prompt_index  [B]          int64, -1 for none; null: all histories use prompt 0
+//   out           [T, D]       table[items[t]] + position[r] + prompt[prompt_index[b], P - 1 - r], r steps before the
+//   end of b;
+//                              no prompt where r >= P
+// Backward: each row of a gradient is the sum over the rows that read it, in their order, taken in double.
+// Values are checked here, before anything is read through them; shapes, dtypes, strides and device by the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace pcl {
+
+struct EmbedShape {
+  int64_t total, batch, dim, table_rows, max_len, num_prompts, prompt_len;
+  int64_t table_stride, position_stride, grad_stride;
+};
+
+struct EmbedRows {
+  const void* items;
+  bool wide_items;  // int64
+  const int64_t *offsets, *prompt_index;
+};
+
+// Whether offsets run from 0 to total without falling, ids lie in the table, histories fit the positions and prompt
+// numbers are in -1..K-1.
+bool embed_check_cpu(const EmbedRows& rows, const EmbedShape& shape, bool positions);
+
+void embed_fwd_cpu(const EmbedRows& rows, const void* table, const void* position, const void* prompt, void* out,
+                   const EmbedShape& shape, Scalar dtype, int threads);
+
+// grad_out [T, D] by grad_stride; gradients contiguous, null where not asked for.
+void embed_bwd_cpu(const EmbedRows& rows, const void* grad_out, void* grad_table, void* grad_position,
+                   void* grad_prompt, const EmbedShape& shape, Scalar dtype, int threads);
+
+}  // namespace pcl

@@ -1,0 +1,48 @@
+// prompt_attention: packed histories attend to shared prefixes and to themselves.
+//
+//   q, k, v              [T, H, d]   by row and head stride, contiguous in d
+//   prefix_k, prefix_v   [M, H, d]   the same; null without a prefix
+//   plan                             see attention_plan.h
+//   out                  [T, H, d]   row i of history b attends to all of prefix_index[b] and to rows <= i of b (all
+//   rows
+//                                    of b when not causal): softmax(scale * q k^T) v
+//   lse                  [T, H]      log of the softmax's denominator, kept for backward; float, double for double
+// Backward, with P the softmax and D_i = sum(grad_out_i * out_i):
+//   grad_v = P^T grad_out,  dS = scale * P * (grad_out v^T - D),  grad_q = dS k,  grad_k = dS^T q
+// Sums are taken in float (double for double). A chunk of the plan sums the prefix gradients of its histories, chunks
+// are added in the order of their numbers: the same bits whatever the threads. A history's rows are computed from that
+// history and its prefix alone, by steps that depend on their lengths alone: the same bits in any company. The caller
+// has checked shapes, dtypes, strides and device; the plan was checked when it was made.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_plan.h"
+#include "isa.h"
+
+namespace pcl {
+
+struct AttentionRows {
+  const void* data;
+  int64_t row_stride, head_stride;  // in elements
+};
+
+struct AttentionArgs {
+  AttentionPlan plan;
+  AttentionRows q, k, v, prefix_k, prefix_v;
+  int64_t total, prefix_total, num_heads, head_dim;
+  double scale;
+  bool causal;
+};
+
+struct AttentionGrads {
+  AttentionRows grad_out, out;
+  const void* lse;
+  void *grad_q, *grad_k, *grad_v, *grad_prefix_k, *grad_prefix_v;  // contiguous; null where not asked for
+};
+
+void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* lse, Scalar dtype, Isa isa, int threads);
+void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
+                              int threads);
+
+}  // namespace pcl
