@@ -11,7 +11,7 @@ from pcl_ext.data.dataset import Dataset
 from pcl_ext.data.parquet import row_of
 from pcl_ext.data.table import NEXT, TaskTable
 
-_EVENTS = 1 << 22
+_EVENTS = 1 << 21
 
 
 def check(dataset: Dataset | str | Path) -> None:
@@ -84,10 +84,11 @@ def _check_times(dataset: Dataset, table: TaskTable, file: Path) -> None:
 
 def _check_unseen(dataset: Dataset, table: TaskTable, file: Path) -> None:
     """No target among items[:cut]: per chunk of users, the first position of each target is looked up."""
-    order = np.argsort(table.user, kind="stable")
-    users = table.user[order]
+    order = None if _increasing(table.user) else np.argsort(table.user, kind="stable")
+    users = table.user if order is None else table.user[order]
     for start, end in user_chunks(dataset):
-        rows = order[np.searchsorted(users, start) : np.searchsorted(users, end)]
+        rows = np.arange(np.searchsorted(users, start), np.searchsorted(users, end))
+        rows = rows if order is None else order[rows]
         if not len(rows):
             continue
         low, high = dataset.offsets[start], dataset.offsets[end]
@@ -101,6 +102,10 @@ def _check_unseen(dataset: Dataset, table: TaskTable, file: Path) -> None:
             at = int(bad[0])
             rule = f"target must not be among the first {int(table.cut[rows[at]])} items of the history"
             raise ValueError(f"{file}: {rule}, got {int(table.target[rows[at]])} in row {int(rows[at])}")
+
+
+def _increasing(values: np.ndarray) -> bool:
+    return all((np.diff(values[start : start + _EVENTS + 1]) >= 0).all() for start in range(0, len(values), _EVENTS))
 
 
 def _keys(dataset: Dataset, user: np.ndarray, item: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`pcl prepare synthetic`: users whose latent factors drive their histories and, partly shared, all tasks (world.py)."""
+"""`pcl prepare synthetic`: users whose latent factors drive their histories and, partly shared, all tasks."""
 
 from __future__ import annotations
 
