@@ -200,9 +200,10 @@ def _read(path: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
     _same_names(file, content.tensors, entry["tensors"], "the manifest")
     for name, tensor in content.tensors.items():
         got = {"dtype": dtype_name(tensor), "shape": list(tensor.shape), "sha256": content.hashes[name]}
-        for key, want in entry["tensors"][name].items():
-            if got[key] != want:
-                raise damaged(file, f"tensor {name!r} has {key} {got[key]}, the manifest says {want}")
+        want = entry["tensors"][name]
+        for key in ("dtype", "shape", "sha256"):
+            if got[key] != want[key]:
+                raise damaged(file, f"tensor {name!r} has {key} {got[key]}, the manifest says {want[key]}")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise damaged(file, f"tensor {name!r} holds NaN or infinity")
     if (content.sha256, content.size) != (entry["sha256"], entry["bytes"]):

@@ -1,0 +1,260 @@
+"""One file of tensors: there and back, every flipped or missing byte found, hostile headers refused."""
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from pcl_ext.store import StoreError, hash_tensor, load_tensors, save_tensors
+from pcl_ext.store.atomic import temporary
+from pcl_ext.store.tensor_file import DTYPES, canonical, sign
+
+SHAPES = [[], [0], [1], [3, 0, 2], [2, 3]]
+METADATA = {"epoch": 3, "best": 0.1, "names": ["ä", None, True], "nested": {"seed": -1}}
+
+
+def example():
+    return {
+        "w": torch.arange(6.0).view(2, 3),
+        "step": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+        "mask": torch.ones(3) > 0,
+    }
+
+
+def header_of(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def rebuild(path, header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, example(), METADATA)
+    return path
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
+def test_there_and_back(tmp_path, dtype, shape):
+    tensor = torch.randint(0, 2, shape).to(dtype) if dtype == torch.bool else (torch.randn(shape) * 50).to(dtype)
+    save_tensors(tmp_path / "a", {"x": tensor, "other": torch.ones(3)}, METADATA)
+    tensors, metadata = load_tensors(tmp_path / "a")
+    assert metadata == METADATA
+    assert tensors["x"].dtype == dtype
+    assert torch.equal(tensors["x"], tensor)
+    assert torch.equal(load_file(tmp_path / "a")["x"], tensor)  # any safetensors reader reads it
+
+
+def test_keeps_nan_and_the_sign_of_zero(tmp_path):
+    save_tensors(tmp_path / "a", {"x": torch.tensor([torch.nan, -0.0, torch.inf])})
+    got = load_tensors(tmp_path / "a")[0]["x"]
+    assert got.view(torch.int32).tolist() == torch.tensor([torch.nan, -0.0, torch.inf]).view(torch.int32).tolist()
+
+
+def test_strided_shared_and_grad_tensors(tmp_path):
+    base = torch.randn(4, 6, requires_grad=True)
+    tensors = {"a": base, "b": base, "t": base.t(), "part": base[1:3, ::2]}
+    save_tensors(tmp_path / "a", tensors)
+    got, _ = load_tensors(tmp_path / "a")
+    assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+    assert not any(tensor.requires_grad for tensor in got.values())
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    save_tensors(tmp_path / "a", example(), METADATA)
+    save_tensors(tmp_path / "b", dict(reversed(example().items())), dict(reversed(METADATA.items())))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_hash_knows_dtype_shape_and_bytes_and_nothing_else():
+    x = torch.arange(6.0).view(2, 3)
+    same = [x.clone(), x.t().contiguous().t(), torch.nn.Parameter(x)]
+    other = [x.view(3, 2), x.double(), x.view(torch.int32), -x, x + 1, torch.tensor(0.0), torch.tensor([0.0])]
+    assert {hash_tensor(t) for t in same} == {hash_tensor(x)}
+    assert len({hash_tensor(t) for t in [x, *other]}) == len(other) + 1
+    assert hash_tensor(torch.tensor(0.0)) != hash_tensor(torch.tensor(-0.0))
+
+
+def test_a_flipped_bit_in_any_byte_is_found(file):
+    data = file.read_bytes()
+    survived = 0
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            tensors, metadata = load_tensors(file)
+        except StoreError:
+            continue
+        survived += 1
+        assert metadata == METADATA
+        assert {n: hash_tensor(t) for n, t in tensors.items()} == {n: hash_tensor(t) for n, t in example().items()}
+    assert survived < 8  # blanks that pad the header to eight bytes, turned into another kind of blank
+
+
+def test_a_flipped_bit_names_its_tensor(file):
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1  # bool is the narrowest dtype and comes last, w before it
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match=r"a\.safetensors tensor 'w' .*sha256 differs; restore"):
+        load_tensors(file)
+
+
+def test_any_missing_end_is_found(file):
+    data = file.read_bytes()
+    for length in range(len(data)):
+        file.write_bytes(data[:length])
+        with pytest.raises(StoreError, match=r"a\.safetensors"):
+            load_tensors(file)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=400), length=st.integers(0, 400))
+def test_noise_is_refused(tmp_path_factory, data, length):
+    path = tmp_path_factory.getbasetemp() / "noise"
+    path.write_bytes(length.to_bytes(8, "little") + data)
+    with pytest.raises(StoreError, match="noise"):
+        load_tensors(path)
+
+
+def altered(name, **changes):
+    def change(header, data):
+        header[name].update(changes)
+        return header, data
+
+    return change
+
+
+def twice(header, data):
+    text = json.dumps(header)
+    return text.replace('"w"', '"step"').encode(), data
+
+
+HOSTILE = {
+    "key twice": (twice, "header"),
+    "negative shape": (altered("w", shape=[-2, -3]), "tensor 'w'"),
+    "bool in shape": (altered("w", shape=[True, 6]), "tensor 'w'"),
+    "shape too large": (altered("w", shape=[2**40, 2**40]), "tensor 'w'"),
+    "empty, but too large": (altered("empty", shape=[0, 2**62, 2**62]), "tensor 'empty'"),
+    "unknown dtype": (altered("w", dtype="F8"), "tensor 'w'"),
+    "other dtype": (altered("w", dtype="I32"), "tensor 'w'.*sha256"),
+    "other shape": (altered("w", shape=[3, 2]), "tensor 'w'.*sha256"),
+    "overlap": (altered("w", data_offsets=[0, 24]), "tensor 'w'"),
+    "gap": (altered("step", data_offsets=[8, 16]), "tensor 'empty' .* not at 0"),
+    "offsets not integers": (altered("w", data_offsets=[8.0, 32.0]), "tensor 'w'"),
+    "offsets text": (altered("w", data_offsets="ab"), r"header|tensor 'w'"),
+    "key too many": (altered("w", more=1), "tensor 'w'"),
+    "entry no object": (lambda h, d: (h | {"w": 3}, d), "header"),
+    "renamed": (lambda h, d: ({("v" if k == "w" else k): v for k, v in h.items()}, d), "tensor 'v'"),
+    "tensor left out": (lambda h, d: ({k: v for k, v in h.items() if k != "empty"}, d), "tensor 'empty' is missing"),
+    "no metadata": (lambda h, d: ({k: v for k, v in h.items() if k != "__metadata__"}, d), "header"),
+    "metadata no text": (lambda h, d: (h | {"__metadata__": {"pcl_ext": 3}}, d), "header"),
+    "header no object": (lambda h, d: (b"[1, 2]", d), "header"),
+    "header not JSON": (lambda h, d: (b"{", d), "header"),
+    "header not UTF-8": (lambda h, d: (b"\xff\xfe", d), "header"),
+    "header deep": (lambda h, d: (b"[" * 200_000, d), "header"),
+    "header NaN": (lambda h, d: (b'{"w": NaN}', d), "header"),
+    "bytes left": (lambda h, d: (h, d + b"x"), "1 bytes that belong to no tensor"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_refuses_hostile_files(file, case):
+    change, message = HOSTILE[case]
+    rebuild(file, *change(*header_of(file)))
+    with pytest.raises(StoreError, match=rf"a\.safetensors.*{message}"):
+        load_tensors(file)
+
+
+def test_refuses_bools_that_are_neither(file):
+    header, data = header_of(file)
+    data = data[:-1] + b"\x02"
+    body = json.loads(header["__metadata__"]["pcl_ext"])
+    mask = torch.frombuffer(bytearray(data[-3:]), dtype=torch.bool)
+    body["tensors"]["mask"] = hash_tensor(mask)
+    del body["sha256"]
+    header["__metadata__"]["pcl_ext"] = canonical(sign(body, ""))
+    rebuild(file, header, data)
+    with pytest.raises(StoreError, match="tensor 'mask' holds bytes that are neither"):
+        load_tensors(file)
+
+
+def test_refuses_another_format(file):
+    header, data = header_of(file)
+    body = json.loads(header["__metadata__"]["pcl_ext"]) | {"format": 2}
+    del body["sha256"]
+    header["__metadata__"]["pcl_ext"] = canonical(sign(body, ""))
+    rebuild(file, header, data)
+    with pytest.raises(StoreError, match="has format 2, this pcl_ext reads 1; update pcl_ext"):
+        load_tensors(file)
+
+
+def test_refuses_what_is_no_file_of_ours(tmp_path):
+    save_file({"x": torch.zeros(3)}, tmp_path / "plain")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in {
+        "plain": "not ours",
+        "pipe": "not a regular",
+        "none": "is missing",
+        ".": "not a regular",
+    }.items():
+        with pytest.raises(StoreError, match=message):
+            load_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"x": torch.zeros(2, dtype=torch.complex64)}, {}, "got torch.complex64; convert it"),
+        ({"x": 3}, {}, "must map names to tensors, got 'x': int"),
+        ({3: torch.zeros(1)}, {}, "must map names to tensors, got 3"),
+        ({"__metadata__": torch.zeros(1)}, {}, "must map names"),
+        ({}, {"loss": float("nan")}, "metadata must be JSON"),
+        ({}, {"path": object()}, "metadata must be JSON"),
+    ],
+)
+def test_refuses_to_save(file, tensors, metadata, message):
+    before = file.read_bytes()
+    with pytest.raises(StoreError, match=message):
+        save_tensors(file, tensors, metadata)
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_the_old_file(file, step, monkeypatch):
+    before = file.read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="no space"):
+        save_tensors(file, {"x": torch.ones(3)})
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_leftovers_go_and_the_files_of_others_stay(file):
+    ours = file.parent / ".pcl-0123456789abcdef.tmp"
+    others = [
+        file.parent / name for name in ("x.tmp", ".pcl-notes.tmp", ".pcl-0123456789abcdef.tmp.bak", "y.safetensors")
+    ]
+    for path in [ours, *others]:
+        path.write_text("mine")
+    with temporary(file.parent) as busy:  # another process, in the middle of a save
+        save_tensors(file, example())
+        assert os.path.exists(busy.name)
+    assert not ours.exists()
+    assert all(path.exists() for path in others)
