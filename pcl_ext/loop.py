@@ -21,11 +21,15 @@ from pcl_ext.metrics import higher_is_better
 class LoopConfig:
     """Settings of one training run.
 
-    epochs              at most this many passes over the training users
-    patience            stop after so many epochs without a better validation metric; the best epoch's weights are kept
-    batch_tokens        packed rows a step
-    precision           float32, or bfloat16 (mixed: weights and optimiser stay float32)
-    checkpoint_seconds  how often a step is followed by a checkpoint, where a path is given; 0 is after every step
+    Args:
+        epochs: at most this many passes over the training users
+        patience: stop after so many epochs without a better validation metric; the best epoch's weights are kept
+        batch_tokens: packed rows a step
+        learning_rate: of AdamW
+        weight_decay: of AdamW
+        precision: float32, or bfloat16 (mixed: weights and optimiser stay float32)
+        seed: of everything random
+        checkpoint_seconds: how often a step is followed by a checkpoint, where there is a place for one
     """
 
     epochs: int = 60

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pcl_ext import infer
 from pcl_ext.batch import PackedBatch
-from pcl_ext.data import Dataset, iterate, plan
+from pcl_ext.data import FOLDS, Dataset, iterate, plan
 from pcl_ext.loop import LoopConfig, Problem, fit
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel, task_loss
 from pcl_ext.store import hash_tensor
@@ -21,10 +22,11 @@ NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
 
 @dataclass(frozen=True)
 class PretrainConfig(LoopConfig):
-    """Settings of `pretrain`: those of a training loop, and
+    """Settings of `pretrain`.
 
-    full_softmax  catalogues up to this size use the exact softmax
-    negatives     larger ones a sampled softmax with logQ correction, with so many items drawn for each step
+    Args:
+        full_softmax: catalogues up to this size use the exact softmax
+        negatives: larger ones a sampled softmax with logQ correction, with so many items drawn for each step
     """
 
     epochs: int = 100
@@ -35,9 +37,10 @@ class PretrainConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class LearnConfig(LoopConfig):
-    """Settings of `learn_task`: those of a training loop (`learning_rate` is for prompts and other memories), and
+    """Settings of `learn_task`; `learning_rate` is the one of prompts and other memories.
 
-    head_rate  learning rate of the head
+    Args:
+        head_rate: learning rate of the head
     """
 
     learning_rate: float = 1e-2
@@ -129,7 +132,7 @@ class NextItemLoss:
 
     def __init__(self, backbone: Backbone, task: Task, dataset: Dataset, config: PretrainConfig):
         self.backbone, self.task = backbone, task
-        self.counts = dataset.item_counts("train")
+        self.counts = item_counts(dataset)
         self.negatives = config.negatives if backbone.config.num_items > config.full_softmax else 0
 
     def __call__(self, batch) -> Tensor:
@@ -164,3 +167,15 @@ def shift(history: PackedBatch) -> tuple[PackedBatch, Tensor]:
     lengths = (history.lengths - 1).clamp_min(0)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return PackedBatch.from_packed(history.items[~last], offsets), history.items[~first]
+
+
+def item_counts(dataset: Dataset) -> Tensor:
+    """[V + 1] int64: how often each item occurs in the train users' histories."""
+    counts = np.zeros(dataset.num_items + 1, dtype=np.int64)
+    train = dataset.fold == FOLDS.index("train")
+    for first in range(0, dataset.num_users, 100_000):
+        offsets = dataset.offsets[first : first + 100_001]
+        events = dataset.items[offsets[0] : offsets[-1]]
+        keep = np.repeat(train[first : first + 100_000], np.diff(offsets))
+        counts += np.bincount(events[keep], minlength=len(counts))
+    return torch.from_numpy(counts)

@@ -20,11 +20,14 @@ def _at_least(owner: object, **minimum: float) -> None:
 class BackboneConfig:
     """Shape of the shared encoder.
 
-    num_items   V, item ids are 1..V
-    dim         D, a multiple of num_heads
-    ffn_dim     width of the feed-forward layers; None is 4 D
-    max_len     how many of the newest events of a history count
-    dropout     on embeddings and residual branches, while pretraining only
+    Args:
+        num_items: V, item ids are 1..V
+        dim: D, width of the embeddings and layers, a multiple of num_heads
+        num_heads: attention heads of a layer
+        num_layers: layers
+        ffn_dim: width of the feed-forward layers; null is 4 D
+        max_len: how many of the newest events of a history count
+        dropout: on embeddings and residual branches, while pretraining only
     """
 
     num_items: int
@@ -49,16 +52,17 @@ class BackboneConfig:
 class MemoryConfig:
     """What one task stores.
 
-    placement     where its prompt goes: tail (added to the last embeddings, Eq. 1), prefix, both or none
-    prompt_len    t, rows of each prompt
-    readout       what the head reads: any of last (newest state), mean (means of every layer's states),
-                  item_memory (a table of the task's own with item_width numbers an item, averaged over the history);
-                  None is last for an items task, all three for labels
-    item_width    width of the item memory
-    contextual    what the task may take from others: none, texts (their descriptions) or prompts (their stored rows)
-    tied          items only: score against the frozen item table; None ties where every item of the catalogue was
-                  trained in pretraining, and gives the task an output table of its own elsewhere
-    dropout       on the head's input, while the task learns
+    Args:
+        placement: where its prompt goes: tail (added to the last embeddings, Eq. 1), prefix, both or none
+        prompt_len: t, rows of each prompt
+        readout: what the head reads: any of last (newest state), mean (means of every layer's states), item_memory
+            (a table of the task's own with item_width numbers an item, averaged over the history); null is last for
+            an items task, all three for labels
+        item_width: width of the item memory
+        contextual: what the task takes from others: none, texts (their descriptions) or prompts (their stored rows)
+        tied: items only, score against the frozen item table; null ties where every item of the catalogue was
+            trained in pretraining, and gives the task an output table of its own elsewhere
+        dropout: on the head's input, while the task learns
     """
 
     placement: str = "tail"

@@ -1,0 +1,154 @@
+"""`pcl`: the command line, thin over the Python API. This file reads arguments, commands.py does what they say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+SOURCES = ("online-retail", "ml-1m", "events", "synthetic")
+PLACEMENTS = ("tail", "prefix", "both", "none")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0: done. 1: it ran, and what it checked does not hold. 2: it could not run, and says why."""
+    try:
+        import jsonargparse  # noqa: F401
+
+        from pcl_ext import commands
+    except ImportError as error:
+        if error.name is None or error.name.startswith("pcl_ext"):
+            raise
+        return _fail(f"the package {error.name} is missing: pip install 'pcl_ext[cli]'")
+    parser, subparsers = build_parser()
+    settings = parser.parse_args(argv)
+    name = settings.subcommand
+    values = subparsers[name].instantiate_classes(settings[name])
+    try:
+        return getattr(commands, name)(values)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        return _fail(f"pcl {name}: {error}")
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where it stopped")
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+def build_parser():
+    """The parser and those of its commands by name."""
+    from jsonargparse import ArgumentParser
+
+    from pcl_ext import __version__
+
+    parser = ArgumentParser(prog="pcl", description="Teach one frozen user model task after task.", version=__version__)
+    commands, subparsers = parser.add_subcommands(required=True, metavar="COMMAND"), {}
+    for name, (text, add_arguments) in _COMMANDS.items():
+        subparsers[name] = ArgumentParser(description=text)
+        add_arguments(subparsers[name])
+        commands.add_subcommand(name, subparsers[name], help=text)
+    return parser, subparsers
+
+
+def _prepare(parser) -> None:
+    parser.add_argument("source", choices=SOURCES, help="what to read")
+    parser.add_argument(
+        "--from", dest="folder", type=Path, help="folder with the source's files (online-retail, ml-1m)"
+    )
+    parser.add_argument("--config", type=Path, help="TOML file that describes an event log (events)")
+    parser.add_argument("--out", type=Path, required=True, help="dataset folder to write")
+    parser.add_argument("--rotate", type=int, help="fold 0..4 of the rotated split instead of the fixed one")
+    parser.add_argument("--users", type=int, default=3000, help="users to generate (synthetic)")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator (synthetic)")
+
+
+def _pretrain(parser) -> None:
+    from pcl_ext.model import BackboneConfig
+    from pcl_ext.train import PretrainConfig
+
+    parser.add_argument("dataset", type=Path, help="dataset folder")
+    parser.add_argument("--out", type=Path, required=True, help="run folder to write; an interrupted run goes on")
+    parser.add_argument("--max-len", type=int, default=200, help="how many of the newest events count")
+    parser.add_argument("--config", action="config", help="file with any of the settings below (YAML or JSON)")
+    parser.add_class_arguments(BackboneConfig, "backbone", skip={"num_items", "max_len"}, instantiate=False)
+    parser.add_class_arguments(PretrainConfig, "pretrain")
+
+
+def _learn(parser) -> None:
+    from pcl_ext.model import MemoryConfig
+    from pcl_ext.train import LearnConfig
+
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("tasks", nargs="*", type=str, help="names of tasks, learned in this order; all when left out")
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--placement", choices=PLACEMENTS, default="tail", help="where the tasks' prompts go")
+    parser.add_argument("--prompt-len", type=int, default=20, help="rows of a prompt")
+    parser.add_argument("--config", action="config", help="file with any of the settings below (YAML or JSON)")
+    skip = {"placement", "prompt_len"}
+    parser.add_class_arguments(MemoryConfig, "memory", skip=skip, instantiate=False)
+    parser.add_class_arguments(LearnConfig, "learn")
+
+
+def _evaluate(parser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--fold", choices=("test", "valid", "train"), default="test", help="whose users")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+
+
+def _predict(parser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--task", type=str, required=True, help="what to predict")
+    parser.add_argument("--k", type=int, default=10, help="how many items (items tasks)")
+
+
+def _report(parser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--out", type=Path, help="folder for the page; RUN/report when left out")
+
+
+def _verify(parser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--data", type=Path, help="dataset folder; where the run's own lies when left out")
+
+
+def _encode(parser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--data", type=Path, help="dataset folder")
+    parser.add_argument("--tasks", nargs="*", type=str, help="names of tasks")
+    parser.add_argument("--out", type=Path, help="Parquet file to write")
+
+
+def _export(parser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--task", type=str, help="name of a task")
+
+
+def _info(parser) -> None:
+    pass
+
+
+def _demo(parser) -> None:
+    parser.add_argument("--data", type=Path, help="dataset folder; synthetic users when left out")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the dataset, the run and the report")
+
+
+_COMMANDS: dict[str, tuple[str, Callable]] = {
+    "prepare": ("write a dataset folder from a source", _prepare),
+    "pretrain": ("learn the backbone by predicting the next item", _pretrain),
+    "learn": ("teach a run further tasks, one after another", _learn),
+    "evaluate": ("measure every task of a run", _evaluate),
+    "predict": ("read a JSON list of item ids a line, write a JSON object a line", _predict),
+    "encode": ("write user vectors (not in this version)", _encode),
+    "report": ("write a page with results, curves and protocol", _report),
+    "verify": ("prove that a run is whole and has forgotten nothing", _verify),
+    "export": ("write a compiled model (not in this version)", _export),
+    "info": ("say what is installed and which kernels run", _info),
+    "demo": ("from nothing to a report in a minute or two", _demo),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

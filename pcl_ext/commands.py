@@ -1,0 +1,195 @@
+"""What each command of `pcl` does with its arguments. Each returns the exit status."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from pcl_ext import __version__, data, infer, ops, run, store
+from pcl_ext.data import Dataset
+from pcl_ext.metrics import ResultMatrix
+from pcl_ext.model import MemoryConfig
+from pcl_ext.report import report as write_report
+from pcl_ext.train import LearnConfig, PretrainConfig
+
+PREDICT_LINES = 512
+
+
+def prepare(args) -> int:
+    if args.source == "events":
+        if args.config is None:
+            raise ValueError("events needs --config, a TOML file that describes the log")
+        data.prepare_events(args.config, args.out, rotate=args.rotate)
+    elif args.source == "synthetic":
+        data.prepare_synthetic(args.out, num_users=args.users, seed=args.seed, rotate=args.rotate)
+    else:
+        if args.folder is None:
+            raise ValueError(f"{args.source} needs --from, the folder with its files")
+        source = {"online-retail": data.prepare_online_retail, "ml-1m": data.prepare_ml_1m}[args.source]
+        source(args.folder, args.out, rotate=args.rotate)
+    _show_dataset(Dataset(args.out))
+    return 0
+
+
+def _show_dataset(dataset: Dataset) -> None:
+    facts = dataset.describe()
+    print(f"{dataset.path}: {len(dataset.user_id):,} users, {dataset.num_items:,} items")
+    for name in dataset.task_names:
+        print(f"  {name}: {facts['tasks'][name]}" if name in facts.get("tasks", {}) else f"  {name}")
+
+
+def pretrain(args) -> int:
+    backbone = vars(args.backbone) | {"max_len": args.max_len}
+    run.pretrain(Dataset(args.dataset), args.out, backbone, args.pretrain)
+    _print_matrix(args.out)
+    return 0
+
+
+def learn(args) -> int:
+    dataset = Dataset(args.data)
+    memory = MemoryConfig(**vars(args.memory), placement=args.placement, prompt_len=args.prompt_len)
+    learn_all(args.run, dataset, args.tasks or dataset.task_names[1:], args.learn, memory)
+    _print_matrix(args.run)
+    return 0
+
+
+def learn_all(
+    folder: Path, dataset: Dataset, tasks: list[str], config: LearnConfig | None, memory: MemoryConfig | None
+) -> None:
+    unknown = [name for name in tasks if name not in dataset.task_names]
+    if unknown:
+        raise ValueError(f"TASK must be one of {', '.join(dataset.task_names)}, got {', '.join(unknown)}")
+    for name in tasks:
+        record = run.learn(folder, dataset, name, config, memory)
+        metric = record["matrix"]["metric"][name]
+        value = ResultMatrix.from_json(record["matrix"]).value(-1, name)
+        earlier = len(record["outputs"]) - 1
+        print(f"{name}: {metric} {value:.4f}; outputs of {earlier} earlier tasks unchanged, bit for bit", flush=True)
+
+
+def evaluate(args) -> int:
+    manifest = store.read_manifest(args.run)
+    dataset = Dataset(args.data)
+    scores = infer.evaluate(store.from_pretrained(args.run), dataset, fold=args.fold)
+    record = manifest["record"]
+    result = {
+        "tasks": {name: score.metrics for name, score in scores.items()},
+        "standard_error": {name: score.standard_error for name, score in scores.items()},
+        "matrix": record["matrix"],
+        "forgetting": ResultMatrix.from_json(record["matrix"]).forgetting(),
+        "protocol": record["protocol"] | {"dataset": f"{dataset.name} {dataset.sha256}", "split": f"fold {args.fold}"},
+    }
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    for name, score in scores.items():
+        values = "  ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
+        print(f"{name:>16}  {values}  ({score.count} targets)")
+    return 0
+
+
+def predict(args) -> int:
+    model = store.from_pretrained(args.run)
+    model.task(args.task)
+    for histories in _read_histories(sys.stdin):
+        for answer in model.predict(histories, args.task, k=args.k):
+            print(json.dumps(answer))
+    return 0
+
+
+def _read_histories(lines: TextIO) -> Iterator[list[list[int]]]:
+    """Chunks of JSON lists, one a line."""
+    chunk = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            history = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} must be a JSON list of item ids, got {line.strip():.60}") from error
+        if not isinstance(history, list) or not all(type(item) is int for item in history):
+            raise ValueError(f"line {number} must be a JSON list of item ids, got {line.strip():.60}")
+        chunk.append(history)
+        if len(chunk) == PREDICT_LINES:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def encode(args) -> int:
+    print("pcl encode is not in this version; UserModel.encode gives user vectors of a batch", file=sys.stderr)
+    return 2
+
+
+def export(args) -> int:
+    print("pcl export is not in this version", file=sys.stderr)
+    return 2
+
+
+def report(args) -> int:
+    print(write_report(args.run, args.out))
+    return 0
+
+
+def verify(args) -> int:
+    found = run.verify_unchanged(args.run, Dataset(args.data) if args.data else None)
+    print(f"{args.run}: {found['tensors']} tensors match their hashes")
+    for name, state in found["tasks"].items():
+        print(f"  {name}: outputs on all test users {state}, bit for bit")
+    if found["not_checked"]:
+        print(f"  outputs not compared: {found['not_checked']}")
+    return 1 if "changed" in found["tasks"].values() else 0
+
+
+def info(args) -> int:
+    print(f"pcl_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(
+        f"processor: {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    print(f"kernels: {ops.native_status()}")
+    return 0
+
+
+def demo(args) -> int:
+    dataset = Dataset(args.data) if args.data else _demo_dataset(args.out / "dataset")
+    folder = args.out / "run"
+    print(f"users {len(dataset.user_id):,}, items {dataset.num_items:,}, tasks {', '.join(dataset.task_names)}")
+    run.pretrain(dataset, folder, DEMO_BACKBONE, PretrainConfig(epochs=DEMO_EPOCHS))
+    learn_all(folder, dataset, dataset.task_names[1:], LearnConfig(epochs=DEMO_EPOCHS), None)
+    _print_matrix(folder)
+    found = run.verify_unchanged(folder, dataset)
+    if any(state != "equal" for state in found["tasks"].values()) or found["not_checked"]:
+        print(f"outputs changed: {found}")
+        return 1
+    matrix = ResultMatrix.from_json(store.read_manifest(folder)["record"]["matrix"])
+    print(f"forgetting {matrix.forgetting()['mean']:g} (bitwise: all outputs of {len(found['tasks'])} tasks compared)")
+    _print_sizes(folder)
+    print(f"report: {write_report(folder)}")
+    return 0
+
+
+DEMO_BACKBONE: dict[str, Any] = {"dim": 32, "max_len": 50}
+DEMO_EPOCHS = 12
+
+
+def _demo_dataset(path: Path) -> Dataset:
+    if not (path / "dataset.json").exists():
+        data.prepare_synthetic(path, num_users=3000, seed=0)
+    return Dataset(path)
+
+
+def _print_matrix(folder: Path) -> None:
+    print(ResultMatrix.from_json(store.read_manifest(folder)["record"]["matrix"]).to_text())
+
+
+def _print_sizes(folder: Path) -> None:
+    model = store.from_pretrained(folder)
+    shared = sum(t.numel() for t in model.backbone.state_dict().values())
+    print(f"numbers stored: backbone {shared:,}")
+    for name, task in model.tasks.items():
+        print(f"  {name}: {sum(t.numel() for t in task.state_dict().values()):,}")

@@ -1,0 +1,170 @@
+"""A run folder from start to end: pretrain, learn task after task, measure, prove that nothing was forgotten."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcl_ext import baselines, infer, ops, store
+from pcl_ext.data import Dataset
+from pcl_ext.metrics import ResultMatrix
+from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
+from pcl_ext.train import pretrain as pretrain_model
+
+PROTOCOL = {
+    "ranking": "full, over the task's catalogue, every target, seen items not filtered",
+    "ties": "expected rank under random tie-breaking",
+    "input": "the newest max_len events of items[:cut]",
+    "forgetting": "first - last: R[j, j] - R[K, j], j earlier than K",
+}
+
+
+def pretrain(
+    dataset: Dataset, out: Path, backbone: dict[str, Any] | None = None, config: PretrainConfig | None = None
+) -> UserModel:
+    """Pretrain a backbone on the dataset's train users into a new run folder; row 1 of the result matrix.
+
+    backbone  fields of BackboneConfig other than num_items. A run that was interrupted goes on where it stopped; one
+    that is complete is returned as it is. Raises ValueError where `out` holds a run with other settings.
+    """
+    shape = BackboneConfig(dataset.num_items, **(backbone or {}))
+    config = config or PretrainConfig()
+    settings = json.loads(json.dumps({"backbone": asdict(shape), "pretrain": asdict(config)}))
+    out = Path(out)
+    if (out / "manifest.json").exists():
+        record = store.read_manifest(out)["record"]
+        _same("dataset", record["dataset"]["sha256"], dataset.sha256, out)
+        for key, value in settings.items():
+            _same(key, record["config"].get(key), value, out)
+        return store.from_pretrained(out)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoints" / "next.safetensors"
+    model, curve = pretrain_model(dataset, shape, config, checkpoint)
+    record = {
+        "dataset": _describe(dataset),
+        "protocol": PROTOCOL | {"dataset": f"{dataset.name} {dataset.sha256}", "split": "by user, fold test"},
+        "config": settings,
+        "machine": machine(),
+        "matrix": ResultMatrix().to_json(),
+        "references": {},
+        "standard_error": {},
+        "outputs": {},
+        "curves": {},
+    }
+    _measure(model, dataset, record, "next", curve)
+    store.save_pretrained(model, out, record)
+    checkpoint.unlink(missing_ok=True)
+    return model
+
+
+def learn(
+    run: Path,
+    dataset: Dataset,
+    name: str,
+    config: LearnConfig | None = None,
+    memory: MemoryConfig | None = None,
+) -> dict[str, Any]:
+    """Teach a run one task more; returns its record. The run is saved only when every earlier task still gives the
+    same bits on all test users.
+
+    A task that the run knows already is left as it is; an interrupted one goes on where it stopped.
+    """
+    run = Path(run)
+    record = store.read_manifest(run)["record"]
+    _same("dataset", record["dataset"]["sha256"], dataset.sha256, run)
+    model = store.from_pretrained(run)
+    checkpoint = run / "checkpoints" / f"{name}.safetensors"
+    if name not in model.task_names:
+        checkpoint.parent.mkdir(exist_ok=True)
+        config, memory = config or LearnConfig(), memory or MemoryConfig()
+        curve = learn_task(model, dataset, name, config, memory, checkpoint)
+        settings = json.loads(json.dumps({"memory": asdict(memory), "learn": asdict(config)}))
+        record["config"].setdefault("tasks", {})[name] = settings
+        _measure(model, dataset, record, name, curve)
+        store.save_pretrained(model, run, record)
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def _measure(model: UserModel, dataset: Dataset, record: dict[str, Any], name: str, curve: list[dict]) -> None:
+    """Add a learned task to the record: a row of the matrix, its curve, what trivial and cheap models reach."""
+    scores = infer.evaluate(model, dataset)
+    changed = changed_outputs(record, scores)
+    if changed:
+        raise AssertionError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
+    matrix = ResultMatrix.from_json(record["matrix"])
+    matrix.add(name, model.task(name).spec.metric)
+    matrix.append({task: score.metrics for task, score in scores.items()})
+    record["matrix"] = matrix.to_json()
+    record["curves"][name] = curve
+    record["outputs"][name] = scores[name].outputs
+    record["standard_error"][name] = scores[name].standard_error
+    record["references"][name] = {
+        "trivial": baselines.trivial(dataset, name),
+        "cheap": baselines.cheap(dataset, name),
+    }
+
+
+def changed_outputs(record: dict[str, Any], scores: dict[str, infer.Score]) -> list[str]:
+    """Tasks whose outputs on all test users are not, bit for bit, those of the moment they were closed."""
+    return [name for name, was in record["outputs"].items() if name in scores and scores[name].outputs != was]
+
+
+def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Prove that a run is whole and has forgotten nothing.
+
+    Checks every tensor against its hash; then, with the dataset (by default the one the run was made from, where it
+    still lies), that each task's outputs on all test users have the bits they had when the task was closed.
+    -> {"tensors": n, "tasks": {name: "equal" | "changed"}, "not_checked": reason or None}
+    """
+    checked = store.verify(run)
+    record = store.read_manifest(run)["record"]
+    answer = {"tensors": checked, "tasks": {}, "not_checked": None}
+    if dataset is None and Path(record["dataset"]["path"]).is_dir():
+        dataset = Dataset(record["dataset"]["path"])
+    if dataset is None:
+        answer["not_checked"] = f"the dataset is no longer at {record['dataset']['path']}; name it with --data"
+    elif dataset.sha256 != record["dataset"]["sha256"]:
+        answer["not_checked"] = f"{dataset.path} is not the dataset that the run was made from"
+    elif (other := _other_machine(record["machine"])) is not None:
+        answer["not_checked"] = f"bits can be compared on the machine that made the run only: {other}"
+    else:
+        scores = infer.evaluate(store.from_pretrained(run), dataset)
+        changed = changed_outputs(record, scores)
+        answer["tasks"] = {name: "changed" if name in changed else "equal" for name in scores}
+    return answer
+
+
+def machine() -> dict[str, Any]:
+    """What decides the bits of a float32 result."""
+    return {
+        "processor": platform.machine() + " " + torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "kernels": ops.native_status(),
+    }
+
+
+def _other_machine(then: dict[str, Any]) -> str | None:
+    now = machine()
+    differing = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if then.get(key) != now[key]]
+    return "; ".join(differing) or None
+
+
+def _describe(dataset: Dataset) -> dict[str, Any]:
+    users = {name: int((dataset.fold == code).sum()) for code, name in enumerate(("train", "valid", "test"))}
+    return {"name": dataset.name, "sha256": dataset.sha256, "path": str(dataset.path.resolve()), "users": users}
+
+
+def _same(what: str, then: Any, now: Any, run: Path) -> None:
+    if then != now:
+        if isinstance(then, dict) and isinstance(now, dict):
+            keys = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+            what, then, now = f"{what}.{keys[0]}", then.get(keys[0]), now.get(keys[0])
+        raise ValueError(f"{run} was made with {what} = {then!r}, this call has {now!r}; choose another run folder")
