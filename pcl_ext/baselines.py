@@ -1,0 +1,250 @@
+"""What a user model has to beat on a task: a constant (`trivial`), and a simple model that takes seconds (`cheap`).
+
+Both are measured like any model: every example of the fold, full ranking over the catalogue, seen items not filtered,
+ties by expected rank. Hyperparameters are picked on the valid fold. Where a dataset is large the cheap models learn
+from a part of the train users, and their name says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcl_ext import ops
+from pcl_ext.data import Dataset, Examples
+from pcl_ext.metrics import TaskMetrics
+from pcl_ext.task import TaskSpec
+
+NEIGHBOURS = (50, 100, 200, 500)
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # C, the inverse weight of the L2 penalty
+_MOST_NEIGHBOURS = 10_000  # train users a kNN looks at
+_MOST_REGRESSION = 20_000  # train users a regression learns from
+_MOST_VALID = 1_000
+_MOST_PAIRS = 20_000_000  # transitions a Markov chain counts
+_MOST_ITEMS = 2048  # of a history, the newest
+_SCORES = 1 << 22  # of a batch
+_SILENT = 1e-6  # popularity only orders what a model gives the same score
+
+
+def trivial(dataset: Dataset, task: str, fold: str = "test") -> dict[str, Any]:
+    """The best constant -> {"name", "metrics"}: popularity, the train users' frequencies, or their mean.
+
+    Popularity counts the targets of the train users.
+    """
+    spec, examples = dataset.task(task).spec, dataset.examples(task, fold)
+    train = dataset.examples(task, "train").target
+    if spec.kind == "items":
+        name, constant = "popularity", _popularity(dataset, spec, train)
+    elif spec.kind == "regression":
+        name, constant = "mean", train.double().mean()
+    else:
+        name = "majority"
+        share = (torch.bincount(train, minlength=spec.num_classes or 2) + 1e-9) / len(train)
+        constant = share.log() if spec.kind == "classes" else torch.logit(share[1], eps=1e-9)
+    metrics = _measure(dataset, spec, examples, lambda rows: constant.expand(len(rows), *constant.shape))
+    return {"name": name, "metrics": metrics}
+
+
+def cheap(dataset: Dataset, task: str, fold: str = "test") -> dict[str, Any]:
+    """The simple model of the task's kind -> {"name", "metrics"}.
+
+    next: first-order Markov chain. Other items tasks: nearest train users by the cosine of their sets of items.
+    Labels: logistic regression, and values: ridge regression, on the bag of items.
+    """
+    spec = dataset.task(task).spec
+    if task == "next":
+        model = Markov(dataset, spec)
+    elif spec.kind == "items":
+        model = NearestUsers(dataset, spec)
+    else:
+        model = BagOfItems(dataset, spec)
+    examples = dataset.examples(task, fold)
+    return {"name": model.name, "metrics": _measure(dataset, spec, examples, lambda rows: model(examples.select(rows)))}
+
+
+def _measure(dataset: Dataset, spec: TaskSpec, examples: Examples, outputs) -> dict[str, float]:
+    """Metrics of `outputs`: positions [b] in examples -> [b, C] or [b]."""
+    metrics = TaskMetrics(spec)
+    columns = _columns(dataset, spec)
+    size = max(1, _SCORES // spec.num_outputs(dataset.num_items))
+    for rows in torch.arange(len(examples)).split(size):
+        index, offsets = examples.target_rows(rows)
+        target = examples.target[index]
+        target = columns[target] if columns is not None else target
+        metrics.update(outputs(rows), target, torch.repeat_interleave(torch.arange(len(rows)), offsets.diff()))
+    return metrics.compute()
+
+
+def _columns(dataset: Dataset, spec: TaskSpec) -> Tensor | None:
+    """[V + 1] int64: the column of an item in the task's catalogue, -1 where it is not in it."""
+    if spec.kind != "items":
+        return None
+    columns = torch.full((dataset.num_items + 1,), -1)
+    catalogue = torch.arange(1, dataset.num_items + 1) if spec.catalogue is None else torch.tensor(spec.catalogue)
+    columns[catalogue] = torch.arange(len(catalogue))
+    return columns
+
+
+def _popularity(dataset: Dataset, spec: TaskSpec, targets: Tensor) -> Tensor:
+    """[C] float64: how often each item of the catalogue is a target."""
+    return torch.bincount(_columns(dataset, spec)[targets], minlength=spec.num_outputs(dataset.num_items)).double()
+
+
+def _some(examples: Examples, most: int) -> tuple[Examples, str]:
+    """At most `most` examples, chosen at random but always the same, and what to say about it."""
+    if len(examples) <= most:
+        return examples, ""
+    rows = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:most].sort().values
+    return examples.select(rows), f", learned from {most:,} of {len(examples):,} train users"
+
+
+def _sets(dataset: Dataset, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Distinct visible items of each example, packed: items [t] int64, offsets [n + 1]."""
+    items, offsets = ops.gather_histories(dataset.items, dataset.offsets, examples.user, _MOST_ITEMS, examples.cut)
+    row = torch.repeat_interleave(torch.arange(len(examples)), offsets.diff())
+    keys = torch.unique(row * (dataset.num_items + 1) + items)
+    counts = torch.bincount(keys // (dataset.num_items + 1), minlength=len(examples))
+    return keys % (dataset.num_items + 1), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+class Markov:
+    """Counts of what followed the last item in the histories of train users; popularity where that is silent."""
+
+    def __init__(self, dataset: Dataset, spec: TaskSpec):
+        self.dataset, self.columns = dataset, _columns(dataset, spec)
+        users = dataset.examples("next", "train").user
+        order = torch.randperm(len(users), generator=torch.Generator().manual_seed(0))
+        lengths = torch.from_numpy(np.diff(dataset.offsets))[users]
+        kept = order[: int((lengths[order].cumsum(0) <= _MOST_PAIRS).sum())].sort().values
+        whole = Examples.without_targets(users[kept].numpy(), lengths[kept].numpy())
+        items, offsets = ops.gather_histories(dataset.items, dataset.offsets, whole.user, int(lengths.max()), whole.cut)
+        owner = torch.repeat_interleave(torch.arange(len(whole)), offsets.diff())
+        items, width = items.long(), dataset.num_items + 1
+        pairs = (items[:-1] * width + items[1:])[owner[1:] == owner[:-1]]
+        pairs, self.counts = torch.unique(pairs, return_counts=True)
+        self.following = self.columns[pairs % width]
+        self.begin = torch.searchsorted(pairs, torch.arange(width + 1) * width)
+        outputs = spec.num_outputs(dataset.num_items)
+        seen = self.columns[items]
+        self.popularity = torch.bincount(seen[seen >= 0], minlength=outputs).double() * _SILENT
+        self.name = "Markov chain" + ("" if len(kept) == len(users) else f", learned from {len(kept):,} train users")
+
+    def __call__(self, examples: Examples) -> Tensor:
+        last = self.dataset.offsets[examples.user.numpy()] + examples.cut.numpy() - 1
+        last = torch.from_numpy(self.dataset.items[last.clip(min=0)]).long() * (examples.cut > 0)
+        counts = self.begin[last + 1] - self.begin[last]
+        row = torch.repeat_interleave(torch.arange(len(examples)), counts)
+        index = torch.repeat_interleave(self.begin[last] - counts.cumsum(0) + counts, counts) + torch.arange(len(row))
+        column = self.following[index]
+        scores = self.popularity.repeat(len(examples), 1)
+        return scores.index_put_(
+            (row[column >= 0], column[column >= 0]), self.counts[index][column >= 0].double(), True
+        )
+
+
+class NearestUsers:
+    """Targets of the k train users with the most similar sets of items, weighted by the cosine."""
+
+    def __init__(self, dataset: Dataset, spec: TaskSpec):
+        self.dataset, self.columns, self.outputs = dataset, _columns(dataset, spec), spec.num_outputs(dataset.num_items)
+        train = dataset.examples(spec.name, "train")
+        self.popularity = _popularity(dataset, spec, train.target) * _SILENT
+        self.train, part = _some(train, _MOST_NEIGHBOURS)
+        items, offsets = _sets(dataset, self.train)
+        owner = torch.repeat_interleave(torch.arange(len(self.train)), offsets.diff())
+        order = items.argsort(stable=True)
+        self.owner = owner[order].numpy()  # who has item i: owner[begin[i] : begin[i + 1]]
+        self.begin = torch.searchsorted(items[order], torch.arange(dataset.num_items + 2)).numpy()
+        self.norm = offsets.diff().clamp_min(1).sqrt().numpy()
+        valid = _some(dataset.examples(spec.name, "valid"), _MOST_VALID)[0]
+        found = {}
+        for self.k in NEIGHBOURS if len(valid) else ():
+            found[self.k] = _measure(dataset, spec, valid, lambda rows: self(valid.select(rows)))[spec.metric]
+        self.k = max(found, key=found.get, default=NEIGHBOURS[1])
+        self.name = f"nearest users (k = {self.k}{part})"
+
+    def __call__(self, examples: Examples) -> Tensor:
+        size = max(1, _SCORES // max(1, len(self.train)))
+        return torch.cat([self._scores(examples.select(rows)) for rows in torch.arange(len(examples)).split(size)])
+
+    def _scores(self, examples: Examples) -> Tensor:
+        similarity = torch.from_numpy(self._cosine(examples))
+        weight, neighbour = similarity.topk(min(self.k, len(self.train)), dim=1)
+        index, offsets = self.train.target_rows(neighbour.flatten())
+        spread = torch.repeat_interleave(torch.arange(neighbour.numel()), offsets.diff())
+        flat = spread // neighbour.shape[1] * self.outputs + self.columns[self.train.target[index]]
+        scores = torch.bincount(flat, weight.flatten()[spread], minlength=len(examples) * self.outputs)
+        return scores.view(-1, self.outputs) + self.popularity
+
+    def _cosine(self, examples: Examples) -> np.ndarray:
+        """[b, train users] float64."""
+        items, offsets = (values.numpy() for values in _sets(self.dataset, examples))
+        count = len(self.train)
+        sizes = self.begin[items + 1] - self.begin[items]
+        shift = np.repeat(self.begin[items] - np.cumsum(sizes) + sizes, sizes)
+        row = np.repeat(np.repeat(np.arange(len(examples)), np.diff(offsets)), sizes)
+        both = np.bincount(row * count + self.owner[shift + np.arange(len(shift))], minlength=len(examples) * count)
+        return both.reshape(-1, count) / self.norm / np.sqrt(np.maximum(np.diff(offsets), 1))[:, None]
+
+
+class BagOfItems:
+    """Linear in the set of visible items, 0/1 scaled to length 1; C is picked by the loss of the valid users."""
+
+    def __init__(self, dataset: Dataset, spec: TaskSpec):
+        self.dataset, self.spec = dataset, spec
+        train, part = _some(dataset.examples(spec.name, "train"), _MOST_REGRESSION)
+        valid = _some(dataset.examples(spec.name, "valid"), _MOST_VALID)[0]
+        target, self.mean, self.scale = train.target, 0.0, 1.0
+        if spec.kind == "regression":
+            self.mean, self.scale = float(target.mean()), float(target.std().clamp_min(1e-12))
+            target = (target - self.mean) / self.scale
+        columns = spec.num_outputs(dataset.num_items)
+        self.weight = [torch.zeros(dataset.num_items + 1, columns), torch.zeros(columns)]
+        sets, fits = _sets(dataset, train), []
+        for c in STRENGTHS:  # each fit starts from the one before
+            self._fit(sets, target, 1 / (2 * c * max(1, len(train))))
+            fits.append((self._valid_loss(valid), c, self.weight))
+        _, c, self.weight = min(fits, key=lambda fit: fit[0])
+        kind = "ridge" if spec.kind == "regression" else "logistic"
+        self.name = f"{kind} regression on the bag of items (C = {c:g}{part})"
+
+    def __call__(self, examples: Examples) -> Tensor:
+        with torch.no_grad():
+            output = self._output(*_sets(self.dataset, examples))
+        return output if self.spec.kind == "classes" else output[:, 0] * self.scale + self.mean
+
+    def _output(self, items: Tensor, offsets: Tensor) -> Tensor:
+        weight, bias = self.weight
+        total = F.embedding_bag(items, weight, offsets[:-1], mode="sum")
+        return total / offsets.diff().clamp_min(1).sqrt()[:, None] + bias
+
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.spec.kind == "classes":
+            return F.cross_entropy(output, target)
+        if self.spec.kind == "binary":
+            return F.binary_cross_entropy_with_logits(output[:, 0], target.float())
+        return F.mse_loss(output[:, 0], target.float())
+
+    def _fit(self, sets: tuple[Tensor, Tensor], target: Tensor, penalty: float) -> None:
+        self.weight = [w.detach().clone().requires_grad_() for w in self.weight]
+        optimiser = torch.optim.LBFGS(self.weight, max_iter=60, history_size=10, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = self._loss(self._output(*sets), target) + penalty * self.weight[0].square().sum()
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        self.weight = [w.detach() for w in self.weight]
+
+    def _valid_loss(self, valid: Examples) -> float:
+        if not len(valid):
+            return 0.0
+        with torch.no_grad():
+            target = (valid.target - self.mean) / self.scale if self.spec.kind == "regression" else valid.target
+            return float(self._loss(self._output(*_sets(self.dataset, valid)), target))
