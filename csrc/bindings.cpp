@@ -93,7 +93,7 @@ bool embed_fwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t pr
                uintptr_t table, uintptr_t position, uintptr_t prompt, uintptr_t out, int dtype, int threads) {
   const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
   const nb::gil_scoped_release release;
-  if (!pcl::embed_check_cpu(call.rows, call.shape, position != 0)) return false;
+  if (!pcl::embed_check_cpu(call.rows, call.shape)) return false;
   pcl::embed_fwd_cpu(call.rows, at(table), at(position), at(prompt), at(out), call.shape,
                      static_cast<pcl::Scalar>(dtype), threads);
   return true;
@@ -104,7 +104,7 @@ bool embed_bwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t pr
                int threads) {
   const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
   const nb::gil_scoped_release release;
-  if (!pcl::embed_check_cpu(call.rows, call.shape, grad_position != 0)) return false;
+  if (!pcl::embed_check_cpu(call.rows, call.shape)) return false;
   pcl::embed_bwd_cpu(call.rows, at(grad_out), at(grad_table), at(grad_position), at(grad_prompt), call.shape,
                      static_cast<pcl::Scalar>(dtype), threads);
   return true;

@@ -20,7 +20,9 @@
 namespace pcl {
 
 struct EmbedShape {
-  int64_t total, batch, dim, table_rows, max_len, num_prompts, prompt_len;
+  int64_t total, batch, dim, table_rows;
+  int64_t max_len;  // -1 without positions
+  int64_t num_prompts, prompt_len;
   int64_t table_stride, position_stride, grad_stride;
 };
 
@@ -32,7 +34,7 @@ struct EmbedRows {
 
 // Whether offsets run from 0 to total without falling, ids lie in the table, histories fit the positions and prompt
 // numbers are in -1..K-1.
-bool embed_check_cpu(const EmbedRows& rows, const EmbedShape& shape, bool positions);
+bool embed_check_cpu(const EmbedRows& rows, const EmbedShape& shape);
 
 void embed_fwd_cpu(const EmbedRows& rows, const void* table, const void* position, const void* prompt, void* out,
                    const EmbedShape& shape, Scalar dtype, int threads);

@@ -130,11 +130,11 @@ void bwd(const EmbedRows& rows, const void* grad_out, void* grad_table, void* gr
 
 }  // namespace
 
-bool embed_check_cpu(const EmbedRows& rows, const EmbedShape& shape, bool positions) {
+bool embed_check_cpu(const EmbedRows& rows, const EmbedShape& shape) {
   if (rows.offsets[0] != 0 || rows.offsets[shape.batch] != shape.total) return false;
   for (int64_t b = 0; b < shape.batch; ++b) {
     const int64_t length = rows.offsets[b + 1] - rows.offsets[b];
-    if (length < 0 || (positions && length > shape.max_len)) return false;
+    if (length < 0 || (shape.max_len >= 0 && length > shape.max_len)) return false;
     if (rows.prompt_index && (rows.prompt_index[b] < -1 || rows.prompt_index[b] >= shape.num_prompts)) return false;
   }
   bool inside = true;

@@ -120,7 +120,7 @@ def fake(offsets, prefix_offsets, prefix_index, total, prefix_total):
 
 define(
     "attention_plan",
-    "(Tensor offsets, Tensor? prefix_offsets, Tensor? prefix_index, int total, int prefix_total) -> Tensor",
+    "(Tensor offsets, Tensor? prefix_offsets, Tensor? prefix_index, SymInt total, SymInt prefix_total) -> Tensor",
     kernel,
     fake,
 )

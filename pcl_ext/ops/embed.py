@@ -8,14 +8,13 @@ from pcl_ext.ops._check import (
     FLOATS,
     INTEGERS,
     check_like,
-    check_offset_values,
     check_offsets,
-    check_range,
     check_shape,
     check_tensor,
     reads_values,
 )
-from pcl_ext.ops._native import use_fused
+from pcl_ext.ops._native import call, use_fused
+from pcl_ext.ops.embed_op import check_embed_values
 
 
 def embed(
@@ -31,13 +30,15 @@ def embed(
     """items [T] int32 or int64, offsets [B + 1] int64, table [V + 1, D] -> [T, D].
 
     A row r steps before its history's end (newest r = 0) gets table[item], plus position[r] of position [max_len, D],
-    plus prompt[prompt_index[b], P - 1 - r] of prompt [K, P, D] where r < P. prompt_index [B] int64 is -1 for none and may
-    be left out when K == 1. Raises ValueError or TypeError naming what is wrong; on CPU ids outside 0..V are refused.
+    plus prompt[prompt_index[b], P - 1 - r] of prompt [K, P, D] where r < P. prompt_index [B] int64 is -1 for none and
+    may be left out when K == 1. Raises ValueError or TypeError naming what is wrong; on CPU ids outside 0..V are
+    refused.
     """
     _check(items, offsets, table, position, prompt, prompt_index)
+    if use_fused(impl, table):
+        return call(torch.ops.pcl_ext.embed.default, items, offsets, table, position, prompt, prompt_index)
     if reads_values(items):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
-    use_fused(impl, table)
     return reference.embed(items, offsets, table, position, prompt, prompt_index)
 
 
@@ -66,15 +67,3 @@ def _check(items, offsets, table, position, prompt, prompt_index) -> None:
         check_shape("prompt_index", prompt_index, (offsets.shape[0] - 1,), "[B]")
     elif prompt.shape[0] != 1:
         raise ValueError(f"prompt_index may be left out only when there is one prompt, got {prompt.shape[0]} prompts")
-
-
-def check_embed_values(items, offsets, table, position, prompt, prompt_index) -> None:
-    """The rules on values: offsets, ids, lengths, prompt numbers. CPU only."""
-    check_offset_values("offsets", offsets, items.shape[0], "len(items)")
-    check_range("items", items, 0, table.shape[0] - 1)
-    if position is not None and offsets.shape[0] > 1:
-        longest = int(offsets.diff().max())
-        if longest > position.shape[0]:
-            raise ValueError(f"histories must be at most max_len = {position.shape[0]} long, got one of {longest}")
-    if prompt_index is not None:
-        check_range("prompt_index", prompt_index, -1, prompt.shape[0] - 1)

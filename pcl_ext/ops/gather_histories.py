@@ -6,11 +6,14 @@ from torch import Tensor
 
 from pcl_ext.ops import reference
 from pcl_ext.ops._check import check_count
-from pcl_ext.ops._native import use_fused
+from pcl_ext.ops._native import C, use_fused
+
+VALUES = {"int32": torch.int32, "int64": torch.int64}
+_CPU = torch.empty(0)
 
 
 def gather_histories(values, offsets, rows, max_len: int, cut=None, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Pick histories: values [E] int32 or int64, offsets [N + 1], rows [n] -> packed values [T], offsets [n + 1], int64.
+    """Pick histories: values [E] int32 or int64, offsets [N + 1], rows [n] -> packed [T], offsets [n + 1]; int64.
 
     History r is values[offsets[r] : offsets[r + 1]], or its first cut entries where cut [n] int64 is given; the newest
     max_len of them are kept. values and offsets may be CPU tensors, numpy arrays or memory maps; only what is picked is
@@ -21,9 +24,26 @@ def gather_histories(values, offsets, rows, max_len: int, cut=None, *, impl: str
     rows = _array("rows", rows, (np.int64,))
     cut = None if cut is None else _array("cut", cut, (np.int64,))
     check_count("max_len", max_len)
+    _check_ends(values, offsets, rows, cut)
+    if use_fused(impl, _CPU, dtypes=()):
+        return _gather(values, offsets, rows, max_len, cut)
     begin, lengths = _ranges(values, offsets, rows, max_len, cut)
-    use_fused(impl, torch.empty(0))
     return reference.gather_histories(values, begin, lengths)
+
+
+def _gather(values, offsets, rows, max_len: int, cut) -> tuple[Tensor, Tensor]:
+    """The compiled module's way: read what is picked straight from the arrays' memory."""
+    arrays = [None if x is None else np.ascontiguousarray(x) for x in (values, offsets, rows, cut)]
+    pointers = [0 if x is None else x.ctypes.data for x in arrays]
+    stored = (*pointers[:2], len(values), len(offsets) - 1, values.itemsize)
+    packed_offsets = torch.empty(len(rows) + 1, dtype=torch.int64)
+    picked = (*pointers[2:], len(rows), min(max_len, len(values)), packed_offsets.data_ptr())
+    if not C.gather_offsets(*stored, *picked):
+        _ranges(values, offsets, rows, max_len, cut)
+        raise AssertionError("the kernel refused what its rules allow")
+    packed = torch.empty(int(packed_offsets[-1]), dtype=VALUES[values.dtype.name])
+    C.gather_histories(*stored, *picked, packed.data_ptr(), torch.get_num_threads())
+    return packed, packed_offsets
 
 
 def _array(name: str, value, dtypes: tuple) -> np.ndarray:
@@ -41,12 +61,17 @@ def _array(name: str, value, dtypes: tuple) -> np.ndarray:
     return value
 
 
-def _ranges(values, offsets, rows, max_len: int, cut) -> tuple[np.ndarray, np.ndarray]:
-    """Where each kept history begins in values, and how long it is; checked."""
+def _check_ends(values, offsets, rows, cut) -> None:
     if len(offsets) == 0:
         raise ValueError("offsets must hold at least one entry, the 0 it starts with, got none")
     if offsets[0] != 0 or offsets[-1] != len(values):
         raise ValueError(f"offsets must run from 0 to len(values) = {len(values)}, got {offsets[0]} to {offsets[-1]}")
+    if cut is not None and len(cut) != len(rows):
+        raise ValueError(f"cut must be as long as rows, got {len(cut)} and {len(rows)}")
+
+
+def _ranges(values, offsets, rows, max_len: int, cut) -> tuple[np.ndarray, np.ndarray]:
+    """Where each kept history begins in values, and how long it is; checked."""
     _check_bounds("rows", rows, 0, len(offsets) - 2)
     first, last = np.asarray(offsets[rows]), np.asarray(offsets[rows + 1])
     wrong = np.flatnonzero((first < 0) | (last < first) | (last > len(values)))
@@ -54,8 +79,6 @@ def _ranges(values, offsets, rows, max_len: int, cut) -> tuple[np.ndarray, np.nd
         i = wrong[0]
         raise ValueError(f"offsets must never decrease, got {first[i]} then {last[i]} at row {rows[i]}")
     if cut is not None:
-        if len(cut) != len(rows):
-            raise ValueError(f"cut must be as long as rows, got {len(cut)} and {len(rows)}")
         _check_bounds("cut", cut, 0, last - first)
         last = first + cut
     lengths = np.minimum(last - first, max_len)

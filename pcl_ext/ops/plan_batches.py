@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pcl_ext.ops import reference
 from pcl_ext.ops._check import check_count, check_like, check_tensor
-from pcl_ext.ops._native import use_fused
+from pcl_ext.ops._native import C, use_fused
 
 
 def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str = "auto") -> list[Tensor]:
@@ -22,22 +22,29 @@ def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str =
         return []
     if lengths.min() < 0:
         raise ValueError(f"lengths must be at least 0, got {int(lengths.min())} at index {int(lengths.argmin())}")
-    use_fused(impl, torch.empty(0))
+    assign = _assign if use_fused(impl, lengths, dtypes=()) else reference.plan_batches
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(lengths), generator=generator)
     cost = lengths.clamp(min=1)
     order = shuffled[torch.argsort(cost[shuffled], descending=True, stable=True)]
     alone = int((cost > max_tokens).sum())
-    batches = [order[i : i + 1] for i in range(alone)] + _fill(cost, order[alone:], max_tokens)
+    batches = [order[i : i + 1] for i in range(alone)] + _fill(assign, cost, order[alone:], max_tokens)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def _fill(cost: Tensor, order: Tensor, max_tokens: int) -> list[Tensor]:
+def _fill(assign, cost: Tensor, order: Tensor, max_tokens: int) -> list[Tensor]:
     """Batches of the rows order [n], costliest first: as few as fit when each row goes to the emptiest one."""
     if len(order) == 0:
         return []
     costs = cost[order]
     num_bins = max(-(-int(costs.sum()) // max_tokens), int((2 * costs > max_tokens).sum()), 1)
-    while (bins := reference.plan_batches(costs, max_tokens, num_bins)) is None:
+    while (bins := assign(costs, max_tokens, num_bins)) is None:
         num_bins += max(1, num_bins // 100)
     return list(order[torch.argsort(bins, stable=True)].split(torch.bincount(bins).tolist()))
+
+
+def _assign(costs: Tensor, capacity: int, num_bins: int) -> Tensor | None:
+    """reference.plan_batches by the compiled module."""
+    bins = torch.empty_like(costs)
+    fits = C.plan_batches(costs.data_ptr(), len(costs), capacity, num_bins, bins.data_ptr())
+    return bins if fits else None

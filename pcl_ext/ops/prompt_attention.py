@@ -39,7 +39,9 @@ def prompt_attention(
         _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k)
         work = plan.work
     else:
-        work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], 0 if prefix_k is None else prefix_k.shape[0])
+        work = work_list(
+            offsets, prefix_offsets, prefix_index, q.shape[0], 0 if prefix_k is None else prefix_k.shape[0]
+        )
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     if use_fused(impl, q):
         num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor work"
-_NUMBERS = "int batch, int num_prefixes, bool causal, float scale"
+_NUMBERS = "SymInt batch, SymInt num_prefixes, bool causal, float scale"
 
 
 def _pointers(rows: list[Tensor | None], work: Tensor) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
 """to_packed: a padded block to packed rows."""
 
+import torch
 from torch import Tensor
 
 from pcl_ext.ops import reference
 from pcl_ext.ops._check import check_count, check_offsets, check_tensor, reads_values
-from pcl_ext.ops._native import use_fused
-from pcl_ext.ops.to_padded import check_padded_values
+from pcl_ext.ops._native import call, use_fused
+from pcl_ext.ops.padded_op import check_padded_values
 
 
 def to_packed(padded: Tensor, offsets: Tensor, total: int, *, impl: str = "auto") -> Tensor:
@@ -20,7 +21,8 @@ def to_packed(padded: Tensor, offsets: Tensor, total: int, *, impl: str = "auto"
     if offsets.shape[0] - 1 != padded.shape[0]:
         raise ValueError(f"offsets must be [B + 1] = ({padded.shape[0] + 1},), got {tuple(offsets.shape)}")
     check_count("total", total)
+    if use_fused(impl, padded, dtypes=()):
+        return call(torch.ops.pcl_ext.to_packed.default, padded, offsets, total)
     if reads_values(padded):
         check_padded_values(offsets, total, "total", padded.shape[1])
-    use_fused(impl, padded, dtypes=())
     return reference.to_packed(padded, offsets, total)

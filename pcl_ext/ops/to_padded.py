@@ -1,10 +1,12 @@
 """to_padded: packed rows to a padded block."""
 
+import torch
 from torch import Tensor
 
 from pcl_ext.ops import reference
-from pcl_ext.ops._check import check_count, check_offset_values, check_offsets, check_tensor, reads_values
-from pcl_ext.ops._native import use_fused
+from pcl_ext.ops._check import check_count, check_offsets, check_tensor, reads_values
+from pcl_ext.ops._native import call, use_fused
+from pcl_ext.ops.padded_op import check_padded_values
 
 
 def to_padded(packed: Tensor, offsets: Tensor, max_seqlen: int, fill: float = 0, *, impl: str = "auto") -> Tensor:
@@ -17,16 +19,15 @@ def to_padded(packed: Tensor, offsets: Tensor, max_seqlen: int, fill: float = 0,
         raise ValueError("packed must have at least 1 dimension, got a scalar")
     check_offsets("offsets", offsets, "packed", packed)
     check_count("max_seqlen", max_seqlen)
-    if reads_values(packed):
-        check_padded_values(offsets, packed.shape[0], "len(packed)", max_seqlen)
-    use_fused(impl, packed, dtypes=())
-    return reference.to_padded(packed, offsets, max_seqlen, fill)
-
-
-def check_padded_values(offsets: Tensor, total: int, total_name: str, max_seqlen: int) -> None:
-    """offsets fit total packed rows and no history is longer than max_seqlen. CPU only."""
-    check_offset_values("offsets", offsets, total, total_name)
-    if offsets.shape[0] > 1:
-        longest = int(offsets.diff().max())
-        if longest > max_seqlen:
-            raise ValueError(f"histories must be at most max_seqlen = {max_seqlen} long, got one of {longest}")
+    if isinstance(fill, Tensor) or not isinstance(fill, (bool, int, float, complex)):
+        raise TypeError(f"fill must be a number, got {type(fill).__name__}")
+    try:
+        if use_fused(impl, packed, dtypes=()):
+            return call(torch.ops.pcl_ext.to_padded.default, packed, offsets, max_seqlen, fill)
+        if reads_values(packed):
+            check_padded_values(offsets, packed.shape[0], "len(packed)", max_seqlen)
+        return reference.to_padded(packed, offsets, max_seqlen, fill)
+    except RuntimeError as error:
+        if "overflow" in str(error):
+            raise ValueError(f"fill must fit {packed.dtype}, got {fill}") from error
+        raise

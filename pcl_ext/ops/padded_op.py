@@ -1,0 +1,92 @@
+"""pcl_ext::to_padded and pcl_ext::to_packed, each the backward of the other: values, schema, kernel, fake, autograd."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pcl_ext.ops._check import check_offset_values
+from pcl_ext.ops._native import C, address, below_autograd, define, packed_rows
+
+
+def check_padded_values(offsets: Tensor, total: int, total_name: str, max_seqlen: int) -> None:
+    """offsets fit total packed rows and no history is longer than max_seqlen. CPU only."""
+    check_offset_values("offsets", offsets, total, total_name)
+    if offsets.shape[0] > 1:
+        longest = int(offsets.diff().max())
+        if longest > max_seqlen:
+            raise ValueError(f"histories must be at most max_seqlen = {max_seqlen} long, got one of {longest}")
+
+
+def to_padded(packed, offsets, max_seqlen, fill):
+    """padded [B, max_seqlen, ...]."""
+    padded = to_padded_fake(packed, offsets, max_seqlen, fill)
+    packed, offsets = packed_rows(packed, 1), offsets.contiguous()
+    padding = None if fill == 0 else packed.new_full(packed.shape[1:], fill)
+    size = packed.element_size()
+    row_bytes = math.prod(packed.shape[1:]) * size
+    sizes = (offsets.shape[0] - 1, max_seqlen, packed.shape[0], row_bytes, packed.stride(0) * size)
+    if not C.to_padded(*map(address, (packed, offsets, padding, padded)), *sizes, torch.get_num_threads()):
+        check_padded_values(offsets, packed.shape[0], "len(packed)", max_seqlen)
+        raise AssertionError("the kernel refused what its rules allow")
+    return padded
+
+
+def to_padded_fake(packed, offsets, max_seqlen, fill):
+    """Output of to_padded, unfilled."""
+    return packed.new_empty(offsets.shape[0] - 1, max_seqlen, *packed.shape[1:])
+
+
+def to_packed(padded, offsets, total):
+    """packed [total, ...]."""
+    packed = to_packed_fake(padded, offsets, total)
+    padded, offsets = packed_rows(padded, 2), offsets.contiguous()
+    size = padded.element_size()
+    strides = (padded.stride(1) * size, padded.stride(0) * size)
+    sizes = (*padded.shape[:2], total, math.prod(padded.shape[2:]) * size, *strides)
+    if not C.to_packed(*map(address, (padded, offsets, packed)), *sizes, torch.get_num_threads()):
+        check_padded_values(offsets, total, "total", padded.shape[1])
+        raise AssertionError("the kernel refused what its rules allow")
+    return packed
+
+
+def to_packed_fake(padded, offsets, total):
+    """Output of to_packed, unfilled."""
+    return padded.new_empty(total, *padded.shape[2:])
+
+
+class _ToPadded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed, offsets, max_seqlen, fill):
+        ctx.save_for_backward(offsets)
+        ctx.total = packed.shape[0]
+        return below_autograd(torch.ops.pcl_ext.to_padded.default, packed, offsets, max_seqlen, fill)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return torch.ops.pcl_ext.to_packed.default(grad, *ctx.saved_tensors, ctx.total), None, None, None
+
+
+class _ToPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, padded, offsets, total):
+        ctx.save_for_backward(offsets)
+        ctx.max_seqlen = padded.shape[1]
+        return below_autograd(torch.ops.pcl_ext.to_packed.default, padded, offsets, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return torch.ops.pcl_ext.to_padded.default(grad, *ctx.saved_tensors, ctx.max_seqlen, 0), None, None
+
+
+define(
+    "to_padded",
+    "(Tensor packed, Tensor offsets, SymInt max_seqlen, Scalar fill) -> Tensor",
+    to_padded,
+    to_padded_fake,
+    _ToPadded,
+)
+define("to_packed", "(Tensor padded, Tensor offsets, SymInt total) -> Tensor", to_packed, to_packed_fake, _ToPacked)
