@@ -6,14 +6,13 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
-
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from pcl_ext import __version__, data, infer, ops, run, store
-from pcl_ext.data import Dataset
+from pcl_ext import __version__, infer, ops, run, store
+from pcl_ext.data import Dataset, events, ml_1m, online_retail, synthetic
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import MemoryConfig
 from pcl_ext.report import report as write_report
@@ -26,14 +25,14 @@ def prepare(args) -> int:
     if args.source == "events":
         if args.config is None:
             raise ValueError("events needs --config, a TOML file that describes the log")
-        data.prepare_events(args.config, args.out, rotate=args.rotate)
+        events.prepare(args.config, args.out, rotate=args.rotate)
     elif args.source == "synthetic":
-        data.prepare_synthetic(args.out, num_users=args.users, seed=args.seed, rotate=args.rotate)
+        synthetic.prepare(args.out, num_users=args.users, seed=args.seed, rotate=args.rotate)
     else:
         if args.folder is None:
             raise ValueError(f"{args.source} needs --from, the folder with its files")
-        source = {"online-retail": data.prepare_online_retail, "ml-1m": data.prepare_ml_1m}[args.source]
-        source(args.folder, args.out, rotate=args.rotate)
+        source = {"online-retail": online_retail, "ml-1m": ml_1m}[args.source]
+        source.prepare(args.folder, args.out, rotate=args.rotate)
     _show_dataset(Dataset(args.out))
     return 0
 
@@ -179,7 +178,7 @@ DEMO_EPOCHS = 12
 
 def _demo_dataset(path: Path) -> Dataset:
     if not (path / "dataset.json").exists():
-        data.prepare_synthetic(path, num_users=3000, seed=0)
+        synthetic.prepare(path, num_users=3000, seed=0)
     return Dataset(path)
 
 

@@ -163,6 +163,15 @@ def _bar(batches: Iterator[Any], steps: int, progress: Progress, label: str) -> 
     return tqdm(batches, desc=text, total=steps, initial=progress.step, leave=False, disable=None)
 
 
+def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value then, value now) of everything in which two nests of JSON values differ."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            yield from differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif then != now:
+        yield name, then, now
+
+
 class Checkpoint:
     """Everything a run needs to go on with the same bits: weights, optimiser, generator, place in the data.
 
@@ -197,13 +206,11 @@ class Checkpoint:
         if self.path is None or not self.path.exists():
             return Progress(), {}
         tensors, meta = store.load_tensors(self.path)
-        for key in sorted(self.identity.keys() | meta["identity"].keys()):
-            then, now = meta["identity"].get(key), self.identity.get(key)
-            if then != now:
-                raise ValueError(
-                    f"{self.path} is the checkpoint of a run with {key} = {then!r}, this one has {now!r}; "
-                    "repeat that run's settings to resume it, or remove the file to start again"
-                )
+        for key, then, now in differences(meta["identity"], self.identity):
+            raise ValueError(
+                f"{self.path} is the checkpoint of a run with {key} = {then!r}, this one has {now!r}; "
+                "repeat that run's settings to resume it, or remove the file to start again"
+            )
         groups = {"weight": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")

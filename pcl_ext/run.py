@@ -12,6 +12,7 @@ import torch
 
 from pcl_ext import baselines, infer, ops, store
 from pcl_ext.data import Dataset
+from pcl_ext.loop import differences
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
@@ -163,8 +164,5 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def _same(what: str, then: Any, now: Any, run: Path) -> None:
-    if then != now:
-        if isinstance(then, dict) and isinstance(now, dict):
-            keys = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-            what, then, now = f"{what}.{keys[0]}", then.get(keys[0]), now.get(keys[0])
-        raise ValueError(f"{run} was made with {what} = {then!r}, this call has {now!r}; choose another run folder")
+    for name, was, given in differences({what: then}, {what: now}):
+        raise ValueError(f"{run} was made with {name} = {was!r}, this call has {given!r}; choose another run folder")

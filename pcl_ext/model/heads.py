@@ -25,7 +25,7 @@ class TiedItemsHead(nn.Module):
 
 
 class ItemsHead(nn.Module):
-    """Scores items with rows of the task's own, [C, D]: (f + A f) . r_c + b_c, for a catalogue the backbone need not know.
+    """Scores items with rows of the task's own, (f + A f) . r_c + b_c, for a catalogue that the backbone need not know.
 
     table [C, D] and trained [C] bool: rows the backbone has trained start there, the others near zero.
     """

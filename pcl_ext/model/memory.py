@@ -171,7 +171,7 @@ class ContextualPrompt(nn.Module):
 
 
 def hashed_text_vector(text: str) -> Tensor:
-    """[TEXT_DIM] float32 of length 1: signed counts of the text's words and word pairs, hashed. Same text, same bits."""
+    """[TEXT_DIM] float32 of length 1: signed counts of a text's words and word pairs, hashed; always the same bits."""
     words = re.findall(r"\w+", text.lower())
     vector = torch.zeros(TEXT_DIM)
     for feature in words + [" ".join(pair) for pair in zip(words, words[1:])]:

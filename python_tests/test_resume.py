@@ -1,0 +1,134 @@
+"""A run that was interrupted ends with the same bits as one that never was."""
+
+import multiprocessing
+import random
+import shutil
+
+import pytest
+import torch
+from runs import LEARN, MEMORY, PRETRAIN, TASKS, contents, learn, pretrain, write_dataset
+
+from pcl_ext import loop, run, store
+from pcl_ext.data import Dataset
+
+PHASES = {"pretrain": pretrain, "learn": learn}
+KILLS = 50
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A dataset and a run over it that was never interrupted: (dataset, run after pretraining, run at the end)."""
+    folder = tmp_path_factory.mktemp("whole")
+    dataset = write_dataset(folder / "dataset")
+    pretrain(dataset, folder / "run")
+    shutil.copytree(folder / "run", folder / "pretrained")
+    learn(dataset, folder / "run")
+    return dataset, folder / "pretrained", folder / "run"
+
+
+def start(phase, whole, out):
+    """A fresh run folder in which `phase` is next, and the run that must come out."""
+    dataset, pretrained, complete = whole
+    if phase == "learn":
+        shutil.copytree(pretrained, out)
+    return pretrained if phase == "pretrain" else complete
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 3, 8])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_stopped_after_any_step_resumes_with_the_same_bits(whole, tmp_path, monkeypatch, phase, stop):
+    want = start(phase, whole, tmp_path / "run")
+    take, done = loop._step, []
+
+    def interrupted(*args):
+        if len(done) == stop:
+            raise Interrupted
+        done.append(None)
+        return take(*args)
+
+    monkeypatch.setattr(loop, "_step", interrupted)
+    with pytest.raises(Interrupted):
+        PHASES[phase](whole[0], tmp_path / "run")
+    monkeypatch.undo()
+    PHASES[phase](whole[0], tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(want)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_killed_at_random_moments_resumes_with_the_same_bits(whole, tmp_path, phase):
+    """SIGKILL, 50 times over, before the run may end."""
+    want, out = start(phase, whole, tmp_path / "run"), tmp_path / "run"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs"])
+    dice, longest, kills = random.Random(0), 0.3, 0
+    while kills < KILLS:
+        process = context.Process(target=PHASES[phase], args=(whole[0], out))
+        process.start()
+        process.join(dice.uniform(0.05, longest))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:  # it came to its end: the same bits, and from the start again
+            assert process.exitcode == 0
+            assert contents(out) == contents(want)
+            shutil.rmtree(out)
+            start(phase, whole, out)
+    process = context.Process(target=PHASES[phase], args=(whole[0], out))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert contents(out) == contents(want)
+
+
+def test_learning_on_leaves_earlier_tasks_bit_for_bit(whole):
+    """The record holds the hash of each task's outputs on all test users when it was closed."""
+    dataset, _, out = whole
+    found = run.verify_unchanged(out, Dataset(dataset))
+    assert found["tasks"] == {name: "equal" for name in ["next", *TASKS]}
+    assert found["not_checked"] is None
+
+
+def test_verify_finds_a_task_that_changed(whole, tmp_path):
+    shutil.copytree(whole[2], tmp_path / "run")
+    model, record = store.from_pretrained(tmp_path / "run"), store.read_manifest(tmp_path / "run")["record"]
+    model.task("range").head.bias[0] += 1e-3
+    store.save_pretrained(model, tmp_path / "run", record)
+    found = run.verify_unchanged(tmp_path / "run", Dataset(whole[0]))
+    assert found["tasks"] == {"next": "equal", "range": "changed", "segment": "equal"}
+
+
+def test_a_checkpoint_of_other_settings_is_refused(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_end_epoch", lambda *args: (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        pretrain(whole[0], tmp_path / "run")
+    monkeypatch.undo()
+    settings = type(PRETRAIN)(epochs=2, batch_tokens=600, checkpoint_seconds=0)
+    with pytest.raises(ValueError, match=r"next\.safetensors is the checkpoint of a run with config.epochs = 3"):
+        run.pretrain(Dataset(whole[0]), tmp_path / "run", {"dim": 16, "num_heads": 1, "max_len": 20}, settings)
+
+
+def test_a_complete_run_is_left_as_it_is(whole, tmp_path):
+    shutil.copytree(whole[2], tmp_path / "run")
+    before = contents(tmp_path / "run")
+    pretrain(whole[0], tmp_path / "run")
+    learn(whole[0], tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+    with pytest.raises(ValueError, match="backbone.dim = 16, this call has 32"):
+        run.pretrain(Dataset(whole[0]), tmp_path / "run", {"dim": 32, "num_heads": 1, "max_len": 20}, PRETRAIN)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_lowers_the_loss(whole, tmp_path, precision):
+    torch.set_num_threads(1)
+    config = type(PRETRAIN)(epochs=4, batch_tokens=600, precision=precision)
+    run.pretrain(Dataset(whole[0]), tmp_path / "run", {"dim": 16, "num_heads": 1, "max_len": 20}, config)
+    run.learn(tmp_path / "run", Dataset(whole[0]), "segment", type(LEARN)(epochs=4, precision=precision), MEMORY)
+    for curve in store.read_manifest(tmp_path / "run")["record"]["curves"].values():
+        assert curve[-1]["loss"] < curve[0]["loss"]
