@@ -1,0 +1,251 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pcl_ext.data import Dataset, check
+from pcl_ext.data import cache as cache_module
+from pcl_ext.data import parquet as parquet_module
+
+HISTORIES = [[3, 1, 2], [5, 4], [], [7, 1, 2, 3, 4, 5], [6]]  # of conftest.py
+TOY = {"name": "toy", "kind": "items"}
+
+
+def histories(dataset):
+    return [dataset.items[a:b].tolist() for a, b in zip(dataset.offsets[:-1], dataset.offsets[1:], strict=True)]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 100])
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.list_(pa.int64()), pa.large_list(pa.uint16())], ids=str)
+def test_arrays_equal_what_was_written(write_folder, monkeypatch, batch_rows, kind):
+    monkeypatch.setattr(parquet_module, "BATCH_ROWS", batch_rows)
+    dataset = Dataset(write_folder(items=pa.array(HISTORIES, kind)))
+    assert histories(dataset) == HISTORIES
+    assert dataset.user_id.tolist() == [10, 11, 12, 13, 14]
+    assert dataset.fold.tolist() == [0, 1, 2, 2, 0]
+    assert dataset.times is None
+    assert (dataset.items.dtype, dataset.offsets.dtype, dataset.fold.dtype) == (np.int32, np.int64, np.uint8)
+    assert dataset.users_by_fold == {"train": 2, "valid": 1, "test": 2}
+    check(dataset)
+
+
+def test_users_in_any_order_are_found(write_folder):
+    dataset = Dataset(write_folder(user_id=pa.array([14, -3, 12, 99, 10])))
+    assert dataset.rows_of([99, 14, 13, -3, 1000, -1000]).tolist() == [3, 0, -1, 1, -1, -1]
+
+
+def test_cache_is_mapped_reused_and_follows_the_file(write_folder):
+    folder = write_folder()
+    assert isinstance(Dataset(folder).items, np.memmap)
+    made = sorted(p.stat().st_mtime_ns for p in (folder / ".cache").rglob("*.npy"))
+    Dataset(folder)
+    assert sorted(p.stat().st_mtime_ns for p in (folder / ".cache").rglob("*.npy")) == made
+    write_folder(items=pa.array([[1]] * 5, pa.list_(pa.int32())))
+    os.utime(folder / "histories.parquet", ns=(1, 1))
+    assert histories(Dataset(folder)) == [[1]] * 5
+    assert len(list((folder / ".cache").glob("histories-*"))) == 1
+
+
+def test_a_dataset_that_cannot_be_written_is_cached_elsewhere(write_folder, tmp_path, monkeypatch):
+    folder = write_folder()
+    (folder / ".cache").write_text("in the way")  # root writes everywhere, but not below a file
+    monkeypatch.setattr(cache_module.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    assert histories(Dataset(folder)) == HISTORIES
+    assert list((tmp_path / "elsewhere").rglob("items.npy"))
+
+
+def test_sha256_is_of_the_contents(write_folder, tmp_path):
+    first = Dataset(write_folder())
+    shutil.copytree(first.path, tmp_path / "copy")
+    assert Dataset(tmp_path / "copy").sha256 == first.sha256
+    rows = {"user_id": [10], "target": [7], "cut": [3]}
+    assert Dataset(write_folder(task=TOY, rows=rows)).sha256 != first.sha256
+
+
+def test_next_is_derived(toy):
+    table = toy.task("next")
+    assert table.spec.kind == "items"
+    assert table.spec.metric == "mrr@5"
+    assert (table.user.tolist(), table.cut.tolist(), table.target.tolist()) == ([0, 1, 3], [2, 1, 5], [2, 4, 5])
+    assert toy.task_names == ("next", "more", "value")
+
+
+def test_next_repeats_unless_the_dataset_says_distinct(write_folder):
+    assert Dataset(write_folder()).task("next").spec.repeats
+    assert not Dataset(write_folder(header={"distinct": True})).task("next").spec.repeats
+
+
+def test_examples_group_targets_of_a_cut(toy):
+    examples = toy.examples("more", "test")
+    assert examples.user.tolist() == [3, 3]
+    assert examples.cut.tolist() == [3, 6]
+    assert examples.target_offsets.tolist() == [0, 2, 3]
+    assert examples.target.tolist() == [6, 6, 6]
+    assert len(toy.examples("more", None)) == 3
+    assert len(toy.examples("more", "valid")) == 0
+    chosen = examples.select(examples.user.new_tensor([1, 0]))
+    assert (chosen.cut.tolist(), chosen.target_offsets.tolist()) == ([6, 3], [0, 1, 3])
+
+
+@pytest.mark.parametrize("max_len", [2, 3, 4, 100])
+def test_sequences_cover_each_history(toy, max_len):
+    examples = toy.sequences(None, max_len)
+    covered = {}
+    for user, cut in zip(examples.user.tolist(), examples.cut.tolist(), strict=True):
+        assert cut > 1
+        covered.setdefault(user, []).extend(range(max(0, cut - max_len), cut))
+    for user, history in enumerate(HISTORIES):
+        seen = covered.get(user, [])
+        assert len(seen) == len(set(seen))
+        assert len(history) - len(seen) <= (
+            1 if len(history) > 1 else len(history)
+        )  # a single first event teaches nothing
+    assert len(examples.target) == 0
+
+
+def test_sequences_of_a_fold_hold_no_other_users(toy):
+    assert set(toy.sequences("train", 10).user.tolist()) == {0}
+    assert toy.histories("test").cut.tolist() == [0, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"items": None}, "missing: items"),
+        ({"fold": None}, "missing: fold"),
+        ({"user_id": pa.array(list("abcde"))}, "user_id must hold integers, got string"),
+        ({"user_id": pa.array([1, 2, None, 4, 5])}, "user_id must be without nulls, got None in row 2"),
+        ({"user_id": pa.array([1, 2, 3, 2, 5])}, "user_id must be unique (first in row 1), got 2 in row 3"),
+        ({"items": pa.array([[1], [2], [3, 0], [4], [5]])}, "items must be item ids 1..7, got 0 in row 2"),
+        ({"items": pa.array([[1], [2], [], [4, 4, 8], [5]])}, "items must be item ids 1..7, got 8 in row 3"),
+        ({"items": pa.array([[1], None, [3], [4], [5]])}, "items must be without nulls, got None in row 1"),
+        ({"items": pa.array([[1], [2, None], [3], [4], [5]])}, "items must be without nulls, got None in row 1"),
+        ({"items": pa.array([1, 2, 3, 4, 5])}, "items must hold lists of integers, got int64"),
+        ({"items": pa.array([[1.5]] * 5)}, "items must hold integers, got double"),
+        ({"fold": pa.array(["train", "valid", "dev", "test", "test"])}, "got 'dev' in row 2"),
+        ({"fold": pa.array([0, 1, 2, 0, 0])}, "fold must hold strings, got int64"),
+        ({"times": pa.array([[1, 2, 3], [1], [], [1] * 6, [1]])}, "times must be as long as items, got 1 in row 1"),
+    ],
+    ids=str,
+)
+def test_broken_histories_are_named(write_folder, change, words):
+    folder = write_folder(**change)
+    with pytest.raises(ValueError, match="histories.parquet") as error:
+        Dataset(folder)
+    assert words in str(error.value)
+    assert not [p for p in (folder / ".cache").glob("*") if not p.name.startswith("tmp-")]
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"format": 2}, "format must be 1, got 2"),
+        ({"name": None}, "name must be a string, got None"),
+        ({"num_items": 0}, "num_items must be an integer from 1 up, got 0"),
+        ({"num_items": "7"}, "num_items must be an integer from 1 up, got '7'"),
+        ({"distinct": 1}, "distinct must be true or false, got 1"),
+        ({"sha256": {"histories.parquet": "0" * 64}}, "must have the sha256 that dataset.json gives"),
+    ],
+    ids=str,
+)
+def test_broken_header_is_named(write_folder, header, words):
+    with pytest.raises(ValueError, match="histories.parquet|dataset.json") as error:
+        Dataset(write_folder(header=header))
+    assert words in str(error.value)
+
+
+def test_folders_that_are_no_dataset(tmp_path, write_folder):
+    with pytest.raises(FileNotFoundError, match="dataset.json is missing"):
+        Dataset(tmp_path)
+    folder = write_folder()
+    (folder / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable JSON"):
+        Dataset(folder)
+    folder = write_folder()
+    (folder / "histories.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="histories.parquet is missing"):
+        Dataset(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.5, -1], ids=str)
+def test_truncated_parquet_is_named(write_folder, kept):
+    path = write_folder() / "histories.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match="histories.parquet is not a readable Parquet file"):
+        Dataset(path.parent)
+
+
+def test_damage_inside_a_parquet_is_noticed_by_its_recorded_hash(toy):
+    path = toy.path / "histories.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="sha256"):
+        Dataset(toy.path)
+
+
+GOOD = {"user_id": [10, 13], "target": [7, 6], "cut": [3, 6]}
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "words"),
+    [
+        ({}, {"user_id": [10, 15]}, "user_id must be a user of histories.parquet, got 15 in row 1"),
+        ({}, {"cut": [4, 6]}, "cut must be in 0..the history's length, got 4 in row 0"),
+        ({}, {"cut": [-1, 6]}, "got -1 in row 0"),
+        ({}, {"cut": [1.0, 6.0]}, "cut must hold integers, got double"),
+        ({}, {"target": [8, 6]}, "target must be an item id 1..7, got 8 in row 0"),
+        ({}, {"target": [6, 0]}, "target must be an item id 1..7, got 0 in row 1"),
+        ({}, {"target": [6, None]}, "target must be without nulls, got None in row 1"),
+        ({"catalogue": [5, 6]}, {}, "target must be an item of the task's catalogue, got 7 in row 0"),
+        ({"catalogue": [6, 8]}, {}, "catalogue must hold ids 1..7, got 8"),
+        ({"kind": "binary"}, {"target": [1, 2]}, "target must be in 0..1, got 2 in row 1"),
+        ({"kind": "classes", "num_classes": 3}, {"target": [3, 2]}, "target must be in 0..2, got 3 in row 0"),
+        ({"kind": "classes"}, {}, "num_classes"),
+        ({"kind": "regression"}, {"target": [1.0, float("nan")]}, "target must be a finite float32, got nan in row 1"),
+        ({"kind": "regression"}, {"target": [1.0, 1e300]}, "target must be a finite float32, got inf in row 1"),
+        ({"kind": "rank"}, {}, "kind of task 'toy' must be one of"),
+        ({"kind": None}, {}, "kind is missing"),
+        ({"colour": 1}, {}, "unknown keys of a task: colour"),
+        ({"name": "toy", "labels": ["a"]}, {}, "labels must be a list"),
+        ({}, {"cut": None}, "missing: cut"),
+    ],
+    ids=str,
+)
+def test_broken_tables_are_named(write_folder, task, rows, words):
+    values = {k: v for k, v in (TOY | task).items() if v is not None}
+    folder = write_folder(task=values, rows={k: v for k, v in (GOOD | rows).items() if v is not None})
+    with pytest.raises(ValueError, match="toy") as error:
+        Dataset(folder).task("toy")
+    assert words in str(error.value)
+
+
+def test_table_and_json_belong_together(write_folder):
+    folder = write_folder(task=TOY, rows=GOOD)
+    (folder / "tasks" / "toy.json").write_text(json.dumps(TOY | {"name": "other"}))
+    with pytest.raises(ValueError, match="name must be the file's, 'toy', got 'other'"):
+        Dataset(folder).task("toy")
+    (folder / "tasks" / "toy.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"toy.json is missing"):
+        Dataset(folder).task("toy")
+
+
+def test_unknown_names(toy):
+    with pytest.raises(KeyError, match="task must be one of next, more, value, got 'less'"):
+        toy.task("less")
+    with pytest.raises(ValueError, match="fold must be one of train, valid, test, got 'dev'"):
+        toy.examples("more", "dev")
+
+
+def test_a_changed_table_is_read_again(write_folder):
+    folder = write_folder(task=TOY, rows=GOOD)
+    assert Dataset(folder).task("toy").target.tolist() == [7, 6]
+    pq.write_table(pa.table(GOOD | {"target": [6, 7]}), folder / "tasks" / "toy.parquet")
+    os.utime(folder / "tasks" / "toy.parquet", ns=(1, 1))
+    assert Dataset(folder).task("toy").target.tolist() == [6, 7]

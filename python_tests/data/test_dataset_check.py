@@ -1,0 +1,82 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pcl_ext.data import Dataset, DatasetWriter, check
+from pcl_ext.data import check as check_function
+from pcl_ext.task import TaskSpec
+
+TIMES = [[1, 2, 3], [4, 5], [], [1, 1, 2, 3, 5, 8], [9]]
+TOY = {"name": "toy", "kind": "items"}
+
+
+def test_good_folders_pass(write_folder, toy):
+    check(toy)
+    rows = {"user_id": [10, 13, 13], "target": [7, 6, 5], "cut": [3, 6, 5], "time": [3, 8, 5]}
+    check(write_folder(header={"distinct": True}, times=pa.array(TIMES), task=TOY, rows=rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"times": pa.array([[1, 2, 3], [4, 5], [], [1, 1, 2, 3, 5, 4], [9]])},
+            "times must not decrease, got 4 in row 3",
+        ),
+        (
+            {"header": {"distinct": True}, "items": pa.array([[1], [2], [], [3, 2, 3], [4]])},
+            "items must not repeat, got 3 twice in row 3",
+        ),
+        (
+            {"task": TOY, "rows": {"user_id": [10, 13], "target": [7, 2], "cut": [3, 3]}},
+            "target must not be among the first 3 items of the history, got 2 in row 1",
+        ),
+        (
+            {
+                "times": pa.array(TIMES),
+                "task": TOY,
+                "rows": {"user_id": [14, 13], "target": [7, 6], "cut": [0, 5], "time": [0, 4]},
+            },
+            "time must not be before the last visible event, 5, got 4 in row 1",
+        ),
+    ],
+    ids=["times", "distinct", "seen", "time"],
+)
+def test_leaks_are_named(write_folder, change, words):
+    with pytest.raises(ValueError, match="parquet") as error:
+        check(write_folder(**change))
+    assert words in str(error.value)
+
+
+def test_repeats_may_be_seen(write_folder):
+    rows = {"user_id": [13, 10], "target": [2, 3], "cut": [3, 3]}
+    check(write_folder(task=TOY | {"repeats": True}, rows=rows))
+
+
+def test_an_item_after_the_cut_is_no_leak(write_folder):
+    check(write_folder(task=TOY, rows={"user_id": [13, 13], "target": [2, 5], "cut": [2, 5]}))
+
+
+@given(st.data())
+def test_checker_agrees_with_the_definition(tmp_path_factory, data):
+    lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
+    items = data.draw(st.lists(st.integers(1, 4), min_size=sum(lengths), max_size=sum(lengths)))
+    offsets = np.r_[0, np.cumsum(lengths)]
+    row = st.integers(0, len(lengths) - 1).flatmap(
+        lambda u: st.tuples(st.just(u), st.integers(0, lengths[u]), st.integers(1, 4))
+    )
+    rows = data.draw(st.lists(row, min_size=1, max_size=8))
+    leaks = any(target in items[offsets[user] : offsets[user] + cut] for user, cut, target in rows)
+    out = tmp_path_factory.mktemp("check") / "data"
+    with DatasetWriter(out, "random", 4) as writer:
+        writer.histories(np.arange(len(lengths)), items, offsets, np.zeros(len(lengths), int))
+        users, cuts, targets = zip(*rows, strict=True)
+        writer.task(TaskSpec("toy", "items"), users, targets, cuts)
+    dataset = Dataset(out)
+    if leaks:
+        with pytest.raises(ValueError, match="target must not be among"):
+            check_function(dataset)
+    else:
+        dataset.check()

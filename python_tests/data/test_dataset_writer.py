@@ -1,0 +1,112 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from pcl_ext.data import Dataset, DatasetWriter, check
+from pcl_ext.task import TaskSpec
+
+
+def write(out, users=(1, 2), fail=None, **more):
+    with DatasetWriter(out, "tiny", 3, **more) as writer:
+        for user in users:
+            writer.histories([user], [1, 2, 3], [0, 3], [user % 3])
+        writer.task(TaskSpec("t", "binary"), [1], [1], [3], labels=["no", "yes"])
+        if fail:
+            raise fail
+
+
+def leftovers(folder):
+    return [p.name for p in folder.iterdir() if "tmp" in p.name]
+
+
+def test_row_groups_are_streamed_and_counted(tmp_path):
+    write(tmp_path / "out", users=range(1, 8))
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert info["counts"] == {"users": {"train": 2, "valid": 3, "test": 2}, "events": 21, "tasks": {"t": 1}}
+    assert set(info["sha256"]) == {"histories.parquet", "tasks/t.json", "tasks/t.parquet"}
+    dataset = Dataset(tmp_path / "out")
+    assert dataset.num_users == 7
+    assert dataset.task("t").labels == ("no", "yes")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("full"), KeyboardInterrupt()], ids=repr)
+def test_an_error_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)):
+        write(tmp_path / "out", fail=error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_check_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="unique"):
+        write(tmp_path / "out", users=(1, 1), check=check)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_write_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="at least one history"), DatasetWriter(tmp_path / "out", "none", 1):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folders_are_kept(tmp_path):
+    out = tmp_path / "out"
+    write(out)
+    before = (out / "dataset.json").read_bytes()
+    with pytest.raises(FileExistsError, match="out must be a new or an empty folder"):
+        write(out, users=(5,))
+    assert (out / "dataset.json").read_bytes() == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="must be a new or an empty folder"):
+        write(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")
+    assert Dataset(tmp_path / "empty").num_users == 2
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    for path in sorted((tmp_path / "a").rglob("*.*")):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+KILLED = """
+    import os, time
+    from pcl_ext.data import DatasetWriter
+    with DatasetWriter({out!r}, "tiny", 3) as writer:
+        writer.histories([1], [1, 2, 3], [0, 3], [0])
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_killed_writer_leaves_no_dataset_and_is_swept(tmp_path):
+    out = tmp_path / "out"
+    code = textwrap.dedent(KILLED.format(out=str(out)))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        assert leftovers(tmp_path)
+        write(tmp_path / "other")  # a writer of another folder, and of this one, leaves a living writer alone
+        with DatasetWriter(out, "tiny", 3) as writer:
+            assert len(leftovers(tmp_path)) == 2
+            writer.histories([1], [1], [0, 1], [0])
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    time.sleep(0.01)
+    assert out.exists()
+    assert len(leftovers(tmp_path)) == 1
+    write(tmp_path / "out2")
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "empty" / "out", "tiny", 3):
+        raise RuntimeError
+    (out / "dataset.json").unlink()
+    for path in sorted(out.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    write(out)
+    assert leftovers(tmp_path) == []
