@@ -1,0 +1,154 @@
+"""Every mistake in a TOML file or its tables is named by key, rule and what came; nothing is left behind."""
+
+import pytest
+
+from pcl_ext.data import prepare_events
+
+GOOD = """\
+name = "shop"
+[events]
+file = "log.csv"
+time = "time"
+[users]
+file = "users.csv"
+[items]
+file = "items.csv"
+[[task]]
+name = "age"
+kind = "regression"
+column = "age"
+[[task]]
+name = "new"
+kind = "items"
+source = "events"
+items = { modulo = 2 }
+"""
+LOG = "user_id,item_id,time,price\n" + "".join(f"{i % 5},{i % 7},{i},{i}.5\n" for i in range(40))
+USERS = "user_id,age,city\n0,3,a\n1,4,b\n2,5,c\n"
+ITEMS = "item_id,kind\n" + "".join(f"{i},k\n" for i in range(7))
+
+
+def run(folder, toml=GOOD, log=LOG, users=USERS, items=ITEMS):
+    for name, text in (("log.csv", log), ("users.csv", users), ("items.csv", items), ("shop.toml", toml)):
+        if text is not None:
+            (folder / name).write_text(text)
+    prepare_events(folder / "shop.toml", folder / "out")
+
+
+def test_the_good_file_is_good(tmp_path):
+    run(tmp_path)
+    assert (tmp_path / "out" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('name = "shop"\n', "", "name is missing"),
+        ("[events]", "[event]", "unknown key 'event'; known are name, events"),
+        ('file = "log.csv"\n', "", "[events]: file is missing"),
+        ('time = "time"', "colour = 1", "[events]: unknown key 'colour'"),
+        ('time = "time"', "min_length = 1.5", "[events]: min_length must be int, got 1.5"),
+        ('time = "time"', "min_length = true", "[events]: min_length must be int, got True"),
+        ('time = "time"', 'distinct = "yes"', "[events]: distinct must be bool, got 'yes'"),
+        ('time = "time"', 'where = ["price"]', "[events]: where must be a list of [column, op, value], got 'price'"),
+        ('time = "time"', 'where = [["price", "=>", 1]]', "op must be one of ==, !=, <"),
+        ('time = "time"', 'where = [["price", "in", 1]]', "in and not in take a list"),
+        ('time = "time"', 'where = [["cost", ">", 1]]', "neither [events] nor [items] has a column 'cost'"),
+        ('time = "time"', 'where = [["price", ">", "a"]]', "price (double) cannot be compared by > with 'a'"),
+        ('time = "time"', "min_length = 9", "no user has min_length = 9 events"),
+        ('time = "time"', "until = 2011-09-10", "[events] until needs [events] time"),
+        (
+            'time = "time"',
+            'time = "time"\nuntil = "soon"',
+            "[events] until must be a date as in 2011-09-10, got 'soon'",
+        ),
+        ('time = "time"', 'time = "time"\nuntil = 0', "of 40 events in the log"),
+        ('time = "time"', 'time = "when"', "has no column 'when'; it has user_id, item_id, time, price"),
+        (
+            'time = "time"',
+            'time = "time"\ntime_unit = "min"',
+            "[events] time_unit must be one of s, ms, us, ns, got 'min'",
+        ),
+        ('time = "time"', 'item = "price"', "[events] item must hold integers or text, got double"),
+        ('"users.csv"', '"nobody.csv"', "nobody.csv is missing"),
+        ('[users]\nfile = "users.csv"\n', "", "task 'age': source users needs a [users] table"),
+        ('column = "age"', 'column = "size"', "has no column 'size'"),
+        ('column = "age"', 'column = "city"', "must hold numbers, got string"),
+        ('column = "age"', "", "task 'age': column is missing"),
+        ('column = "age"', 'column = "age"\nbins = 3', "task 'age': bins is not for kind regression"),
+        ('kind = "regression"', 'kind = "classes"\nbins = 1', "bins must be a number from 2 up"),
+        ('kind = "regression"', 'kind = "classes"\nbins = [3, 2]', "a list of rising edges, got [3, 2]"),
+        ('kind = "regression"', 'kind = "binary"', "task 'age': binary needs 2 values"),
+        ('kind = "regression"', 'kind = "binary"\nthreshold = 1\npositive = 3', "only one of threshold and positive"),
+        ('kind = "regression"', 'kind = "binary"\npositive = "x"', "positive must be values of the column (int64)"),
+        (
+            'kind = "regression"',
+            'kind = "number"',
+            "kind must be one of items, binary, classes, regression, got 'number'",
+        ),
+        (
+            'kind = "regression"',
+            'kind = "regression"\nmetric = "auc"',
+            "metric of task 'age' (regression) must be one of",
+        ),
+        ('name = "age"', 'name = "Age"', "must match [a-z0-9_-]{1,64}, got 'Age'"),
+        ('name = "age"', 'name = "new"', "[[task]] names must differ, got new, new"),
+        ('name = "age"', 'name = "next"', "next is always there"),
+        ('name = "age"\n', "", "[[task]] 1: name is missing"),
+        ('source = "events"', "", "kind items needs source"),
+        ("{ modulo = 2 }", "{ modulo = 2, remainder = 2 }", "remainder must be in 0..modulo - 1, got 2"),
+        ("{ modulo = 2 }", "{ modulus = 2 }", "unknown key 'modulus'"),
+        ("{ modulo = 2 }", "5", "items must be dict, got 5"),
+        ("{ modulo = 2 }", '{ where = [["kind", "==", "z"]] }', "must hold at least one item, got none"),
+        ("[users]", '[fold]\nby = "date"\n[users]', "needs the dates valid and test"),
+        ("[users]", '[fold]\nby = "age"\n[users]', "by must be hash or date, got 'age'"),
+        ("[users]", "[fold]\nrotate = 5\n[users]", "rotate must be None or one of 0..4, got 5"),
+        ("[users]", "[users", "shop.toml"),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path, old, new, words):
+    assert old in GOOD
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        run(tmp_path, GOOD.replace(old, new, 1))
+    assert words in str(error.value)
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"users": USERS + "1,7,c\n"}, "[users]: user must be unique, 1 is there twice"),
+        ({"users": USERS + ",7,c\n"}, "[users] user must not be null, 1 of 4 rows are"),
+        ({"users": "user_id,age\nann,3\n"}, "[users] user must be of the same type as in [events], int64, got string"),
+        ({"items": ITEMS + "3,k\n"}, "[items] item must be unique"),
+        ({"log": LOG + "1,,3,1\n"}, "[events] item must not be null, 1 of 41 rows are"),
+        ({"log": LOG + "1,2,,1\n"}, "1 of 41 times are null"),
+        ({"log": LOG + "1,2\n"}, "not readable as CSV"),
+        ({"log": "user_id,item_id,time\n"}, "[events]"),
+        ({"log": ""}, "not readable as CSV"),
+        ({"users": "user_id,age\n7,3\n"}, "task 'age': no user has a value"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_the_tables(tmp_path, change, words):
+    with pytest.raises(ValueError, match=r"\[events\]|\[users\]|\[items\]|task|CSV") as error:
+        run(tmp_path, **change)
+    assert words in str(error.value)
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_a_date_needs_the_unit_of_the_times(tmp_path):
+    log = "user_id,item_id,time\n1,1,1300000000000\n"
+    with pytest.raises(ValueError, match="give \\[events\\] time_unit"):
+        run(tmp_path, GOOD.replace('time = "time"', 'time = "time"\nuntil = 2011-09-10'), log=log)
+
+
+def test_a_missing_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config must be a TOML file"):
+        prepare_events(tmp_path / "none.toml", tmp_path / "out")
+
+
+def test_a_truncated_parquet_log(tmp_path):
+    (tmp_path / "log.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ValueError, match=r"\[events\]: .*log.parquet is not a readable Parquet file"):
+        run(tmp_path, GOOD.replace("log.csv", "log.parquet"))

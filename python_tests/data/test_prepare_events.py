@@ -1,0 +1,314 @@
+"""`prepare events` on small logs whose datasets can be written down by hand."""
+
+import datetime as dt
+import json
+from hashlib import sha256
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pcl_ext.data import Dataset, fold_of, prepare_events
+from pcl_ext.data.split import stable_hash
+
+LOG = """\
+user_id,item_id,time,kind,rating
+ann,x,2,buy,5
+bob,y,1,buy,3
+ann,z,1,buy,1
+ann,x,4,buy,2
+ann,w,3,back,5
+bob,x,5,buy,4
+cat,y,9,buy,5
+bob,w,7,buy,
+"""
+USERS = "user_id,age,city\nbob,31,Rome\nann,25,Oslo\ndan,70,Bern\n"
+BASE = 'name = "shop"\n[events]\nfile = "log.csv"\ntime = "time"\n'
+USERS_TOML = '[users]\nfile = "users.csv"\n'
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Write log.csv, users.csv and the TOML; prepare; return the dataset."""
+
+    def run(toml, log=LOG, users=USERS, **arguments):
+        (tmp_path / "log.csv").write_text(log)
+        (tmp_path / "users.csv").write_text(users)
+        (tmp_path / "shop.toml").write_text(toml)
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        prepare_events(tmp_path / "shop.toml", out, **arguments)
+        return Dataset(out)
+
+    return run
+
+
+def originals(dataset, file, key):
+    table = pq.read_table(dataset.path / file)
+    return dict(zip(table[key].to_pylist(), table["original_id"].to_pylist(), strict=True))
+
+
+def histories(dataset):
+    """{user: items} in the log's own ids."""
+    items = originals(dataset, "items.parquet", "item_id")
+    users = [str(user) for user in dataset.user_id.tolist()]
+    if (dataset.path / "users.parquet").exists():
+        names = originals(dataset, "users.parquet", "user_id")
+        users = [names[int(user)] for user in users]
+    rows = zip(users, dataset.offsets[:-1], dataset.offsets[1:], strict=True)
+    return {user: [items[i] for i in dataset.items[a:b].tolist()] for user, a, b in rows}
+
+
+def rows(dataset, name):
+    """[(user, target, cut)] of a task in the log's own ids."""
+    items = originals(dataset, "items.parquet", "item_id")
+    users = originals(dataset, "users.parquet", "user_id")
+    table = dataset.task(name)
+    targets = [items[t] if table.spec.kind == "items" else t for t in table.target.tolist()]
+    names = [users[int(dataset.user_id[row])] for row in table.user]
+    return sorted(zip(names, targets, table.cut.tolist(), strict=True))
+
+
+def test_events_in_any_order_become_histories_in_time_order(prepare):
+    dataset = prepare(BASE)
+    assert histories(dataset) == {"ann": ["z", "x", "w", "x"], "bob": ["y", "x", "w"], "cat": ["y"]}
+    assert dataset.times.tolist() == [1, 2, 3, 4, 1, 5, 7, 9]
+    assert dataset.num_items == 4
+    assert dataset.info["counts"]["events"] == 8
+    assert [s["file"] for s in dataset.info["sources"]] == ["log.csv"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "want"),
+    [
+        ("distinct = true", {"ann": ["z", "x", "w"], "bob": ["y", "x", "w"], "cat": ["y"]}),
+        ("min_length = 3", {"ann": ["z", "x", "w", "x"], "bob": ["y", "x", "w"]}),
+        ("until = 5", {"ann": ["z", "x", "w", "x"], "bob": ["y"]}),
+        ('where = [["kind", "==", "buy"], ["rating", ">=", 2]]', {"ann": ["x", "x"], "bob": ["y", "x"], "cat": ["y"]}),
+        ('where = [["kind", "!=", "buy"]]', {"ann": ["w"]}),
+        ('where = [["rating", "in", [1, 4]]]', {"ann": ["z"], "bob": ["x"]}),
+        ('where = [["rating", "not in", [1, 4, 5]]]', {"ann": ["x"], "bob": ["y"]}),
+        ('where = [["rating", "<", 2.5]]', {"ann": ["z", "x"]}),
+        ('where = [["item_id", "in", ["w"]]]', {"ann": ["w"], "bob": ["w"]}),
+    ],
+    ids=str,
+)
+def test_what_a_history_holds(prepare, keys, want):
+    assert histories(prepare(BASE + keys)) == want
+
+
+def test_users_are_split_by_the_hash_of_their_own_ids(prepare):
+    dataset = prepare(BASE, log="user_id,item_id,time\n" + "".join(f"u{i},a,1\n" for i in range(300)))
+    names = originals(dataset, "users.parquet", "user_id")
+    want = fold_of("shop", [names[int(user)] for user in dataset.user_id])
+    assert dataset.fold.tolist() == want.tolist()
+    bucket = int.from_bytes(sha256(b"shop:user:u1").digest()[:8], "big") % 100
+    assert fold_of("shop", ["u1"]).tolist() == [int(bucket >= 80) + int(bucket >= 85)]
+    rotated = [
+        prepare(BASE, log="user_id,item_id,time\n" + "".join(f"u{i},a,1\n" for i in range(300)), rotate=f)
+        for f in range(5)
+    ]
+    tested = np.stack([d.fold == 2 for d in rotated])
+    assert (tested.sum(axis=0) == 1).all()
+
+
+def test_integer_ids_stay_and_are_hashed_as_written(prepare):
+    dataset = prepare(BASE, log="user_id,item_id,time\n30,7,1\n-4,9,1\n")
+    assert dataset.user_id.tolist() == [-4, 30]
+    assert histories(dataset) == {"-4": ["9"], "30": ["7"]}
+    assert dataset.fold.tolist() == fold_of("shop", [-4, 30]).tolist()
+
+
+def test_fold_by_date_of_the_first_event(prepare):
+    dataset = prepare(BASE + '[fold]\nby = "date"\nvalid = 2\ntest = 9\n', log=LOG.replace("bob,y,1", "bob,y,3"))
+    assert dataset.fold.tolist() == [0, 1, 2]
+
+
+def task(text):
+    return BASE + USERS_TOML + '[[task]]\nname = "t"\n' + text
+
+
+ITEMS = 'kind = "items"\nsource = "events"\n'
+
+
+@pytest.mark.parametrize(
+    ("keys", "want"),
+    [
+        ('where = [["kind", "==", "back"]]\nrepeats = true', [("ann", "w", 4)]),
+        (
+            "repeats = true",
+            [
+                ("ann", "w", 4),
+                ("ann", "x", 4),
+                ("ann", "z", 4),
+                ("bob", "w", 3),
+                ("bob", "x", 3),
+                ("bob", "y", 3),
+                ("cat", "y", 1),
+            ],
+        ),
+        ('cut = "before"\nwhere = [["rating", ">=", 4]]', [("ann", "w", 2), ("ann", "x", 1), ("bob", "x", 1)]),
+        ('cut = "before"\npick = "last"', [("ann", "w", 2), ("bob", "w", 2)]),
+        ('cut = "before"\npick = "first"', [("ann", "x", 1), ("bob", "x", 1)]),
+        ('cut = "before"\npick = "last"\nrepeats = true', [("ann", "x", 3), ("bob", "w", 2)]),
+    ],
+    ids=str,
+)
+def test_items_tasks(prepare, keys, want):
+    assert rows(prepare(task(ITEMS + keys)), "t") == want
+
+
+def test_future_items_leave_out_what_was_seen(prepare):
+    toml = task(ITEMS + "from = 5\n").replace('time = "time"', 'time = "time"\nuntil = 5')
+    dataset = prepare(toml)
+    assert histories(dataset) == {"ann": ["z", "x", "w", "x"], "bob": ["y"]}
+    assert rows(dataset, "t") == [("bob", "w", 1), ("bob", "x", 1)]
+    assert dataset.task("t").time.tolist() == [5, 7]
+
+
+def test_a_subset_is_kept_out_of_all_inputs(prepare):
+    held = [item for item in "wxyz" if stable_hash(f"shop:item:{item}") % 2 == 1]
+    assert 0 < len(held) < 4
+    dataset = prepare(task(ITEMS + "items = { modulo = 2, remainder = 1 }"))
+    names = originals(dataset, "items.parquet", "item_id")
+    assert not {item for items in histories(dataset).values() for item in items} & set(held)
+    assert {names[i] for i in dataset.task("t").spec.catalogue} == {target for _, target, _ in rows(dataset, "t")}
+    assert {target for _, target, _ in rows(dataset, "t")} <= set(held)
+
+
+def test_items_table_names_subsets_and_conditions(prepare, tmp_path):
+    (tmp_path / "items.csv").write_text("item_id;new\nx;false\ny;false\nz;true\nw;true\nv;true\n")
+    toml = task(ITEMS + 'items = { where = [["new", "==", true]] }\nwhere = [["new", "==", true]]')
+    dataset = prepare(toml + '\n[items]\nfile = "items.csv"\ndelimiter = ";"\n')
+    assert histories(dataset) == {"ann": ["x", "x"], "bob": ["y", "x"], "cat": ["y"]}
+    assert rows(dataset, "t") == [("ann", "w", 2), ("ann", "z", 2), ("bob", "w", 2)]
+    assert dataset.num_items == 5  # v is known though nobody bought it
+    assert len(dataset.task("t").spec.catalogue) == 3
+
+
+EVENTS = 'source = "events"\n'
+
+
+@pytest.mark.parametrize(
+    ("keys", "want", "labels"),
+    [
+        ('kind = "binary"\ncolumn = "city"', [("ann", 0, 4), ("bob", 1, 3)], ("Oslo", "Rome")),
+        (
+            'kind = "binary"\ncolumn = "city"\nlabels = ["Rome", "Oslo"]',
+            [("ann", 1, 4), ("bob", 0, 3)],
+            ("Rome", "Oslo"),
+        ),
+        ('kind = "binary"\ncolumn = "city"\npositive = "Oslo"', [("ann", 1, 4), ("bob", 0, 3)], ("other", "Oslo")),
+        ('kind = "binary"\ncolumn = "age"\nthreshold = 30', [("ann", 0, 4), ("bob", 1, 3)], ("below 30", "30 or more")),
+        (
+            'kind = "classes"\ncolumn = "age"\nbins = [25, 31]',
+            [("ann", 1, 4), ("bob", 2, 3)],
+            ("below 25", "25 to 31", "31 or more"),
+        ),
+        (
+            'kind = "classes"\ncolumn = "city"\nlabels = ["Bern", "Rome", "Oslo"]\nignore = ["Rome"]',
+            [("ann", 2, 4)],
+            ("Bern", "Rome", "Oslo"),
+        ),
+        ('kind = "regression"\ncolumn = "age"', [("ann", 25, 4), ("bob", 31, 3)], None),
+        (
+            EVENTS + 'kind = "binary"\nwhere = [["kind", "==", "back"]]',
+            [("ann", 1, 4), ("bob", 0, 3), ("cat", 0, 1)],
+            ("0", "1"),
+        ),
+        (EVENTS + 'kind = "regression"\nreduce = "count"', [("ann", 4, 4), ("bob", 3, 3), ("cat", 1, 1)], None),
+        (
+            EVENTS + 'kind = "regression"\nreduce = "median"\ncolumn = "rating"',
+            [("ann", 3.5, 4), ("bob", 3.5, 3), ("cat", 5, 1)],
+            None,
+        ),
+        (
+            EVENTS + 'kind = "regression"\nreduce = "sum"\ncolumn = "rating"',
+            [("ann", 13, 4), ("bob", 7, 3), ("cat", 5, 1)],
+            None,
+        ),
+        (
+            EVENTS + 'kind = "regression"\nreduce = "mean"\ncolumn = "rating"\nuntil = 5',
+            [("ann", 3.25, 4), ("bob", 3, 3)],
+            None,
+        ),
+        (
+            EVENTS + 'kind = "binary"\nreduce = "min"\ncolumn = "rating"\nthreshold = 3',
+            [("ann", 0, 4), ("bob", 1, 3), ("cat", 1, 1)],
+            None,
+        ),
+    ],
+    ids=str,
+)
+def test_labels(prepare, keys, want, labels):
+    dataset = prepare(task(keys))
+    assert rows(dataset, "t") == want
+    if labels is not None:
+        assert dataset.task("t").labels == labels
+
+
+def test_bins_are_quantiles_of_the_train_users(prepare):
+    log = "user_id,item_id,time\n" + "".join(f"{i},1,1\n" for i in range(500))
+    users = "user_id,age\n" + "".join(f"{i},{(i * 7919) % 500}\n" for i in range(500))
+    dataset = prepare(task('kind = "classes"\ncolumn = "age"\nbins = 4'), log=log, users=users)
+    table = dataset.task("t")
+    train = dataset.fold[table.user] == 0
+    assert np.ptp(np.bincount(table.target[train])) <= 1
+    assert table.spec.num_classes == 4
+
+
+DAY = 86400
+TIMES = {
+    "s": pa.array([DAY, 2 * DAY, 3 * DAY]),
+    "ms": pa.array([1000 * DAY, 2000 * DAY, 3000 * DAY], pa.int64()),
+    "ns": pa.array([10**9 * DAY, 2 * 10**9 * DAY, 3 * 10**9 * DAY], pa.int64()),
+    "float": pa.array([DAY + 0.25, 2.0 * DAY, 3.0 * DAY]),
+    "timestamp": pa.array([dt.datetime(1970, 1, day) for day in (2, 3, 4)], pa.timestamp("ms")),
+    "zone": pa.array([dt.datetime(1970, 1, day) for day in (2, 3, 4)], pa.timestamp("ns", "Europe/Rome")),
+    "date": pa.array([dt.date(1970, 1, day) for day in (2, 3, 4)], pa.date32()),
+    "iso": pa.array(["1970-01-02", "1970-01-03", "1970-01-04"]),
+    "iso time": pa.array(["1970-01-02 10:00:00", "1970-01-03 00:00:00", "1970-01-04T00:00:00"]),
+    "format": pa.array(["2/1/1970", "3/1/1970", "4/1/1970"]),
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+@pytest.mark.parametrize("until", ["1970-01-03", '"1970-01-03"', "1970-01-03T00:00:00Z"])
+def test_times_of_all_kinds(tmp_path, kind, until):
+    log = pa.table(
+        {"user_id": [1, 1, 1], "item_id": pa.array(["a", "b", "c"]).dictionary_encode(), "when": TIMES[kind]}
+    )
+    pq.write_table(log.take([2, 0, 1]), tmp_path / "log.parquet")
+    more = {"format": 'time_format = "%d/%m/%Y"'}.get(kind, f'time_unit = "{kind if kind in ("ms", "ns") else "s"}"')
+    toml = f'name = "shop"\n[events]\nfile = "log.parquet"\ntime = "when"\nuntil = {until}\n{more}\n'
+    (tmp_path / "shop.toml").write_text(toml)
+    prepare_events(tmp_path / "shop.toml", tmp_path / "out")
+    assert histories(Dataset(tmp_path / "out")) == {"1": ["a"]}
+    (tmp_path / "shop.toml").write_text(toml.replace(f"until = {until}", ""))
+    prepare_events(tmp_path / "shop.toml", tmp_path / "all")
+    assert histories(Dataset(tmp_path / "all")) == {"1": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(("delimiter", "text"), [("\\t", "\t"), (";", ";"), ("::", "::"), ("|", "|")])
+def test_delimiters_names_and_encodings(tmp_path, delimiter, text):
+    (tmp_path / "log.dat").write_bytes(
+        "\n".join(text.join(row) for row in (("1", "é", "2"), ("1", "b", "1"))).encode("latin-1")
+    )
+    (tmp_path / "shop.toml").write_text(
+        f'name = "shop"\n[events]\nfile = "log.dat"\ndelimiter = "{delimiter}"\nencoding = "latin-1"\n'
+        'columns = ["who", "what", "when"]\nuser = "who"\nitem = "what"\ntime = "when"\n'
+    )
+    prepare_events(tmp_path / "shop.toml", tmp_path / "out")
+    assert histories(Dataset(tmp_path / "out")) == {"1": ["b", "é"]}
+
+
+def test_a_killed_or_failed_run_leaves_no_dataset(prepare, tmp_path):
+    with pytest.raises(ValueError, match="no event satisfies"):
+        prepare(task(ITEMS + 'where = [["kind", "==", "gift"]]'))
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_a_description_reaches_the_task(prepare):
+    dataset = prepare(task('kind = "regression"\ncolumn = "age"\ndescription = "how old"\nmetric = "mae"'))
+    saved = json.loads((dataset.path / "tasks" / "t.json").read_text())
+    assert saved == {"name": "t", "kind": "regression", "description": "how old", "metric": "mae", "repeats": False}
