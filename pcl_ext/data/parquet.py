@@ -109,8 +109,9 @@ def pieces(file: pq.ParquetFile, path: Path, columns: list[str]) -> Iterator[tup
     """(rows before, record batch) over the whole file, in pieces of at most BATCH_ROWS rows."""
     base = 0
     try:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-            yield base, batch
-            base += batch.num_rows
+        for group in range(file.num_row_groups):  # one at a time: a reader of all of them keeps what it has read
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns):
+                yield base, batch
+                base += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read to its end (after row {base}): {error}") from error

@@ -16,7 +16,7 @@ def folder(tmp_path):
         lines += [f"{user}::{m}::{rng.integers(1, 6)}::{t}" for m, t in zip(movies, times, strict=True)]
     ages = [1, 18, 25, 35, 45, 50, 56]
     users = [f"{u}::{'MF'[u % 2]}::{ages[u % 7]}::{u % 21}::{u:05d}-12" for u in range(1, 41)]
-    movies = [f"{m}::Café, \"{m}\" (1990)::Comedy|Drama" for m in range(1, 31)]
+    movies = [f'{m}::Café, "{m}" (1990)::Comedy|Drama' for m in range(1, 31)]
     for name, text in (("ratings", lines), ("users", users), ("movies", movies)):
         (tmp_path / f"{name}.dat").write_bytes(("\n".join(text) + "\n").encode("latin-1"))
     return tmp_path

@@ -31,7 +31,10 @@ def test_every_user_is_tested_once_over_the_rotations():
 
 
 def test_integers_and_text_of_the_same_digits_agree():
-    assert hash_modulo("d", "item", np.array([1, 2], np.int32), 7).tolist() == hash_modulo("d", "item", ["1", "2"], 7).tolist()
+    assert (
+        hash_modulo("d", "item", np.array([1, 2], np.int32), 7).tolist()
+        == hash_modulo("d", "item", ["1", "2"], 7).tolist()
+    )
 
 
 @pytest.mark.parametrize("rotate", [-1, 5, 1.0, True, "0"])

@@ -1,4 +1,3 @@
-import resource
 import subprocess
 import sys
 
@@ -81,9 +80,24 @@ def test_nonsense_is_refused(tmp_path, arguments, words):
 
 
 PEAK = """
-    import resource, sys
-    from pcl_ext.data import Dataset, prepare_synthetic
-    prepare_synthetic(sys.argv[1], num_users=int(sys.argv[2]), mean_length=8)
-    Dataset(sys.argv[1]).task("range")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+import sys, tracemalloc
+import pyarrow
+from pcl_ext.data import prepare_synthetic
+sys.modules["pcl_ext.data.check"]._EVENTS = 1 << 16
+tracemalloc.start()
+prepare_synthetic(sys.argv[1], num_users=int(sys.argv[2]), mean_length=5)
+print(tracemalloc.get_traced_memory()[1], pyarrow.default_memory_pool().max_memory())
 """
+
+
+def test_memory_does_not_grow_with_the_users(tmp_path):
+    """Writing, reading into the cache and checking: the peak of numpy and of arrow."""
+    peaks = []
+    for users in (40_000, 160_000):
+        command = [sys.executable, "-c", PEAK, str(tmp_path / str(users)), str(users)]
+        peaks.append(
+            [int(n) for n in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+        )
+    (few, few_arrow), (many, many_arrow) = peaks
+    assert many < 1.1 * few
+    assert many_arrow < few_arrow + (1 << 20)
