@@ -15,6 +15,7 @@ from pcl_ext.batch import PackedBatch
 from pcl_ext.data import FOLDS, Dataset, iterate, plan
 from pcl_ext.loop import LoopConfig, Problem, fit
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel, task_loss
+from pcl_ext.model.softmax import catalogue_cross_entropy
 from pcl_ext.store import hash_tensor
 
 NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
@@ -141,8 +142,7 @@ class NextItemLoss:
         queries = self.task.head.queries(states, states)
         if self.negatives:
             return self._sampled(queries, target)
-        scores = F.linear(queries, self.backbone.table[1:], self.task.head.bias)
-        return F.cross_entropy(scores.float(), target.long() - 1)
+        return catalogue_cross_entropy(queries, self.backbone.table[1:], self.task.head.bias, target.long() - 1)
 
     def _sampled(self, queries: Tensor, target: Tensor) -> Tensor:
         """Sampled softmax with logQ correction (Bengio and Senecal, 2008); draws by smoothed frequency."""

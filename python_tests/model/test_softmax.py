@@ -1,0 +1,53 @@
+"""Chunked cross-entropy against PyTorch's, in float64 and within a chunk's memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcl_ext.model import softmax
+
+
+def inputs(rows, items, dtype=torch.float64):
+    tensors = torch.randn(rows, 5), torch.randn(items, 5), torch.randn(items)
+    return [t.to(dtype).requires_grad_() for t in tensors] + [torch.randint(items, (rows,))]
+
+
+def plain(queries, table, bias, target):
+    return F.cross_entropy(queries @ table.T + bias, target)
+
+
+@pytest.mark.parametrize(("rows", "items", "chunk"), [(1, 1, 8), (7, 11, 22), (64, 3, 1), (20, 50, 1 << 20)])
+def test_loss_and_gradients_equal_pytorch(monkeypatch, rows, items, chunk):
+    monkeypatch.setattr(softmax, "_CHUNK", chunk)
+    torch.manual_seed(rows)
+    args = inputs(rows, items)
+    got, want = softmax.catalogue_cross_entropy(*args), plain(*args)
+    torch.testing.assert_close(got, want)
+    for one, other in zip(torch.autograd.grad(3 * got, args[:3]), torch.autograd.grad(3 * want, args[:3])):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradcheck(monkeypatch):
+    monkeypatch.setattr(softmax, "_CHUNK", 14)
+    *tensors, target = inputs(5, 7)
+    assert torch.autograd.gradcheck(lambda *t: softmax.catalogue_cross_entropy(*t, target), tensors)
+
+
+def test_no_rows_cost_nothing():
+    args = inputs(0, 4)
+    loss = softmax.catalogue_cross_entropy(*args)
+    loss.backward()
+    assert loss == 0
+    assert not args[1].grad.any()
+
+
+def test_bfloat16_products_under_autocast():
+    torch.manual_seed(0)
+    args = inputs(64, 30, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = softmax.catalogue_cross_entropy(*args)
+        want = plain(*args)
+    exact = plain(*(t.double() if t.is_floating_point() else t for t in args))
+    assert abs(loss - exact) <= 2 * abs(want - exact) + 1e-3
+    loss.backward()
+    assert args[0].grad.dtype == torch.float32
