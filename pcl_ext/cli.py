@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, subparsers = build_parser()
     settings = parser.parse_args(argv)
     name = settings.subcommand
-    values = subparsers[name].instantiate_classes(settings[name])
+    values = subparsers[name].instantiate(settings[name])
     try:
         return getattr(commands, name)(values)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
