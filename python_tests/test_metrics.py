@@ -1,6 +1,7 @@
 """Metrics against float64 brute force and torchmetrics; ties, filtered items, batches, hostile input."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -303,3 +304,9 @@ def test_higher_is_better(metric):
 def test_an_unknown_metric_raises():
     with pytest.raises(ValueError, match="got 'mrr'"):
         higher_is_better("mrr")
+
+
+def test_without_torchmetrics_auc_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.classification", None)
+    with pytest.raises(ImportError, match=r"pip install pcl_ext\[cli\]"):
+        measure(SPECS["binary"], torch.randn(4), torch.tensor([0, 1, 0, 1])).compute()

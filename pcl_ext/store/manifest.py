@@ -58,7 +58,7 @@ def write_manifest(path: Path, values: Mapping[str, Any]) -> None:
     signed = sign({"schema": SCHEMA, **values}, "record")
     _check(signed)
     with temporary(path) as file:
-        file.write((json.dumps(signed, indent=1, sort_keys=True) + "\n").encode())
+        file.write((json.dumps(signed, indent=1) + "\n").encode())
         publish(file, path / NAME)
 
 
