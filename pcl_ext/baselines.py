@@ -204,11 +204,14 @@ class BagOfItems:
             target = (target - self.mean) / self.scale
         columns = spec.num_outputs(dataset.num_items)
         self.weight = [torch.zeros(dataset.num_items + 1, columns), torch.zeros(columns)]
-        sets, fits = _sets(dataset, train), []
-        for c in STRENGTHS:  # each fit starts from the one before
+        sets, best = _sets(dataset, train), (float("inf"), 0.0, self.weight)
+        for c in STRENGTHS if len(valid) else STRENGTHS[3:4]:  # each fit starts from the one before
             self._fit(sets, target, 1 / (2 * c * max(1, len(train))))
-            fits.append((self._valid_loss(valid), c, self.weight))
-        _, c, self.weight = min(fits, key=lambda fit: fit[0])
+            loss = self._valid_loss(valid)
+            if loss >= best[0]:
+                break
+            best = (loss, c, self.weight)
+        _, c, self.weight = best
         kind = "ridge" if spec.kind == "regression" else "logistic"
         self.name = f"{kind} regression on the bag of items (C = {c:g}{part})"
 
