@@ -35,6 +35,10 @@ def prompt_attention(
     q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
     _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index)
     check_layout(offsets, prefix_offsets, prefix_index, "q", q)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if plan is not None:
         _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k)
         work = plan.work

@@ -1,0 +1,42 @@
+"""Every test: seeded, new buffers full of NaN, threads as they were; devices and the compiled module by marker."""
+
+import pytest
+import torch
+
+from pcl_ext import ops
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs_ext: needs the compiled module")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("needs_ext") and not ops.has_fused():
+        pytest.skip("the compiled module pcl_ext._C is not built")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each device in turn."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_new_buffers():
+    """torch.empty fills with NaN (the largest value for integers): what a kernel forgets to write is seen."""
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.set_deterministic_debug_mode(mode)

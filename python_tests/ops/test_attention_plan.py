@@ -1,0 +1,83 @@
+"""attention_plan: the same work list from the compiled module and the twin, every history in it once."""
+
+import pytest
+import torch
+from attention_cases import CASES, to_offsets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pcl_ext import ops
+from pcl_ext.ops import reference
+
+
+def read(plan):
+    """The parts of a work list by name (csrc/attention_plan.h)."""
+    b, r = plan.batch, plan.num_prefixes
+    sizes = {"offsets": b + 1, "prefix_offsets": r + 1, "prefix_index": b, "members": b}
+    sizes |= {"chunk_begin": b + 1, "chunk_order": b, "prefix_chunk": r + 1, "num_chunks": 1}
+    return dict(zip(sizes, plan.work.split(list(sizes.values()))))
+
+
+@st.composite
+def batches(draw):
+    lengths = draw(st.lists(st.integers(0, 400), max_size=12))
+    prefixes = draw(st.lists(st.integers(0, 30), max_size=4))
+    index = draw(st.lists(st.integers(-1, len(prefixes) - 1), min_size=len(lengths), max_size=len(lengths)))
+    return to_offsets(lengths), to_offsets(prefixes), torch.tensor(index, dtype=torch.int64)
+
+
+@pytest.mark.needs_ext
+@settings(max_examples=100, deadline=None)
+@given(batches())
+def test_equals_the_twin(batch):
+    plan = ops.attention_plan(*batch)
+    assert torch.equal(plan.work, reference.attention_plan(*batch))
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches())
+def test_every_history_is_in_one_chunk_of_its_prefix(batch):
+    plan = ops.attention_plan(*batch)
+    parts = read(plan)
+    chunks = int(parts["num_chunks"])
+    assert sorted(parts["members"].tolist()) == list(range(plan.batch))
+    assert sorted(parts["chunk_order"].tolist()) == list(range(plan.batch))
+    begins = parts["chunk_begin"].tolist()
+    for c in range(chunks):
+        members = parts["members"][begins[c] : begins[c + 1]]
+        prefixes = set(batch[2][members].tolist())
+        assert len(prefixes) == 1
+        r = prefixes.pop()
+        if r >= 0:
+            assert parts["prefix_chunk"][r] <= c < parts["prefix_chunk"][r + 1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counts(name):
+    lengths, prefixes, index = CASES[name]
+    plan = ops.attention_plan(
+        to_offsets(lengths),
+        None if prefixes is None else to_offsets(prefixes),
+        None if index is None else torch.tensor(index),
+    )
+    assert (plan.batch, plan.total) == (len(lengths), sum(lengths))
+    assert (plan.num_prefixes, plan.prefix_total) == (len(prefixes or []), sum(prefixes or []))
+    assert plan.prefix_index is None if prefixes is None else plan.prefix_index.shape == (len(lengths),)
+
+
+def test_left_out_index():
+    one, own = ops.attention_plan(to_offsets([1, 2]), to_offsets([3])), ops.attention_plan(*[to_offsets([1, 2])] * 2)
+    assert one.prefix_index.tolist() == [0, 0]
+    assert own.prefix_index.tolist() == [0, 1]
+
+
+def test_moves():
+    plan = ops.attention_plan(to_offsets([1, 2]), to_offsets([3]))
+    assert torch.equal(plan.to("cpu").work, plan.work)
+    assert plan.to("meta").work.device.type == "meta"
+
+
+@pytest.mark.needs_ext
+def test_opcheck():
+    args = (to_offsets([5, 0, 300]), to_offsets([2, 3]), torch.tensor([1, -1, 0]), 305, 5)
+    torch.library.opcheck(torch.ops.pcl_ext.attention_plan.default, args)

@@ -1,0 +1,97 @@
+"""The same bits: with any number of threads, in any company, in any run; and right on every instruction set."""
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from attention_cases import CASES, make
+from test_prompt_attention import assert_as_right_as
+
+from pcl_ext import ops
+from pcl_ext.ops import _native
+
+pytestmark = pytest.mark.needs_ext
+ISAS = range(len(_native.C.isas())) if ops.has_fused() else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["some see none", "longer than a block", "several chunks"])
+@pytest.mark.parametrize("dim", [16, 40])
+def test_every_instruction_set(name, isa, dtype, dim):
+    case = make(*CASES[name], dim=dim, dtype=dtype)
+    grad_out = torch.randn(case.rows["q"].shape, dtype=torch.float64).to(dtype)
+    exact = case.to(torch.float64).run_with_grads(grad_out, impl="reference")
+    assert_as_right_as(case.run_isa(grad_out, isa), case.run_with_grads(grad_out, impl="reference"), exact)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_bits(isa, threads):
+    case = make(torch.randint(0, 90, (60,)).tolist(), [16, 5], torch.randint(-1, 2, (60,)).tolist(), dim=32)
+    grad_out = torch.randn(case.rows["q"].shape)
+    torch.set_num_threads(1)
+    want = case.run_isa(grad_out, isa)
+    torch.set_num_threads(threads)
+    for _ in range(3):
+        torch.testing.assert_close(case.run_isa(grad_out, isa), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_company_does_not_change_bits(isa, dtype):
+    lengths, prefixes, index = [40, 3, 0, 130, 7, 1, 19], [16, 5], [0, 1, 0, 0, -1, 1, 1]
+    case = make(lengths, prefixes, index, dim=32, dtype=dtype)
+    grad_out = torch.randn(case.rows["q"].shape, dtype=torch.float64).to(dtype)
+    crowd = case.run_isa(grad_out, isa)
+    for b in range(len(lengths)):
+        mine = slice(case.offsets[b], case.offsets[b + 1])
+        alone = make([lengths[b]], prefixes, index[b : b + 1], dim=32, dtype=dtype)
+        for name, rows in case.rows.items():
+            alone.rows[name] = rows if name.startswith("prefix") else rows[mine]
+        got = alone.run_isa(grad_out[mine], isa)
+        for name in ("out", "q", "k", "v"):
+            assert torch.equal(got[name], crowd[name][mine]), f"{name} of history {b}"
+
+
+def test_embedding_of_a_prefix_in_others_does_not_change_bits():
+    case = make([9, 30], [5], dim=32)
+    more = make([9, 30], [7, 5], [1, 1], dim=32)
+    for name, rows in case.rows.items():
+        more.rows[name] = torch.cat([more.rows[name][:7], rows]) if name.startswith("prefix") else rows
+    assert torch.equal(more.run(), case.run())
+
+
+def _in_child(case, want, answers):
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's own threads hang in a forked child
+    answers.put(all(case.run(impl="fused").numpy().tobytes() == want for _ in range(3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_works_alone():
+    case = make([150] * 20, [16], dim=32)
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        want = case.run(impl="fused").numpy().tobytes()
+        context = multiprocessing.get_context("fork")
+        answers = context.SimpleQueue()
+        child = context.Process(target=_in_child, args=(case, want, answers), daemon=True)
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        assert answers.get()
+        assert case.run(impl="fused").numpy().tobytes() == want
+
+
+def test_two_callers_at_once():
+    case = make([150] * 10, [16], dim=32)
+    torch.set_num_threads(2)
+    rows = {n: x.detach() for n, x in case.rows.items()}
+    want = ops.prompt_attention(offsets=case.offsets, prefix_offsets=case.prefix_offsets, **rows)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [
+            pool.submit(ops.prompt_attention, offsets=case.offsets, prefix_offsets=case.prefix_offsets, **rows)
+            for _ in range(30)
+        ]
+        assert all(torch.equal(call.result(), want) for call in calls)
