@@ -1,5 +1,6 @@
 """Checks the ops share: each names the argument, the rule and what came."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,12 +66,13 @@ def check_range(name: str, value: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie in {low}..{high}, got {int(value[i])} at index {i}")
 
 
-def check_count(name: str, value, low: int = 0) -> None:
-    """value is an int (or a traced one), at least low."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def check_count(name: str, value, low: int = 0) -> int:
+    """value, an int (numpy's and traced ones too) of at least low."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, np.integer)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def reads_values(tensor: Tensor) -> bool:

@@ -23,7 +23,7 @@ def gather_histories(values, offsets, rows, max_len: int, cut=None, *, impl: str
     offsets = _array("offsets", offsets, (np.int64,))
     rows = _array("rows", rows, (np.int64,))
     cut = None if cut is None else _array("cut", cut, (np.int64,))
-    check_count("max_len", max_len)
+    max_len = check_count("max_len", max_len)
     _check_ends(values, offsets, rows, cut)
     if use_fused(impl, _CPU, dtypes=()):
         return _gather(values, offsets, rows, max_len, cut)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import reference
-from pcl_ext.ops._check import check_count, check_like, check_tensor
+from pcl_ext.ops._check import check_count, check_tensor
 from pcl_ext.ops._native import C, use_fused
 
 
@@ -15,9 +15,10 @@ def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str =
     the batches are nearly equally full, and rows and batches are shuffled by seed: the same arguments, the same list.
     """
     check_tensor("lengths", lengths, 1, (torch.int64,))
-    check_like("lengths", lengths, "plan_batches", torch.empty(0), dtype=False)
-    check_count("max_tokens", max_tokens, 1)
-    check_count("seed", seed)
+    if lengths.device.type != "cpu":
+        raise ValueError(f"lengths must be on the cpu, got {lengths.device}")
+    max_tokens = check_count("max_tokens", max_tokens, 1)
+    seed = check_count("seed", seed)
     if len(lengths) == 0:
         return []
     if lengths.min() < 0:

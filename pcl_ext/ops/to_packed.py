@@ -20,7 +20,7 @@ def to_packed(padded: Tensor, offsets: Tensor, total: int, *, impl: str = "auto"
     check_offsets("offsets", offsets, "padded", padded)
     if offsets.shape[0] - 1 != padded.shape[0]:
         raise ValueError(f"offsets must be [B + 1] = ({padded.shape[0] + 1},), got {tuple(offsets.shape)}")
-    check_count("total", total)
+    total = check_count("total", total)
     if use_fused(impl, padded, dtypes=()):
         return call(torch.ops.pcl_ext.to_packed.default, padded, offsets, total)
     if reads_values(padded):

@@ -18,7 +18,7 @@ def to_padded(packed: Tensor, offsets: Tensor, max_seqlen: int, fill: float = 0,
     if packed.dim() == 0:
         raise ValueError("packed must have at least 1 dimension, got a scalar")
     check_offsets("offsets", offsets, "packed", packed)
-    check_count("max_seqlen", max_seqlen)
+    max_seqlen = check_count("max_seqlen", max_seqlen)
     if isinstance(fill, Tensor) or not isinstance(fill, (bool, int, float, complex)):
         raise TypeError(f"fill must be a number, got {type(fill).__name__}")
     try:

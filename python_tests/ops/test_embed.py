@@ -1,0 +1,224 @@
+"""embed: its twin, its gradients, its mistakes."""
+
+import pytest
+import torch
+from attention_cases import to_offsets
+
+from pcl_ext import ops
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+LENGTHS = [[1], [3, 1, 2], [5, 0, 4], [0, 0], [], [7] * 9, [400, 30]]
+IMPLS = ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)]
+
+
+def make(lengths, *, dtype=torch.float32, dim=8, num_items=11, prompts=3, prompt_len=4, item_dtype=torch.int64):
+    """Arguments of embed by name; tables ask for gradients."""
+
+    def table(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return {
+        "items": torch.randint(0, num_items + 1, (sum(lengths),), dtype=item_dtype),
+        "offsets": to_offsets(lengths),
+        "table": table(num_items + 1, dim),
+        "position": table(max(lengths, default=0) + 2, dim),
+        "prompt": table(prompts, prompt_len, dim),
+        "prompt_index": torch.randint(-1, prompts, (len(lengths),)),
+    }
+
+
+def with_grads(arguments, grad_out, **options):
+    """out and the gradients of the tables given."""
+    out = ops.embed(**arguments, **options)
+    tables = {n: arguments[n] for n in ("table", "position", "prompt") if arguments.get(n) is not None}
+    return {"out": out.detach(), **dict(zip(tables, torch.autograd.grad(out, list(tables.values()), grad_out.to(out))))}
+
+
+def check(arguments):
+    """fused at most twice as far from float64 as the twin, one rounding free."""
+    grad_out = torch.randn(len(arguments["items"]), arguments["table"].shape[1])
+    double = {n: x.detach().double().requires_grad_() if x.is_floating_point() else x for n, x in arguments.items()}
+    exact = with_grads(double, grad_out.to(arguments["table"].dtype), impl="reference")
+    want, got = (with_grads(arguments, grad_out, impl=impl) for impl in ("reference", "fused"))
+    for name, right in exact.items():
+        allowed = 2 * (want[name].double() - right).norm()
+        rounding = torch.finfo(got[name].dtype).eps * right.norm()
+        assert (got[name].double() - right).norm() <= max(allowed, rounding), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_equals_the_definition(impl, device):
+    if impl == "fused" and device != "cpu":
+        pytest.skip("fused runs on the cpu")
+    arguments = {n: x.to(device) for n, x in make([5, 0, 3]).items()}
+    arguments["prompt_index"] = torch.tensor([1, 0, -1], device=device)
+    out = ops.embed(**arguments, impl=impl)
+    items, table, position, prompt = (arguments[n] for n in ("items", "table", "position", "prompt"))
+    for t, (r, which) in enumerate([(4, 1), (3, 1), (2, 1), (1, 1), (0, 1), (2, -1), (1, -1), (0, -1)]):
+        want = table[items[t]] + position[r]
+        if which >= 0 and r < 4:
+            want = want + prompt[which, 3 - r]
+        torch.testing.assert_close(out[t], want)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_fused_is_as_right_as_the_twin(lengths, dtype):
+    check(make(lengths, dtype=dtype))
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dim", [1, 3, 16, 64, 100])
+@pytest.mark.parametrize("item_dtype", [torch.int32, torch.int64], ids=str)
+def test_widths_and_item_types(dim, item_dtype):
+    check(make([5, 30], dim=dim, item_dtype=item_dtype))
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("left_out", [["position"], ["prompt", "prompt_index"], ["position", "prompt", "prompt_index"]])
+def test_left_out(left_out):
+    arguments = make([5, 3])
+    check({n: x for n, x in arguments.items() if n not in left_out})
+
+
+@pytest.mark.needs_ext
+def test_one_prompt_needs_no_index():
+    arguments = make([5, 3], prompts=1)
+    arguments["prompt_index"] = torch.zeros(2, dtype=torch.int64)
+    want = ops.embed(**arguments)
+    del arguments["prompt_index"]
+    assert torch.equal(ops.embed(**arguments), want)
+    assert torch.equal(ops.embed(**arguments, impl="reference"), want)
+
+
+@pytest.mark.needs_ext
+def test_empty_prompt_and_empty_positions():
+    arguments = make([2, 3], prompt_len=0)
+    check(arguments)
+    arguments |= {"position": torch.zeros(0, 8), "items": arguments["items"][:0], "offsets": to_offsets([0, 0])}
+    assert ops.embed(**arguments).shape == (0, 8)
+    arguments |= {"items": torch.ones(1, dtype=torch.int64), "offsets": to_offsets([0, 1])}
+    with pytest.raises(ValueError, match="at most max_len = 0 long, got one of 1"):
+        ops.embed(**arguments)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("lengths", [[3, 2], [1, 0, 4]], ids=str)
+def test_gradcheck(lengths):
+    arguments = make(lengths, dtype=torch.float64, dim=3)
+    tables = [arguments[n] for n in ("table", "position", "prompt")]
+
+    def run(table, position, prompt):
+        tables = {"table": table, "position": position, "prompt": prompt}
+        return ops.embed(**{**arguments, **tables}, impl="fused")
+
+    assert torch.autograd.gradcheck(run, tables)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("asked", ["table", "position", "prompt"])
+def test_only_what_is_asked_for(asked):
+    arguments = make([30, 12, 5])
+    grad_out = torch.randn(47, 8)
+    want = with_grads(arguments, grad_out, impl="fused")[asked]
+    for name in ("table", "position", "prompt"):
+        arguments[name].requires_grad_(name == asked)
+    (got,) = torch.autograd.grad(ops.embed(**arguments, impl="fused"), arguments[asked], grad_out)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("left_out", [[], ["position", "prompt", "prompt_index"]])
+def test_opcheck(grad, left_out):
+    arguments = make([4, 0, 2])
+    for name in ("table", "position", "prompt"):
+        arguments[name] = arguments[name].detach().requires_grad_(grad)
+    values = [None if n in left_out else x for n, x in arguments.items()]
+    torch.library.opcheck(torch.ops.pcl_ext.embed.default, tuple(values))
+
+
+@pytest.mark.needs_ext
+def test_compiles_as_one_graph():
+    arguments = make([4, 0, 2])
+    rest = {n: x for n, x in arguments.items() if n != "prompt"}
+
+    def step(prompt):
+        return ops.embed(prompt=2 * prompt, **rest).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(f(arguments["prompt"]), arguments["prompt"]) for f in (compiled, step))
+    assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.needs_ext
+def test_strided_tables_give_the_same_bits():
+    arguments = make([5, 3])
+    want = ops.embed(**arguments)
+    for name in ("table", "position", "prompt"):
+        x = arguments[name]
+        wide = torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
+        slanted = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        assert torch.equal(ops.embed(**{**arguments, name: wide}), want)
+        assert torch.equal(ops.embed(**{**arguments, name: slanted}), want)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_bits(threads):
+    arguments = make(torch.randint(0, 90, (200,)).tolist(), dim=64)
+    grad_out = torch.randn(len(arguments["items"]), 64)
+    torch.set_num_threads(1)
+    want = with_grads(arguments, grad_out, impl="fused")
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(with_grads(arguments, grad_out, impl="fused"), want, rtol=0, atol=0)
+
+
+@pytest.mark.needs_ext
+def test_company_does_not_change_bits():
+    lengths = [9, 0, 33, 2]
+    arguments = make(lengths)
+    crowd = ops.embed(**arguments)
+    for b, (begin, end) in enumerate(zip(arguments["offsets"][:-1], arguments["offsets"][1:])):
+        index = arguments["prompt_index"][b : b + 1]
+        alone = {"items": arguments["items"][begin:end], "offsets": to_offsets([lengths[b]]), "prompt_index": index}
+        assert torch.equal(ops.embed(**{**arguments, **alone}), crowd[begin:end])
+
+
+ids = torch.tensor
+MISTAKES = [
+    ("items", [1, 2], TypeError, "items must be a Tensor, got list"),
+    ("items", torch.ones(5), TypeError, "items must be int32 or int64, got float32"),
+    ("items", torch.ones(5, 1, dtype=torch.int64), ValueError, "items must have 1 dimensions"),
+    ("items", ids([1, 2, 12, 4, 5]), ValueError, "items must lie in 0..11, got 12 at index 2"),
+    ("items", ids([1, 2, 3, -1, 5]), ValueError, "items must lie in 0..11, got -1 at index 3"),
+    ("items", ids([1, 2, 2**40, 4, 5]), ValueError, "items must lie in 0..11, got 1099511627776"),
+    ("offsets", ids([0, 3, 6]), ValueError, r"offsets must end at len\(items\) = 5, got 6"),
+    ("offsets", ids([0, 6, 5]), ValueError, "offsets must never decrease, got 6 then 5 at index 2"),
+    ("offsets", ids([1, 3, 5]), ValueError, "offsets must start at 0, got 1"),
+    ("offsets", ids([0, 3, 5], dtype=torch.int32), TypeError, "offsets must be int64, got int32"),
+    ("table", torch.zeros(12, 8, dtype=torch.int64), TypeError, "table must be float32"),
+    ("table", torch.zeros(0, 8), ValueError, "table must hold at least one row"),
+    ("table", torch.zeros(12), ValueError, "table must have 2 dimensions"),
+    ("table", torch.zeros(12, 8, device="meta"), ValueError, "table must be on the device of items"),
+    ("position", torch.zeros(6, 7), ValueError, r"position must be \[max_len, D\] = .6, 8., got .6, 7."),
+    ("position", torch.zeros(6, 8, dtype=torch.float64), TypeError, "position must have the dtype of table"),
+    ("position", torch.zeros(2, 8), ValueError, "histories must be at most max_len = 2 long, got one of 3"),
+    ("prompt", torch.zeros(3, 8), ValueError, "prompt must have 3 dimensions"),
+    ("prompt", torch.zeros(3, 4, 9), ValueError, r"prompt must be \[K, P, D\]"),
+    ("prompt", None, ValueError, "prompt_index needs a prompt"),
+    ("prompt_index", ids([0, 3]), ValueError, "prompt_index must lie in -1..2, got 3 at index 1"),
+    ("prompt_index", ids([-2, 0]), ValueError, "prompt_index must lie in -1..2, got -2 at index 0"),
+    ("prompt_index", ids([0]), ValueError, r"prompt_index must be \[B\] = .2,., got .1,."),
+    ("prompt_index", ids([0.0, 1.0]), TypeError, "prompt_index must be int64, got float32"),
+    ("prompt_index", None, ValueError, "prompt_index may be left out only when there is one prompt, got 3"),
+    ("impl", "quick", ValueError, "impl must be one of"),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("name", "value", "error", "message"), MISTAKES, ids=lambda x: x if isinstance(x, str) else "")
+def test_mistakes_are_named(name, value, error, message, impl):
+    with pytest.raises(error, match=message):
+        ops.embed(**{"impl": impl, **make([3, 2]), name: value})

@@ -1,0 +1,81 @@
+"""The compiled module: missing is fine, broken is loud; its pool sleeps."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import make
+
+import pcl_ext
+from pcl_ext import ops
+
+PACKAGE = Path(pcl_ext.__file__).parent
+
+
+def run_with_module(tmp_path, module: str | None, script: str) -> subprocess.CompletedProcess:
+    """Run script on a copy of the ops whose compiled module is missing (None) or holds the text given."""
+    package = tmp_path / "pcl_ext"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "ops").symlink_to(PACKAGE / "ops")
+    if module is not None:
+        (package / "_C.py").write_text(module)
+    return subprocess.run(
+        [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"]
+        if sys.version_info >= (3, 11)
+        else [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_missing_is_fine(tmp_path):
+    script = """
+import torch
+from pcl_ext import ops
+assert not ops.has_fused()
+print(ops.native_status())
+offsets = torch.tensor([0, 3, 5])
+q = torch.randn(5, 2, 4, requires_grad=True)
+ops.prompt_attention(q, q, q, offsets, plan=ops.attention_plan(offsets)).sum().backward()
+ops.embed(torch.arange(5), offsets, torch.randn(5, 3))
+ops.to_packed(ops.to_padded(q, offsets, 4), offsets, 5)
+ops.gather_histories(torch.arange(5), offsets, torch.tensor([1]), 2)
+ops.plan_batches(torch.tensor([1, 2]), 2)
+try:
+    ops.to_padded(q, offsets, 4, impl="fused")
+except RuntimeError as error:
+    print(error)
+"""
+    result = run_with_module(tmp_path, None, script)
+    assert result.returncode == 0, result.stderr
+    assert "not built: every op runs on its PyTorch reference" in result.stdout
+    assert "impl='fused' needs the compiled module" in result.stdout
+
+
+def test_broken_is_loud(tmp_path):
+    result = run_with_module(tmp_path, "raise ImportError('undefined symbol: pcl')", "import pcl_ext.ops")
+    assert result.returncode != 0
+    assert "undefined symbol: pcl" in result.stderr
+
+
+@pytest.mark.needs_ext
+def test_status_names_the_module_and_what_runs():
+    status = ops.native_status()
+    assert "_C" in status
+    assert "baseline" in status
+    assert "using" in status
+
+
+@pytest.mark.needs_ext
+def test_the_pool_sleeps_between_calls():
+    torch.set_num_threads(3)
+    case = make([150] * 10, [16], dim=32)
+    case.run(impl="fused")
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
