@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pcl_ext.data.work_folder import sync, work_folder
+
 _VERSION = 1
 _HEADER = 128
 
@@ -73,32 +75,36 @@ def identity(paths: Sequence[Path], extra: str = "") -> str:
 def cached(dataset: Path, stem: str, key: str, build: Callable[[Path], None]) -> Path:
     """The folder that `build` once filled for this key: <dataset>/.cache/<stem>-<key>, or below the temporary folder
     where the dataset cannot be written. Built apart and renamed, so that it is complete wherever it exists."""
-    roots = [dataset / ".cache", _user_cache(dataset)]
-    for root in roots:
-        if (root / f"{stem}-{key}").is_dir():
-            return root / f"{stem}-{key}"
-    for root in roots:
-        try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f"tmp-{stem}-", dir=root))
-        except OSError:
-            if root is roots[-1]:
-                raise
-            continue
-        return _build(work, root / f"{stem}-{key}", build)
-    raise AssertionError("unreachable")
-
-
-def _build(work: Path, final: Path, build: Callable[[Path], None]) -> Path:
     try:
+        return _find_or_build(dataset / ".cache", f"{stem}-{key}", build)
+    except _NotWritable:
+        return _find_or_build(_user_cache(dataset), f"{stem}-{key}", build)
+
+
+class _NotWritable(OSError):
+    """Files cannot be made in a cache's root."""
+
+
+def _find_or_build(root: Path, name: str, build: Callable[[Path], None]) -> Path:
+    if (root / name).is_dir():
+        return root / name
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise _NotWritable(f"{root} must be a folder that can be written: {error}") from error
+    return _build(root / name, build)
+
+
+def _build(final: Path, build: Callable[[Path], None]) -> Path:
+    with work_folder(final.parent, f"tmp-{final.name}-") as work:
         build(work)
+        sync(work)
         try:
             os.rename(work, final)
         except OSError:
             if not final.is_dir():  # another process was first otherwise
                 raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     for old in final.parent.glob(f"{final.name.rsplit('-', 1)[0]}-{'[0-9a-f]' * 16}"):
         if old != final:  # of an earlier version of the file; open memory maps stay valid
             shutil.rmtree(old, ignore_errors=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pcl_ext.data.dataset import Dataset
 from pcl_ext.data.parquet import row_of
+from pcl_ext.data.progress import progress
 from pcl_ext.data.table import NEXT, TaskTable
 
 _EVENTS = 1 << 21
@@ -47,7 +47,7 @@ def user_chunks(dataset: Dataset):
 
 def _check_histories(dataset: Dataset) -> None:
     file = dataset.path / "histories.parquet"
-    bar = tqdm(total=dataset.num_users, desc="checking histories", unit=" users", disable=None, leave=False)
+    bar = progress("checking histories", dataset.num_users)
     for start, end in user_chunks(dataset):
         low, high = dataset.offsets[start], dataset.offsets[end]
         lengths = np.diff(dataset.offsets[start : end + 1])

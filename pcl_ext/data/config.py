@@ -27,11 +27,13 @@ class TableConfig:
 
     columns    names for a CSV without a header line
     delimiter  of a CSV; more than one character is fine
+    text       columns of a CSV to read as text whatever they look like: ids with leading zeros
     """
 
     file: str = _key(TEXT)
     delimiter: str = _key(TEXT, ",")
     columns: list | None = _key(LIST, None)
+    text: list = _key(LIST, ())
     encoding: str = _key(TEXT, "utf-8")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pcl_ext.data._arrow import pa
 from pcl_ext.data.check import check
 from pcl_ext.data.config import FoldConfig, LogConfig, TaskConfig, read_config
 from pcl_ext.data.labels import event_values, make_labels
 from pcl_ext.data.log import EventLog
+from pcl_ext.data.progress import progress
 from pcl_ext.data.split import fold_of
 from pcl_ext.data.tablefile import read_table
 from pcl_ext.data.targets import ItemTargets, item_targets
@@ -68,7 +68,7 @@ def build(
         if not log.user.is_integer:
             writer.users(user_ids, names)
         _write_histories(writer, log, item_ids, user_ids, fold)
-        for task in tqdm(config.tasks, desc="tasks", disable=None, leave=False):
+        for task in config.tasks:
             if task.kind == "items":
                 _write_items_task(writer, task, targets[task.name], item_ids, known, user_ids)
             else:
@@ -113,7 +113,7 @@ def _user_ids(log: EventLog) -> tuple[np.ndarray, list[str] | None]:
 
 def _write_histories(writer: DatasetWriter, log: EventLog, item_ids, user_ids, fold) -> None:
     start, count = 0, len(log.users)
-    with tqdm(total=count, desc="histories", unit=" users", disable=None, leave=False) as bar:
+    with progress("writing histories", count) as bar:
         while start < count:
             most = int(np.searchsorted(log.offsets, log.offsets[start] + _EVENTS, side="right")) - 1
             end = min(count, start + _USERS, max(start + 1, most))

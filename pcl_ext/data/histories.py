@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pcl_ext.data.cache import NpyFolder, load
 from pcl_ext.data.parquet import Column, open_parquet, pieces, row_of
+from pcl_ext.data.progress import progress
 from pcl_ext.data.writer import file_sha256
 
 FILE = "histories.parquet"
@@ -31,7 +31,7 @@ def build_histories(path: Path, num_items: int, recorded: str | None, out: Path)
     if timed:
         dtypes["times"] = np.int64
     total, last, increasing = 0, None, True
-    with NpyFolder(out, **dtypes) as arrays, _progress(file.metadata.num_rows, path) as bar:
+    with NpyFolder(out, **dtypes) as arrays, progress(f"reading {path.name}", file.metadata.num_rows) as bar:
         arrays.append(offsets=np.zeros(1))
         for base, batch in pieces(file, path, columns):
             values = _read_piece(path, base, batch, num_items, timed)
@@ -71,7 +71,3 @@ def _write_order(path: Path, out: Path) -> None:
         first, second = order[same[0]], order[same[0] + 1]
         raise Column(path, "user_id").fail(f"unique (first in row {first})", int(second), int(users[second]))
     np.save(out / "order.npy", order)
-
-
-def _progress(total: int, path: Path) -> tqdm:
-    return tqdm(total=total, desc=f"reading {path.name}", unit=" users", disable=None, leave=False)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pcl_ext.data.check import check
 from pcl_ext.data.oracle import Oracle
+from pcl_ext.data.progress import progress
 from pcl_ext.data.split import fold_of
 from pcl_ext.data.world import (
     CLASS_EDGES,
@@ -61,41 +61,29 @@ def prepare(
     (regression). dataset.json keeps the arguments, the correlation of the tasks' scores, and the test metrics of an
     oracle that knows every user's factors.
     """
-    for name, value, least in (
-        ("num_users", num_users, 1),
-        ("num_items", num_items, 50),
-        ("mean_length", mean_length, 5),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer from {least} up, got {value!r}")
+    _check_whole("num_users", num_users, 1)
+    _check_whole("num_items", num_items, 50)
+    _check_whole("mean_length", mean_length, 5)
     if not 0 <= shared <= 1:
         raise ValueError(f"shared must be in 0..1, got {shared}")
     world = make_world(num_items, mean_length, shared, seed)
     specs, oracle = task_specs(world), Oracle(world)
-    with DatasetWriter(out, NAME, num_items, check=check) as writer:
-        for users in tqdm(
-            generate(world, num_users, seed, rotate),
-            total=-(-num_users // _CHUNK),
-            desc="users",
-            disable=None,
-            leave=False,
-        ):
+    with DatasetWriter(out, NAME, num_items, check=check) as writer, progress("drawing", num_users) as bar:
+        for users in generate(world, num_users, seed, rotate):
             writer.histories(users.ids, users.items, users.offsets, users.fold)
             lengths = np.diff(users.offsets)
             for name, (row, target) in users.targets.items():
                 writer.task(specs[name], users.ids[row], target, lengths[row])
             oracle.add(users)
-        writer.header |= {
-            "distinct": True,
-            "synthetic": {
-                "num_users": num_users,
-                "mean_length": mean_length,
-                "shared": shared,
-                "seed": seed,
-                "correlation": correlation(world),
-                "oracle": oracle.metrics(),
-            },
-        }
+            bar.update(len(users.ids))
+        made = {"num_users": num_users, "mean_length": mean_length, "shared": shared, "seed": seed}
+        found = {"correlation": correlation(world), "oracle": oracle.metrics()}
+        writer.header |= {"distinct": True, "synthetic": made | found}
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer from {least} up, got {value!r}")
 
 
 def generate(world: World, num_users: int, seed: int, rotate: int | None) -> Iterator[Users]:

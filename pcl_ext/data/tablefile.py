@@ -10,6 +10,7 @@ from pcl_ext.data._arrow import csv, pa, pq
 from pcl_ext.data.config import TableConfig
 
 _SEPARATOR = "\x1f"
+_NULLS = ["", "NA", "NaN", "nan", "null"]
 
 
 def read_table(
@@ -50,7 +51,9 @@ def _read_csv(config: TableConfig, path: Path, where: str) -> pa.Table:
             source,
             read_options=csv.ReadOptions(column_names=config.columns, encoding=encoding),
             parse_options=csv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == _SEPARATOR else '"'),
-            convert_options=csv.ConvertOptions(strings_can_be_null=True, null_values=["", "NA", "NaN", "nan", "null"]),
+            convert_options=csv.ConvertOptions(
+                column_types=dict.fromkeys(config.text, pa.string()), strings_can_be_null=True, null_values=_NULLS
+            ),
         )
     except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
         raise ValueError(f"{where}: {path} is not readable as CSV: {error}") from error

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 
 from pcl_ext.data._arrow import pa, pq
 from pcl_ext.data.split import FOLDS
+from pcl_ext.data.work_folder import sync, sync_one, work_folder
 from pcl_ext.task import TaskSpec
 
 FORMAT = 1
@@ -44,12 +42,9 @@ class DatasetWriter:
 
     def __enter__(self) -> DatasetWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self.out.name}.tmp-"
-        _sweep(self.out.parent, prefix)
-        self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
+        self._work = work_folder(self.out.parent, f".{self.out.name}.tmp-")
+        self.folder = self._work.__enter__()
         self.folder.chmod(0o755)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (self.folder / "tasks").mkdir()
         return self
 
@@ -60,9 +55,7 @@ class DatasetWriter:
             if kind is None:
                 self._commit()
         finally:
-            if self.folder.exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
+            self._work.__exit__(None, None, None)
 
     def histories(self, user_id, items, offsets, fold, times=None) -> None:
         """user_id [n], items [t] oldest first, offsets [n + 1], fold [n] 0..2, times [t] or None: n more users."""
@@ -121,12 +114,9 @@ class DatasetWriter:
         _write_json(self.folder / "dataset.json", self.header | {"counts": self.counts, "sha256": hashes})
         if self.check is not None:
             self.check(self.folder)
-        for path in (p for p in self.folder.rglob("*") if p.is_file()):
-            _fsync(path)
-        _fsync(self.folder / "tasks")
-        _fsync(self.folder)
+        sync(self.folder)
         os.rename(self.folder, self.out)
-        _fsync(self.out.parent)
+        sync_one(self.out.parent)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -149,24 +139,3 @@ def _lists(offsets, values: np.ndarray) -> pa.ListArray:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(parent: Path, prefix: str) -> None:
-    """Remove folders of killed writers: those that nobody holds a lock on."""
-    for left in parent.glob(prefix + "*"):
-        descriptor = os.open(left, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(descriptor)

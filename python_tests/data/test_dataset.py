@@ -249,3 +249,14 @@ def test_a_changed_table_is_read_again(write_folder):
     pq.write_table(pa.table(GOOD | {"target": [6, 7]}), folder / "tasks" / "toy.parquet")
     os.utime(folder / "tasks" / "toy.parquet", ns=(1, 1))
     assert Dataset(folder).task("toy").target.tolist() == [6, 7]
+
+
+def test_a_killed_build_of_the_cache_is_swept(write_folder):
+    folder = write_folder()
+    Dataset(folder)
+    (cache,) = (folder / ".cache").glob("histories-*")
+    left = cache.with_name(f"tmp-{cache.name}-abc")
+    cache.rename(left)
+    (left / "items.npy").write_bytes(b"half")
+    assert histories(Dataset(folder)) == HISTORIES
+    assert not left.exists()

@@ -1,10 +1,8 @@
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
@@ -92,21 +90,14 @@ def test_a_killed_writer_leaves_no_dataset_and_is_swept(tmp_path):
     code = textwrap.dedent(KILLED.format(out=str(out)))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
-        assert leftovers(tmp_path)
-        write(tmp_path / "other")  # a writer of another folder, and of this one, leaves a living writer alone
-        with DatasetWriter(out, "tiny", 3) as writer:
-            assert len(leftovers(tmp_path)) == 2
-            writer.histories([1], [1], [0, 1], [0])
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-    time.sleep(0.01)
-    assert out.exists()
+        assert len(leftovers(tmp_path)) == 1
+        with pytest.raises(RuntimeError, match="stop"):
+            write(out, fail=RuntimeError("stop"))
+        assert len(leftovers(tmp_path)) == 1  # a writer that lives is left alone
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
     assert len(leftovers(tmp_path)) == 1
-    write(tmp_path / "out2")
-    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "empty" / "out", "tiny", 3):
-        raise RuntimeError
-    (out / "dataset.json").unlink()
-    for path in sorted(out.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
     write(out)
     assert leftovers(tmp_path) == []
+    assert Dataset(out).num_users == 2

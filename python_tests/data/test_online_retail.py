@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pcl_ext import baselines
-from pcl_ext.data import Dataset, iterate, prepare_online_retail
+from pcl_ext.data import Dataset, iterate, prepare_events, prepare_online_retail
 
 SOURCE = Path(__file__).parents[3] / "shared" / "data" / "online-retail"
 pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason=f"needs the purchases in {SOURCE}")
@@ -66,6 +66,75 @@ def test_batches_of_the_real_data(dataset):
         targets += len(batch.target)
         assert batch.history.max_seqlen <= 200
     assert (len(examples), targets) == (482, 4999)
+
+
+TOML = """
+name = "online-retail"
+
+[events]
+file = "{folder}/interactions.parquet"
+time = "timestamp"
+where = [["behaviour", "==", 1], ["is_product", "==", true]]
+distinct = true
+min_length = 3
+until = 2011-09-10
+
+[users]
+file = "{folder}/users.parquet"
+
+[items]
+file = "{folder}/items.parquet"
+
+[[task]]
+name = "range_b"
+kind = "items"
+source = "events"
+where = [["behaviour", "==", 1], ["is_product", "==", true]]
+until = 2011-09-10
+items = {{ modulo = 5, where = [["is_product", "==", true]] }}
+
+[[task]]
+name = "returned"
+kind = "items"
+source = "events"
+where = [["behaviour", "==", 2], ["is_product", "==", true]]
+repeats = true
+
+[[task]]
+name = "repurchase"
+kind = "binary"
+source = "events"
+where = [["behaviour", "==", 1], ["is_product", "==", true]]
+from = 2011-09-10
+until = 2011-12-10
+
+[[task]]
+name = "wholesale"
+kind = "binary"
+source = "events"
+where = [["behaviour", "==", 1], ["is_product", "==", true]]
+until = 2011-09-10
+column = "quantity"
+reduce = "median"
+threshold = 12
+
+[[task]]
+name = "uk"
+kind = "binary"
+column = "country"
+positive = "United Kingdom"
+"""
+
+
+def test_the_same_tables_from_a_toml_file(dataset, tmp_path):
+    (tmp_path / "retail.toml").write_text(TOML.format(folder=SOURCE))
+    prepare_events(tmp_path / "retail.toml", tmp_path / "out")
+    other = Dataset(tmp_path / "out")
+    assert np.array_equal(other.items, dataset.items)
+    assert np.array_equal(other.fold, dataset.fold)
+    for name in ("range_b", "returned", "repurchase", "wholesale", "uk"):
+        for column in ("user", "cut", "target"):
+            assert np.array_equal(getattr(other.task(name), column), getattr(dataset.task(name), column)), name
 
 
 def test_missing_files_are_named(tmp_path):

@@ -312,3 +312,9 @@ def test_a_description_reaches_the_task(prepare):
     dataset = prepare(task('kind = "regression"\ncolumn = "age"\ndescription = "how old"\nmetric = "mae"'))
     saved = json.loads((dataset.path / "tasks" / "t.json").read_text())
     assert saved == {"name": "t", "kind": "regression", "description": "how old", "metric": "mae", "repeats": False}
+
+
+def test_ids_with_leading_zeros_stay_apart_as_text(prepare):
+    log = "user_id,item_id,time\n1,007,1\n1,7,2\n"
+    assert histories(prepare(BASE, log=log)) == {"1": ["7", "7"]}
+    assert histories(prepare(BASE + 'text = ["item_id"]', log=log)) == {"1": ["007", "7"]}

@@ -1,0 +1,11 @@
+"""Progress bars on stderr, silent where that is no terminal."""
+
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError("datasets need tqdm: pip install 'pcl_ext[cli]'") from error
+
+
+def progress(what: str, total: int, unit: str = " users") -> tqdm:
+    """A bar to call .update(n) on, closed at the end of a `with`."""
+    return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
