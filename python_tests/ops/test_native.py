@@ -23,14 +23,8 @@ def run_with_module(tmp_path, module: str | None, script: str) -> subprocess.Com
     (package / "ops").symlink_to(PACKAGE / "ops")
     if module is not None:
         (package / "_C.py").write_text(module)
-    return subprocess.run(
-        [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"]
-        if sys.version_info >= (3, 11)
-        else [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    return subprocess.run([sys.executable, "-c", f"{path}\n{script}"], capture_output=True, text=True, check=False)
 
 
 def test_missing_is_fine(tmp_path):

@@ -1,0 +1,60 @@
+# One virtual environment for everything, made on first use and refreshed only when what it holds has changed.
+#   make dev        create it and install the package with its extras
+#   make demo       and run the demonstration; DATA=folder takes a data folder of one's own, CUDA=1 builds the CUDA kernels
+#   make test       and run the tests; make test-all runs those that take minutes too
+#   make lint       check style;  make bench  measure every op
+PYTHON ?= python3
+VENV ?= .venv
+CUDA ?= 0
+DATA ?=
+# More for pip, such as the index to take torch from.
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
+INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find csrc pcl_ext -type f ! -name '*.so' ! -name '*.pyc')
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: dev demo test test-all lint bench
+.DELETE_ON_ERROR:
+
+dev: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/pcl demo $(if $(DATA),--data "$(DATA)")
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+# Exit code 5 says that no test is marked slow.
+test-all: test
+	timeout 2400 $(BIN)/pytest -m slow || [ $$? -eq 5 ]
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+bench: $(INSTALLED)
+	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file; done
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.lint: constraints.txt | $(BIN)/python
+	$(PIP) ruff clang-format
+	touch $@
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.build: $(VENV)/.torch
+	$(PIP) scikit-build-core nanobind cmake ninja
+	touch $@
+
+$(INSTALLED): $(SOURCES) $(VENV)/.build
+	$(PIP) --no-build-isolation -Ccmake.define.PCL_CUDA=$(if $(filter 1,$(CUDA)),ON,OFF) ".[cli,test]"
+	rm -f $(VENV)/.installed-cuda-*
+	touch $@
