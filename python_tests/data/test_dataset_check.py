@@ -1,7 +1,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pcl_ext.data import Dataset, DatasetWriter, check
@@ -59,6 +59,7 @@ def test_an_item_after_the_cut_is_no_leak(write_folder):
     check(write_folder(task=TOY, rows={"user_id": [13, 13], "target": [2, 5], "cut": [2, 5]}))
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_checker_agrees_with_the_definition(tmp_path_factory, data):
     lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))

@@ -1,0 +1,81 @@
+"""Baselines on data where the right answer is known."""
+
+import numpy as np
+import pytest
+
+from pcl_ext import baselines
+from pcl_ext.data import Dataset, DatasetWriter, fold_of
+from pcl_ext.task import TaskSpec
+
+USERS = 300
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Two kinds of users; each walks in circles over its half of items 1..20 and likes its half of 21..24."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 2, USERS)
+    start = rng.integers(0, 10, USERS)
+    items = 1 + 10 * kind[:, None] + (start[:, None] + np.arange(6)) % 10
+    out = tmp_path_factory.mktemp("baselines") / "data"
+    user = np.arange(USERS)
+    with DatasetWriter(out, "circles", 24) as writer:
+        writer.histories(user, items.ravel(), np.arange(USERS + 1) * 6, fold_of("circles", user))
+        cut = np.full(USERS, 6)
+        likes = 21 + 2 * kind + rng.integers(0, 2, USERS)
+        writer.task(TaskSpec("likes", "items", catalogue=(24, 23, 22, 21)), user, likes, cut)
+        writer.task(TaskSpec("kind", "binary"), user, kind, cut)
+        writer.task(TaskSpec("kinds", "classes", num_classes=3), user, 2 * kind, cut)
+        writer.task(TaskSpec("value", "regression"), user, 5.0 + 100 * kind, cut)
+    return Dataset(out)
+
+
+def test_markov_knows_the_circle(dataset):
+    got = baselines.cheap(dataset, "next")
+    assert got["name"] == "Markov chain"
+    assert got["metrics"]["mrr@5"] == 1
+
+
+def test_neighbours_find_the_half_that_is_liked(dataset):
+    assert baselines.trivial(dataset, "likes")["metrics"]["mrr@5"] < 0.65
+    got = baselines.cheap(dataset, "likes")
+    assert got["name"].startswith("nearest users (k = ")
+    assert 0.7 < got["metrics"]["mrr@5"] < 0.8  # two equal items: 1 or 1/2
+
+
+def test_labels_are_separable(dataset):
+    assert baselines.trivial(dataset, "kind")["metrics"]["auc"] == 0.5
+    assert baselines.cheap(dataset, "kind")["metrics"]["auc"] == 1
+    assert baselines.cheap(dataset, "kinds")["metrics"]["accuracy"] == 1
+    spread = dataset.task("value").target.std()
+    assert baselines.trivial(dataset, "value")["metrics"]["rmse"] == pytest.approx(spread, rel=0.05)
+    assert baselines.cheap(dataset, "value")["metrics"]["rmse"] < 0.1 * spread
+
+
+@pytest.mark.parametrize("fold", ["valid", "test"])
+@pytest.mark.parametrize("task", ["next", "likes", "kind", "kinds", "value"])
+def test_metrics_are_those_of_the_kind(dataset, task, fold):
+    for model in (baselines.trivial, baselines.cheap):
+        got = model(dataset, task, fold)
+        assert set(got) == {"name", "metrics"}
+        assert dataset.task(task).spec.metric in got["metrics"]
+        assert all(np.isfinite(value) for value in got["metrics"].values())
+
+
+@pytest.mark.parametrize("task", ["next", "likes", "kind", "value"])
+def test_a_part_of_the_users_is_named(dataset, task, monkeypatch):
+    monkeypatch.setattr(baselines, "_MOST_NEIGHBOURS", 50)
+    monkeypatch.setattr(baselines, "_MOST_REGRESSION", 50)
+    monkeypatch.setattr(baselines, "_MOST_PAIRS", 300)
+    assert "learned from 50 " in baselines.cheap(dataset, task)["name"]
+
+
+def test_no_valid_users_and_empty_histories(tmp_path):
+    with DatasetWriter(tmp_path / "data", "small", 3) as writer:
+        writer.histories(np.arange(8), [1, 2, 3, 1, 1, 2, 3, 1], [0, 2, 4, 4, 6, 8, 8, 8, 8], [0, 0, 0, 0, 2, 2, 2, 2])
+        cut = [2, 2, 0, 2, 2, 0, 0, 0]
+        writer.task(TaskSpec("kind", "binary"), np.arange(8), [0, 1] * 4, cut)
+        writer.task(TaskSpec("more", "items", repeats=True), np.arange(8), [1, 2, 3, 3] * 2, cut)
+    dataset = Dataset(tmp_path / "data")
+    for task in ("next", "kind", "more"):
+        assert baselines.cheap(dataset, task)["metrics"]
