@@ -102,6 +102,7 @@ def fit(
     Dropout draws from torch's global generator, which the caller has seeded.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    schedule = CosineSchedule(optimizer)
     keeper = Checkpoint(checkpoint, config.checkpoint_seconds, trained, optimizer, problem.identity)
     progress, best = keeper.load()
     while progress.epoch < config.epochs and progress.stale_epochs() < config.patience:
@@ -109,6 +110,7 @@ def fit(
         model.train()
         for batch in _bar(batches, steps, progress, problem.label):
             started = time.monotonic()
+            schedule((progress.epoch + progress.step / steps) / config.epochs)
             progress.loss_sum += _step(model, optimizer, problem, config, batch)
             progress.step += 1
             progress.seconds += time.monotonic() - started
@@ -122,6 +124,21 @@ def fit(
         for name, parameter in trained.items():
             parameter.copy_(best[name])
     return progress.curve
+
+
+class CosineSchedule:
+    """Learning rates by the share of the epochs that is done: up in the first 2 %, then down to 0 along a cosine.
+
+    A function of that share alone, so a checkpoint holds nothing of it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer, self.highest = optimizer, [group["lr"] for group in optimizer.param_groups]
+
+    def __call__(self, done: float) -> None:
+        factor = min(1.0, 0.02 + done / 0.02) * 0.5 * (1.0 + math.cos(math.pi * done))
+        for group, highest in zip(self.optimizer.param_groups, self.highest):
+            group["lr"] = highest * factor
 
 
 def _step(

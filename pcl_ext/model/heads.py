@@ -44,6 +44,26 @@ class ItemsHead(nn.Module):
         return newest + self.project(features)
 
 
+class RepeatScores(nn.Module):
+    """For targets that may be items seen before: each row of a history votes for its own item with w . state + b.
+
+    Starts at zero: no votes.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.vote = nn.Linear(dim, 1)
+        nn.init.zeros_(self.vote.weight)
+        nn.init.zeros_(self.vote.bias)
+
+    def forward(self, scores: Tensor, states: Tensor, users: Tensor, columns: Tensor) -> Tensor:
+        """scores [B, C]; of each history row: states [T, D], users [T], columns [T] (-1: not in the catalogue)."""
+        listed = columns >= 0
+        votes = self.vote(states[listed])[:, 0].to(scores.dtype)
+        # one dimension: there index_add runs in a fixed order
+        return scores.flatten().index_add(0, users[listed] * scores.shape[1] + columns[listed], votes).view_as(scores)
+
+
 class LabelHead(nn.Module):
     """A linear layer on standardised features; one column for binary and regression, C for classes.
 

@@ -36,16 +36,18 @@ class Encoded:
         rows = self.states[-1].index_select(0, (self.offsets[1:] - 1).clamp_min(0))
         return rows.masked_fill(empty[:, None], 0.0)
 
-    def mean(self, rows: Tensor) -> Tensor:
-        """rows [T, F] -> [B, F], averaged over each history; 0 where it is empty."""
-        lengths = self.offsets.diff()
-        users = torch.repeat_interleave(lengths, output_size=rows.shape[0])
-        sums = rows.new_zeros(lengths.numel(), rows.shape[1]).index_add(0, users, rows)
-        return sums / lengths.clamp_min(1)[:, None].to(rows.dtype)
+    def mean(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
+        """rows [T, F], or [N, F] with index [T] into them -> [B, F], averaged over each history; 0 where it is empty."""
+        index = torch.arange(self.items.numel(), device=rows.device) if index is None else index.to(torch.int64)
+        return F.embedding_bag(index, rows, self.offsets, mode="mean", include_last_offset=True)
 
     def log_lengths(self) -> Tensor:
         """[B, 1] log(1 + n)."""
         return self.offsets.diff().to(self.states[-1].dtype).log1p()[:, None]
+
+    def users(self) -> Tensor:
+        """[T] int64, which history each row belongs to."""
+        return torch.repeat_interleave(self.offsets.diff(), output_size=self.items.numel())
 
     def select(self, users: Tensor) -> Encoded:
         """The same for some of the users [b] int64."""
@@ -130,7 +132,7 @@ class ItemMemory(Memory):
         self.table = nn.Parameter(torch.randn(config.num_items + 1, width) * 0.1)
 
     def features(self, encoded: Encoded) -> Tensor:
-        return encoded.mean(F.embedding(encoded.items, self.table))
+        return encoded.mean(self.table, encoded.items)
 
 
 class ContextualPrompt(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.config import MemoryConfig
-from pcl_ext.model.heads import ItemsHead, LabelHead, TiedItemsHead
+from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
 from pcl_ext.model.memory import ContextualPrompt, Encoded, ItemMemory, LastState, MeanStates, PrefixPrompt, TailPrompt
 from pcl_ext.task import TaskSpec
 
@@ -39,6 +39,7 @@ class Task(nn.Module):
         for name in config.readout or default:
             self.memories[name] = readouts[name]()
         self.context = context
+        self.repeats = RepeatScores(shape.dim) if spec.repeats else None
         self.dropout = nn.Dropout(config.dropout)
         self._build_head(backbone)
 
@@ -104,7 +105,10 @@ class Task(nn.Module):
         features = self.dropout(self.features(encoded))
         if self.spec.kind == "items":
             rows = table[self.catalogue] if self.tied else self.head.rows
-            return F.linear(self.head.queries(features, encoded.newest()), rows, self.head.bias)
+            scores = F.linear(self.head.queries(features, encoded.newest()), rows, self.head.bias)
+            if self.repeats is None:
+                return scores
+            return self.repeats(scores, encoded.states[-1], encoded.users(), self.column_of[encoded.items])
         output = self.head(features)
         if self.spec.kind == "classes":
             return output
