@@ -139,7 +139,7 @@ def verify(args) -> int:
     found = run.verify_unchanged(args.run, Dataset(args.data) if args.data else None)
     print(f"{args.run}: {found['tensors']} tensors match their hashes")
     for name, state in found["tasks"].items():
-        print(f"  {name}: outputs on all test users {state}, bit for bit")
+        print(f"  {name}: outputs on all test users, bit for bit: {state}")
     if found["not_checked"]:
         print(f"  outputs not compared: {found['not_checked']}")
     return 1 if "changed" in found["tasks"].values() else 0

@@ -107,7 +107,7 @@ def learn_task(
 
         infer.fit_head(model, dataset, name)
         tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
-        identity = {"dataset": dataset.sha256, "task": task.spec.to_json(), "memory": asdict(task.config)}
+        identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
         identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
         problem = Problem(name, batches, loss, lambda: validate(model, dataset, name), task.spec.metric, identity)
         groups = [

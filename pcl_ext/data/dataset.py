@@ -59,11 +59,15 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the dataset's contents: name, number of items, histories and all task tables."""
-        digest = sha256(repr((self.name, self.num_items, self._histories_sha256)).encode())
-        for path in sorted((self.path / "tasks").glob("*.*")):
-            if path.suffix in (".json", ".parquet"):
-                digest.update(f"{path.name}:{file_sha256(path)}".encode())
+        """Of name, number of items and histories. Task tables have their own (`task_sha256`): tasks may be added later."""
+        return sha256(repr((self.name, self.num_items, self._histories_sha256)).encode()).hexdigest()
+
+    def task_sha256(self, name: str) -> str:
+        """Of the task's two files; of nothing for a task that has none."""
+        digest = sha256()
+        for path in (self.path / "tasks" / f"{name}.json", self.path / "tasks" / f"{name}.parquet"):
+            if path.is_file():
+                digest.update(file_sha256(path).encode())
         return digest.hexdigest()
 
     @cached_property

@@ -37,7 +37,7 @@ class Encoded:
         return rows.masked_fill(empty[:, None], 0.0)
 
     def mean(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
-        """rows [T, F], or [N, F] with index [T] into them -> [B, F], averaged over each history; 0 where it is empty."""
+        """rows [T, F], or [N, F] with index [T] into them -> [B, F], averaged over each history, 0 if empty."""
         index = torch.arange(self.items.numel(), device=rows.device) if index is None else index.to(torch.int64)
         return F.embedding_bag(index, rows, self.offsets, mode="mean", include_last_offset=True)
 

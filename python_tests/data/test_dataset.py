@@ -59,12 +59,14 @@ def test_a_dataset_that_cannot_be_written_is_cached_elsewhere(write_folder, tmp_
     assert list((tmp_path / "elsewhere").rglob("items.npy"))
 
 
-def test_sha256_is_of_the_contents(write_folder, tmp_path):
+def test_a_task_may_be_added_without_making_it_another_dataset(write_folder, tmp_path):
     first = Dataset(write_folder())
     shutil.copytree(first.path, tmp_path / "copy")
     assert Dataset(tmp_path / "copy").sha256 == first.sha256
     rows = {"user_id": [10], "target": [7], "cut": [3]}
-    assert Dataset(write_folder(task=TOY, rows=rows)).sha256 != first.sha256
+    richer = Dataset(write_folder(task=TOY, rows=rows))
+    assert richer.sha256 == first.sha256
+    assert richer.task_sha256("toy") != Dataset(tmp_path / "copy").task_sha256("toy")
 
 
 def test_next_is_derived(toy):
