@@ -55,6 +55,6 @@ $(VENV)/.build: $(VENV)/.torch
 	touch $@
 
 $(INSTALLED): $(SOURCES) $(VENV)/.build
-	$(PIP) --no-build-isolation -Ccmake.define.PCL_CUDA=$(if $(filter 1,$(CUDA)),ON,OFF) ".[cli,test]"
+	$(PIP) --no-build-isolation --config-settings=cmake.define.PCL_CUDA=$(if $(filter 1,$(CUDA)),ON,OFF) ".[cli,test]"
 	rm -f $(VENV)/.installed-cuda-*
 	touch $@
