@@ -1,5 +1,6 @@
 """A run there and back: what is kept, what is left alone, and that a flipped bit anywhere is found."""
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -187,7 +188,8 @@ def test_a_task_file_tells_what_it_is(run):
 
 
 def test_a_run_that_is_held_is_refused(run):
-    with lock(run), pytest.raises(StoreError, match="is in use by another process"), lock(run):
+    who = f"run is in use by process {os.getpid()} on .+; wait for it"
+    with lock(run), pytest.raises(StoreError, match=who), lock(run):
         pass
     with lock(run):  # and free again; saving is not held up by it
         save_pretrained(from_pretrained(run), run)

@@ -122,7 +122,7 @@ def save_often(path, model, answers):
             save_pretrained(model, path, {"task": model.task_names[-1], "save": place})
         except StoreError as error:
             refused += 1
-            if "is being saved to by another process" not in str(error):
+            if "is being saved to by" not in str(error):
                 answers.put(str(error))
     answers.put(refused)
 

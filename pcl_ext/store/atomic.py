@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import re
 import secrets
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ def damaged(
 
 @contextmanager
 def temporary(folder: Path) -> Iterator[BinaryIO]:
-    """A new file in `folder` under a name of our own, locked while it is in use, gone afterwards unless published."""
+    """A new file in `folder` under a name of our own, locked while it is in use, gone afterwards unless renamed."""
     draft = folder / f".pcl-{secrets.token_hex(8)}.tmp"
     with draft.open("xb") as file:
         _try_lock(file)
@@ -37,12 +38,26 @@ def temporary(folder: Path) -> Iterator[BinaryIO]:
             draft.unlink(missing_ok=True)
 
 
-def publish(file: BinaryIO, path: Path) -> None:
-    """Give a finished temporary file its name, durably: fsync, rename, fsync of the folder."""
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(file.name, path)
-    fsync_folder(path.parent)
+def write_file(path: Path, data: bytes) -> None:
+    """`path` holds the old or the new content, never a mix: temporary file, fsync, rename, fsync of the folder."""
+    with temporary(path.parent) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, path)
+        fsync_folder(path.parent)
+
+
+def read_file(path: Path, **mend: str) -> bytes:
+    """A regular file's content. StoreError where there is none; `mend` says what to do about one that is missing."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise damaged(path, "is not a regular file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise damaged(path, "is missing", **mend) from None
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error})") from error
 
 
 def fsync_folder(folder: Path) -> None:
@@ -73,9 +88,14 @@ def _try_lock(file: BinaryIO) -> bool:
 
 
 @contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold the lock file `path`, or raise StoreError(message) where another process does."""
-    with path.open("ab") as file:
+def locked(path: Path, busy: str, advice: str) -> Iterator[None]:
+    """Hold the lock file `path` of a folder, or raise StoreError: the folder is `busy`, by whom, and what to do."""
+    with path.open("a+b") as file:
         if not _try_lock(file):
-            raise StoreError(message)
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace") or "another process"
+            raise StoreError(f"{path.parent} is {busy} by {holder}; {advice}")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        file.flush()
         yield

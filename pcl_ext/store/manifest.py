@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pcl_ext.store.atomic import StoreError, damaged, publish, temporary
+from pcl_ext.store.atomic import damaged, read_file, write_file
 from pcl_ext.store.tensor_file import DTYPES, canonical, check_signature, dtype_name, hash_tensor, parse, sign
 from pcl_ext.task import check_task_name
 
@@ -30,15 +30,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
      "tasks": [{"name", "file", "bytes", "sha256", "spec", "config", "depends_on", "tensors"}, ... in order]}
     """
     file = Path(path) / NAME
+    text = read_file(file, mend="name the folder of a run, or restore the file from a copy")
     try:
-        if file.exists() and not file.is_file():
-            raise damaged(file, "is not a regular file")
-        values = parse(file.read_bytes())
-    except StoreError:
-        raise
-    except FileNotFoundError:
-        raise damaged(file, "is missing", mend="name the folder of a run, or restore the file from a copy") from None
-    except (OSError, ValueError, RecursionError) as error:
+        values = parse(text)
+    except (ValueError, RecursionError) as error:
         raise damaged(file, f"cannot be read as JSON ({error!s:.200})") from error
     if not isinstance(values, dict) or "schema" not in values:
         raise damaged(file, "is no manifest of a run: it has no schema")
@@ -57,9 +52,7 @@ def write_manifest(path: Path, values: Mapping[str, Any]) -> None:
     """Commit: replace the manifest of the run `path`, durably."""
     signed = sign({"schema": SCHEMA, **values}, "record")
     _check(signed)
-    with temporary(path) as file:
-        file.write((json.dumps(signed, indent=1) + "\n").encode())
-        publish(file, path / NAME)
+    write_file(path / NAME, (json.dumps(signed, indent=1) + "\n").encode())
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
-from pcl_ext.store.atomic import StoreError, damaged, fsync_folder, locked, publish, sweep_temporary, temporary
+from pcl_ext.store.atomic import StoreError, damaged, fsync_folder, locked, sweep_temporary, write_file
 from pcl_ext.store.manifest import (
     BACKBONE_FILE,
     NAME,
@@ -29,7 +29,7 @@ from pcl_ext.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from pcl_ext.store.tensor_file import dtype_name, read_tensors, write_tensors
+from pcl_ext.store.tensor_file import dtype_name, read_tensors, to_bytes
 from pcl_ext.task import TaskSpec, check_task_name
 
 
@@ -44,7 +44,7 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
     backbone = _backbone_entry(model)
     tasks = [_task_entry(name, task, backbone["hash"]) for name, task in model.tasks.items() if task.closed]
     (path / "tasks").mkdir(parents=True, exist_ok=True)
-    with locked(path / ".save.lock", f"{path} is being saved to by another process; try again when it is done"):
+    with locked(path / ".save.lock", "being saved to", "try again when it is done"):
         old = read_manifest(path) if (path / NAME).exists() else {"backbone": None, "tasks": [], "record": {}}
         if old["tasks"] and old["backbone"]["hash"] != backbone["hash"]:
             raise StoreError(f"{path} holds tasks of another backbone; save to another folder")
@@ -107,12 +107,10 @@ def verify(path: str | Path) -> dict[str, Any]:
 def lock(path: str | Path) -> Iterator[None]:
     """Hold a run for as long as it takes to load, learn and save: of two at once, one would lose what it learned.
 
-    StoreError where another process holds it. Ends with the process, however that ends.
+    StoreError, saying who, where another process or thread holds it. Ends with the process, however that ends.
+    `save_pretrained` does not ask for it.
     """
-    Path(path).mkdir(parents=True, exist_ok=True)
-    with locked(
-        Path(path) / ".lock", f"{path} is in use by another process; wait for it, or choose another run folder"
-    ):
+    with locked(Path(path) / ".lock", "in use", "wait for it, or choose another run folder"):
         yield
 
 
@@ -143,9 +141,16 @@ def _finite(state: Mapping[str, Any], whose: str) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise StoreError(f"{name!r} of {whose} must be a tensor, got {type(tensor).__name__}; nothing was saved")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not _is_finite(tensor):
             raise StoreError(f"tensor {name!r} of {whose} must be finite, it holds NaN or infinity; nothing was saved")
     return dict(state)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """No NaN, no infinity: the extremes tell, and need no second tensor of that size."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _json(values: Any) -> Any:
@@ -159,15 +164,14 @@ def _place(path: Path, stem: str, entry: dict[str, Any], old: Mapping[str, Any] 
     if old is not None and all(old[key] == value for key, value in entry.items()):
         if (path / old["file"]).is_file() and _hash_file(path / old["file"]) == old["sha256"]:
             return dict(old)
-    folder = (path / stem).parent
-    with temporary(folder) as file:
-        sha256, size = write_tensors(file, state, metadata)
-        final = path / f"{stem}-{sha256[:8]}.safetensors"
-        if not os.path.lexists(final):
-            publish(file, final)
-        elif not final.is_file() or _hash_file(final) != sha256:
-            raise damaged(final, "is in the way: it is damaged", mend="move it elsewhere and save again")
-    return entry | {"file": str(final.relative_to(path).as_posix()), "bytes": size, "sha256": sha256}
+    data = to_bytes(state, metadata)
+    sha256 = hashlib.sha256(data).hexdigest()
+    final = path / f"{stem}-{sha256[:8]}.safetensors"
+    if not os.path.lexists(final):
+        write_file(final, data)
+    elif not final.is_file() or _hash_file(final) != sha256:
+        raise damaged(final, "is in the way: it is damaged", mend="move it elsewhere and save again")
+    return entry | {"file": final.relative_to(path).as_posix(), "bytes": len(data), "sha256": sha256}
 
 
 def _hash_file(path: Path) -> str:
@@ -204,7 +208,7 @@ def _read(path: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
         for key in ("dtype", "shape", "sha256"):
             if got[key] != want[key]:
                 raise damaged(file, f"tensor {name!r} has {key} {got[key]}, the manifest says {want[key]}")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not _is_finite(tensor):
             raise damaged(file, f"tensor {name!r} holds NaN or infinity")
     if (content.sha256, content.size) != (entry["sha256"], entry["bytes"]):
         raise damaged(file, "differs from what was saved outside of its tensors: its sha256 is not the manifest's")

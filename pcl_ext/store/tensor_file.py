@@ -1,28 +1,26 @@
 """One safetensors file: written atomically, read with suspicion. Nothing is unpickled, nothing is mapped.
 
-The format is written and read here, as any safetensors reader knows it: the library's own writer goes through a
-temporary file under a name of its own, which a killed save would leave for good, and its reader maps the file.
+Beside its tensors a file of ours holds JSON metadata and the sha256 of every tensor, as one text of safetensors' own
+metadata. Any safetensors reader reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcl_ext.store.atomic import StoreError, damaged, publish, sweep_temporary, temporary
+from pcl_ext.store.atomic import StoreError, damaged, read_file, sweep_temporary, write_file
 
 FORMAT = 1
 _KEY = "pcl_ext"  # the one entry of safetensors' own metadata: JSON text
-_MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -57,9 +55,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     """
     path = Path(path)
     sweep_temporary(path.parent)
-    with temporary(path.parent) as file:
-        write_tensors(file, tensors, metadata or {})
-        publish(file, path)
+    write_file(path, to_bytes(tensors, metadata or {}))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,8 +66,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def hash_tensor(tensor: Tensor) -> str:
     """sha256 over dtype, shape and bytes, in hex. Strides and device do not matter, the sign of a zero does."""
-    digest = _hash_start(dtype_name(tensor), list(tensor.shape))
-    digest.update(_bytes(tensor.detach().cpu().contiguous()))
+    digest = hashlib.sha256(f"{dtype_name(tensor)} {list(tensor.shape)} ".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -82,125 +78,54 @@ def dtype_name(tensor: Tensor) -> str:
     return _NAMES[tensor.dtype]
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[str, int]:
-    """Write header and data; the same content gives the same bytes. -> sha256 and size of what was written."""
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """A whole file; the same content gives the same bytes."""
+    kept: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or name == "__metadata__":
             raise StoreError(f"tensors must map names to tensors, got {name!r}: {type(tensor).__name__}")
-        dtype_name(tensor)
-    # Wide dtypes first, so that every tensor is aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    kept = {name: tensors[name].detach().cpu().contiguous() for name in order}
+        tensor = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory.
+        kept[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(tensor.untyped_storage().data_ptr())
     hashes = {name: hash_tensor(tensor) for name, tensor in kept.items()}
     body = sign({"format": FORMAT, "metadata": dict(metadata), "tensors": hashes}, "metadata")
-    header: dict[str, Any] = {"__metadata__": {_KEY: canonical(body)}}
-    end = 0
-    for name, tensor in kept.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = canonical(header).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > _MAX_HEADER:
-        raise StoreError(f"names and metadata must fit into {_MAX_HEADER} bytes, got {len(text)}")
-    whole = hashlib.sha256()
-    for part in (len(text).to_bytes(8, "little"), text, *map(_bytes, kept.values())):
-        file.write(part)
-        whole.update(part)
-    return whole.hexdigest(), 8 + len(text) + end
+    return safetensors.torch.save(kept, {_KEY: canonical(body)})
 
 
 def read_tensors(path: Path) -> TensorFile:
-    """Read and check a whole file: layout, hash of every tensor and of the metadata. StoreError names the tensor."""
+    """Read and check a whole file, the hash of every tensor and of the metadata. StoreError names the tensor."""
+    data = read_file(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise damaged(path, "is not a regular file")
-        with path.open("rb") as file:
-            return _read(path, file, os.fstat(file.fileno()).st_size)
-    except FileNotFoundError:
-        raise damaged(path, "is missing") from None
-    except OSError as error:
-        raise damaged(path, f"cannot be read ({error})") from error
-
-
-def _read(path: Path, file: BinaryIO, size: int) -> TensorFile:
-    whole = hashlib.sha256()
-    layout, body = _read_header(path, file, size, whole)
-    tensors: dict[str, Tensor] = {}
-    for name, (dtype, shape) in layout.items():
-        try:
-            tensors[name] = tensor = torch.empty(shape, dtype=DTYPES[dtype])
-        except RuntimeError as error:  # 0 x 2^62 numbers
-            raise damaged(path, f"tensor {name!r} has shape {shape}") from error
-        view, filled = _bytes(tensor), 0
-        while filled < len(view):
-            count = file.readinto(view[filled:])
-            if not count:
-                raise damaged(path, f"ends inside tensor {name!r}")
-            filled += count
-        digest = _hash_start(dtype, shape)
-        digest.update(view)
-        whole.update(view)
-        if digest.hexdigest() != body["tensors"].get(name):
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise damaged(path, f"is truncated, damaged or no safetensors file ({error!s:.200})") from error
+    body = _read_metadata(path, data)
+    hashes = body["tensors"]
+    if missing := sorted(set(hashes) - set(tensors)):
+        raise damaged(path, f"lacks tensor {missing[0]!r}")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES or hash_tensor(tensor) != hashes.get(name):
             raise damaged(path, f"tensor {name!r} is not what was saved: its sha256 differs")
-        if dtype == "BOOL" and bool((tensor.view(torch.uint8) > 1).any()):
+        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             raise damaged(path, f"tensor {name!r} holds bytes that are neither true nor false")
-    if missing := sorted(set(body["tensors"]) - set(tensors)):
-        raise damaged(path, f"tensor {missing[0]!r} is missing")
-    return TensorFile(tensors, body["metadata"], body["tensors"], whole.hexdigest(), size)
+    return TensorFile(tensors, body["metadata"], hashes, hashlib.sha256(data).hexdigest(), len(data))
 
 
-def _read_header(path: Path, file: BinaryIO, size: int, whole: Any) -> tuple[dict[str, tuple[str, list[int]]], dict]:
-    """({tensor: (dtype, shape)} in the order of the data, our part of the metadata)."""
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
-        raise damaged(path, f"is truncated or no safetensors file ({size} bytes)")
-    text = file.read(length)
-    whole.update(start + text)
+def _read_metadata(path: Path, data: bytes) -> dict[str, Any]:
+    """Our part of the metadata of a file that safetensors has read; it returns the metadata of mapped files only."""
+    end = 8 + int.from_bytes(data[:8], "little")
     try:
-        header = parse(text)
-        note = header.pop("__metadata__", None)
-        body = parse(note[_KEY].encode())
+        body = parse(parse(data[8:end])["__metadata__"][_KEY].encode())
         check_signature(body)
         if body["format"] != FORMAT:
             raise damaged(path, f"has format {body['format']}, this pcl_ext reads {FORMAT}", mend="update pcl_ext")
-        entries = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"], entry[0]))
-        return _layout(path, entries, size - 8 - length), body
     except StoreError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"has a header that is not ours or damaged ({error!r:.200})") from error
-
-
-def _layout(path: Path, entries: list[tuple[str, dict]], size: int) -> dict[str, tuple[str, list[int]]]:
-    """Tensors must fill the data one after another: no gap, no overlap, nothing left, no byte missing."""
-    layout, at = {}, 0
-    for name, entry in entries:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if set(entry) != {"dtype", "shape", "data_offsets"} or dtype not in DTYPES:
-            raise damaged(path, f"tensor {name!r} has dtype {dtype!r} or keys that are not known")
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-            raise damaged(path, f"tensor {name!r} has shape {shape} at {begin}..{end}")
-        length = DTYPES[dtype].itemsize
-        for number in shape:
-            length *= number
-        if begin != at or end - begin != length:
-            raise damaged(path, f"tensor {name!r} of {length} bytes lies at {begin}..{end}, not at {at}")
-        layout[name], at = (dtype, shape), end
-        if at > size:
-            raise damaged(path, f"is truncated: it ends inside tensor {name!r}")
-    if at != size:
-        raise damaged(path, f"has {size - at} bytes that belong to no tensor")
-    return layout
-
-
-def _hash_start(dtype: str, shape: list[int]) -> Any:
-    return hashlib.sha256(f"{dtype} {list(shape)} ".encode())
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return body
 
 
 def canonical(value: Any) -> str:
