@@ -19,7 +19,8 @@ from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
 from pcl_ext.train import pretrain as pretrain_model
 
 PROTOCOL = {
-    "ranking": "full, over the task's catalogue, every target, seen items not filtered",
+    "ranking": "full, over the task's catalogue, every target",
+    "seen items": "not filtered by the metric; a model may rank them last where a task's targets are new items",
     "ties": "expected rank under random tie-breaking",
     "input": "the newest max_len events of items[:cut]",
     "forgetting": "first - last: R[j, j] - R[K, j], j earlier than K",

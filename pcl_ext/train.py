@@ -142,7 +142,8 @@ class NextItemLoss:
         queries = self.task.head.queries(states, states)
         if self.negatives:
             return self._sampled(queries, target)
-        return catalogue_cross_entropy(queries, self.backbone.table[1:], self.task.head.bias, target.long() - 1)
+        seen = None if self.task.spec.repeats else (history.items.long() - 1, history.offsets[history.users])
+        return catalogue_cross_entropy(queries, self.backbone.table[1:], self.task.head.bias, target.long() - 1, seen)
 
     def _sampled(self, queries: Tensor, target: Tensor) -> Tensor:
         """Sampled softmax with logQ correction (Bengio and Senecal, 2008); draws by smoothed frequency."""

@@ -12,6 +12,8 @@ from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHea
 from pcl_ext.model.memory import ContextualPrompt, Encoded, ItemMemory, LastState, MeanStates, PrefixPrompt, TailPrompt
 from pcl_ext.task import TaskSpec
 
+SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
+
 
 class Task(nn.Module):
     """Memories and head of one task, open (trainable) until `close` folds and freezes it.
@@ -101,14 +103,19 @@ class Task(nn.Module):
         return torch.cat(parts, dim=1)
 
     def forward(self, encoded: Encoded, table: Tensor) -> Tensor:
-        """Histories read for this task, and the item table [V + 1, D] -> output [B, C], or [B] for one number."""
+        """Histories read for this task, and the item table [V + 1, D] -> output [B, C], or [B] for one number.
+
+        Where targets are new items (`spec.repeats` is False), what the history holds already scores SEEN_SCORE.
+        """
         features = self.dropout(self.features(encoded))
         if self.spec.kind == "items":
             rows = table[self.catalogue] if self.tied else self.head.rows
             scores = F.linear(self.head.queries(features, encoded.newest()), rows, self.head.bias)
-            if self.repeats is None:
-                return scores
-            return self.repeats(scores, encoded.states[-1], encoded.users(), self.column_of[encoded.items])
+            columns = self.column_of[encoded.items]
+            if self.repeats is not None:
+                return self.repeats(scores, encoded.states[-1], encoded.users(), columns)
+            listed = columns >= 0
+            return scores.index_put((encoded.users()[listed], columns[listed]), scores.new_tensor(SEEN_SCORE))
         output = self.head(features)
         if self.spec.kind == "classes":
             return output

@@ -51,3 +51,21 @@ def test_bfloat16_products_under_autocast():
     assert abs(loss - exact) <= 2 * abs(want - exact) + 1e-3
     loss.backward()
     assert args[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk", [1, 60, 1 << 20])
+def test_what_a_history_holds_already_is_left_out(monkeypatch, chunk):
+    """Two histories, rows 0..2 and 3..4: each row leaves out its own item and those before it."""
+    monkeypatch.setattr(softmax, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    *tensors, _ = inputs(5, 9)
+    columns, first = torch.tensor([4, 1, 7, 4, 2]), torch.tensor([0, 0, 0, 3, 3])
+    target = torch.tensor([1, 7, 0, 2, 8])
+    scores = tensors[0] @ tensors[1].T + tensors[2]
+    for row, gone in enumerate([[4], [4, 1], [4, 1, 7], [4], [4, 2]]):
+        scores[row, gone] = -torch.inf
+    want = F.cross_entropy(scores, target)
+    got = softmax.catalogue_cross_entropy(*tensors, target, (columns, first))
+    torch.testing.assert_close(got, want)
+    for one, other in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors)):
+        torch.testing.assert_close(one, other)

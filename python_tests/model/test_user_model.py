@@ -134,7 +134,8 @@ def test_closing_folds_the_contextual_prompt(model, placement, contextual):
     before = model(batch, "age")
     model.freeze_task("age")
     torch.testing.assert_close(model(batch, "age"), before)
-    assert task.context is None and not list(task.parameters())
+    assert task.context is None
+    assert not list(task.parameters())
 
 
 @pytest.mark.parametrize("contextual", ["texts", "prompts"])
@@ -179,6 +180,29 @@ def test_predict_for_new_users_unknown_ids_and_empty_histories(model):
     assert model.predict([], "rank") == []
 
 
+def test_items_seen_already_rank_last_where_targets_are_new(model):
+    task = add(model, "rank")
+    seen = [5, 9, 24]
+    answer = model.predict([seen], "rank", k=20)[0]
+    assert sorted(answer["items"][-3:]) == seen
+    assert sorted(answer["items"]) == list(task.spec.catalogue)
+
+
+def test_each_row_of_a_history_votes_for_its_own_item_where_targets_repeat(model):
+    task = model.add_task(TaskSpec("again", "items", catalogue=tuple(range(5, 25)), repeats=True))
+    batch = pack([[5, 9, 5, 30], [], [9]])
+    plain = model(batch, "again")
+    with torch.no_grad():
+        task.repeats.vote.weight.normal_()
+    states = model._encode(batch, [task], None).states[-1]
+    votes = task.repeats.vote(states)[:, 0]
+    want = plain.clone()
+    want[0, 0] += votes[0] + votes[2]  # item 5 is column 0; item 30 is not in the catalogue
+    want[0, 4] += votes[1]
+    want[2, 4] += votes[4]
+    torch.testing.assert_close(model(batch, "again"), want)
+
+
 @pytest.mark.parametrize("history", [["a"], [1.5], [[1, 2]], [True], [2**70]], ids=str)
 def test_a_history_that_is_no_list_of_ids_is_refused(model, history):
     add(model, "click")
@@ -200,5 +224,6 @@ def test_unknown_tasks_and_doubled_names_are_refused(model):
 def test_a_task_may_have_the_name_of_a_method(model, name):
     model.add_task(TaskSpec(name, "binary"))
     model.train().eval()
-    assert model.task_names == [name] and model.predict([[1]], name)[0]["probability"] == 0.5
+    assert model.task_names == [name]
+    assert model.predict([[1]], name)[0]["probability"] == 0.5
     assert any(key.startswith(f"tasks.{name}.") for key in model.state_dict())
