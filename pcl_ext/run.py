@@ -33,22 +33,32 @@ def pretrain(
     """Pretrain a backbone on the dataset's train users into a new run folder; row 1 of the result matrix.
 
     backbone  fields of BackboneConfig other than num_items. A run that was interrupted goes on where it stopped; one
-    that is complete is returned as it is. Raises ValueError where `out` holds a run with other settings.
+    that is complete is returned as it is. Raises ValueError where `out` holds a run with other settings, or where
+    another process is at it.
     """
     shape = BackboneConfig(dataset.num_items, **(backbone or {}))
     config = config or PretrainConfig()
     settings = json.loads(json.dumps({"backbone": asdict(shape), "pretrain": asdict(config)}))
     out = Path(out)
-    if (out / "manifest.json").exists():
-        record = store.read_manifest(out)["record"]
-        _same("dataset", record["dataset"]["sha256"], dataset.sha256, out)
-        for key, value in settings.items():
-            _same(key, record["config"].get(key), value, out)
-        return store.from_pretrained(out)
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoints" / "next.safetensors"
-    model, curve = pretrain_model(dataset, shape, config, checkpoint)
-    record = {
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with store.lock(out):
+        if (out / "manifest.json").exists():
+            record = store.read_manifest(out)["record"]
+            _same("dataset", record["dataset"]["sha256"], dataset.sha256, out)
+            for key, value in settings.items():
+                _same(key, record["config"].get(key), value, out)
+            return store.from_pretrained(out)
+        model, curve = pretrain_model(dataset, shape, config, checkpoint)
+        record = _new_record(dataset, settings)
+        _measure(model, dataset, record, "next", curve)
+        store.save_pretrained(model, out, record)
+        checkpoint.unlink(missing_ok=True)
+    return model
+
+
+def _new_record(dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
         "dataset": _describe(dataset),
         "protocol": PROTOCOL | {"dataset": f"{dataset.name} {dataset.sha256}", "split": "by user, fold test"},
         "config": settings,
@@ -59,10 +69,6 @@ def pretrain(
         "outputs": {},
         "curves": {},
     }
-    _measure(model, dataset, record, "next", curve)
-    store.save_pretrained(model, out, record)
-    checkpoint.unlink(missing_ok=True)
-    return model
 
 
 def learn(
@@ -75,24 +81,27 @@ def learn(
     """Teach a run one task more; returns its record. The run is saved only when every earlier task still gives the
     same bits on all test users.
 
-    A task that the run knows already is left as it is; an interrupted one goes on where it stopped.
+    A task that the run knows already is left as it is; an interrupted one goes on where it stopped. Raises ValueError
+    where another process is at the run.
     """
     run = Path(run)
-    record = store.read_manifest(run)["record"]
-    _same("dataset", record["dataset"]["sha256"], dataset.sha256, run)
-    model = store.from_pretrained(run)
-    if _other_machine(record["machine"]):
-        _take_outputs_again(model, dataset, record)
-    checkpoint = run / "checkpoints" / f"{name}.safetensors"
-    if name not in model.task_names:
-        checkpoint.parent.mkdir(exist_ok=True)
-        config, memory = config or LearnConfig(), memory or MemoryConfig()
-        curve = learn_task(model, dataset, name, config, memory, checkpoint)
-        settings = json.loads(json.dumps({"memory": asdict(memory), "learn": asdict(config)}))
-        record["config"].setdefault("tasks", {})[name] = settings
-        _measure(model, dataset, record, name, curve)
-        store.save_pretrained(model, run, record)
-    checkpoint.unlink(missing_ok=True)
+    store.read_manifest(run)  # before a lock is left in a folder that is no run
+    with store.lock(run):
+        record = store.read_manifest(run)["record"]
+        _same("dataset", record["dataset"]["sha256"], dataset.sha256, run)
+        model = store.from_pretrained(run)
+        if _other_machine(record["machine"]):
+            _take_outputs_again(model, dataset, record)
+        checkpoint = run / "checkpoints" / f"{name}.safetensors"
+        if name not in model.task_names:
+            checkpoint.parent.mkdir(exist_ok=True)
+            config, memory = config or LearnConfig(), memory or MemoryConfig()
+            curve = learn_task(model, dataset, name, config, memory, checkpoint)
+            settings = json.loads(json.dumps({"memory": asdict(memory), "learn": asdict(config)}))
+            record["config"].setdefault("tasks", {})[name] = settings
+            _measure(model, dataset, record, name, curve)
+            store.save_pretrained(model, run, record)
+        checkpoint.unlink(missing_ok=True)
     return record
 
 

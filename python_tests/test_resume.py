@@ -114,6 +114,54 @@ def test_a_checkpoint_of_other_settings_is_refused(whole, tmp_path, monkeypatch)
         run.pretrain(Dataset(whole[0]), tmp_path / "run", {"dim": 16, "num_heads": 1, "max_len": 20}, settings)
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_that_another_process_is_at_is_refused(whole, tmp_path, phase):
+    shutil.copytree(whole[1], tmp_path / "run")
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "run", held, done))
+    process.start()
+    assert held.wait(60)
+    with pytest.raises(ValueError, match=f"run is in use by process {process.pid} on .+; wait for it"):
+        PHASES[phase](whole[0], tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(whole[1])
+    done.set()
+    process.join()
+    PHASES[phase](whole[0], tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(start(phase, whole, tmp_path / "other"))
+
+
+def hold(out, held, done):
+    with store.lock(out):
+        held.set()
+        done.wait(60)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_is_held_while_it_trains(whole, tmp_path, monkeypatch, phase):
+    start(phase, whole, tmp_path / "run")
+    seen = []
+
+    def at_the_end_of_an_epoch(*args):
+        with pytest.raises(ValueError, match=r"run is in use by process") as caught, store.lock(tmp_path / "run"):
+            pass
+        seen.append(caught)
+        raise Interrupted
+
+    monkeypatch.setattr(loop, "_end_epoch", at_the_end_of_an_epoch)
+    with pytest.raises(Interrupted):
+        PHASES[phase](whole[0], tmp_path / "run")
+    assert len(seen) == 1
+    with store.lock(tmp_path / "run"):  # free again, whatever ended it
+        pass
+
+
+def test_learning_in_a_folder_that_is_no_run_leaves_nothing_there(whole, tmp_path):
+    with pytest.raises(ValueError, match="manifest.json is missing; name the folder of a run"):
+        learn(whole[0], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_complete_run_is_left_as_it_is(whole, tmp_path):
     shutil.copytree(whole[2], tmp_path / "run")
     before = contents(tmp_path / "run")
