@@ -1,0 +1,34 @@
+"""The package installs with and without its compiled module, and works either way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import torch
+import pcl_ext
+from pcl_ext import ops
+offsets = torch.tensor([0, 3, 5])
+q = torch.randn(5, 2, 4, requires_grad=True)
+ops.prompt_attention(q, q, q, offsets).sum().backward()
+print(pcl_ext.__file__, ops.has_fused())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("setting", "fused"), [("cmake.define.PCL_CUDA=OFF", True), ("wheel.cmake=false", False)])
+def test_installs(setting, fused, tmp_path):
+    pytest.importorskip("scikit_build_core")
+    pytest.importorskip("nanobind")
+    settings = [f"--config-settings={setting}", f"--config-settings=build-dir={tmp_path / 'build'}"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, *settings, "--target", tmp_path / "site", ROOT], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    shown = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split() == [str(tmp_path / "site/pcl_ext/__init__.py"), str(fused)]
