@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,19 +22,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"the package {error.name} is missing: pip install 'pcl_ext[cli]'")
     parser, subparsers = build_parser()
-    settings = parser.parse_args(argv)
-    name = settings.subcommand
-    values = subparsers[name].instantiate(settings[name])
+    name = ""
     try:
-        return getattr(commands, name)(values)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        settings = parser.parse_args(argv)
+        name = settings.subcommand
+        return getattr(commands, name)(subparsers[name].instantiate(settings[name]))
+    except argparse.ArgumentError as error:
+        return _fail(f"pcl: {error}; --help says what is accepted")
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         return _fail(f"pcl {name}: {error}")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped")
 
 
 def _fail(message: str) -> int:
-    print(message, file=sys.stderr)
+    print(" ".join(message.split()), file=sys.stderr)
     return 2
 
 
@@ -43,10 +46,11 @@ def build_parser():
 
     from pcl_ext import __version__
 
-    parser = ArgumentParser(prog="pcl", description="Teach one frozen user model task after task.", version=__version__)
+    about = "Teach one frozen user model task after task."
+    parser = ArgumentParser(prog="pcl", description=about, version=__version__, exit_on_error=False)
     commands, subparsers = parser.add_subcommands(required=True, metavar="COMMAND"), {}
     for name, (text, add_arguments) in _COMMANDS.items():
-        subparsers[name] = ArgumentParser(description=text)
+        subparsers[name] = ArgumentParser(description=text, exit_on_error=False)
         add_arguments(subparsers[name])
         commands.add_subcommand(name, subparsers[name], help=text)
     return parser, subparsers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,19 +66,23 @@ def learn_all(
     unknown = [name for name in tasks if name not in dataset.task_names]
     if unknown:
         raise ValueError(f"TASK must be one of {', '.join(dataset.task_names)}, got {', '.join(unknown)}")
+    known = {task["name"] for task in store.read_manifest(folder)["tasks"]}
     for name in tasks:
         record = run.learn(folder, dataset, name, config, memory)
         metric = record["matrix"]["metric"][name]
         value = ResultMatrix.from_json(record["matrix"]).value(-1, name)
         earlier = len(record["outputs"]) - 1
-        print(f"{name}: {metric} {value:.4f}; outputs of {earlier} earlier tasks unchanged, bit for bit", flush=True)
+        what = "learned before" if name in known else f"outputs of {earlier} earlier tasks unchanged, bit for bit"
+        print(f"{name}: {metric} {value:.4f}; {what}", flush=True)
 
 
 def evaluate(args) -> int:
-    manifest = store.read_manifest(args.run)
+    record = store.read_manifest(args.run)["record"]
     dataset = Dataset(args.data)
+    run.check_dataset(args.run, record, dataset)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     scores = infer.evaluate(store.from_pretrained(args.run), dataset, fold=args.fold)
-    record = manifest["record"]
     result = {
         "tasks": {name: score.metrics for name, score in scores.items()},
         "standard_error": {name: score.standard_error for name, score in scores.items()},
@@ -94,10 +99,17 @@ def evaluate(args) -> int:
 
 
 def predict(args) -> int:
+    if args.k < 1:
+        raise ValueError(f"--k must be at least 1, got {args.k}")
     model = store.from_pretrained(args.run)
     model.task(args.task)
     for histories in _read_histories(sys.stdin):
-        for answer in model.predict(histories, args.task, k=args.k):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            answers = model.predict(histories, args.task, k=args.k)
+        for warning in caught:
+            print(f"pcl predict: {warning.message}", file=sys.stderr)
+        for answer in answers:
             print(json.dumps(answer))
     return 0
 
@@ -108,10 +120,10 @@ def _read_histories(lines: TextIO) -> Iterator[list[list[int]]]:
     for number, line in enumerate(lines, start=1):
         try:
             history = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} must be a JSON list of item ids, got {line.strip():.60}") from error
-        if not isinstance(history, list) or not all(type(item) is int for item in history):
-            raise ValueError(f"line {number} must be a JSON list of item ids, got {line.strip():.60}")
+        except (ValueError, RecursionError):
+            history = None
+        if not isinstance(history, list) or not all(type(item) is int and abs(item) < 2**63 for item in history):
+            raise ValueError(f"line {number} must be a JSON list of item ids, got {line.strip()!r:.60}")
         chunk.append(history)
         if len(chunk) == PREDICT_LINES:
             yield chunk
@@ -136,7 +148,13 @@ def report(args) -> int:
 
 
 def verify(args) -> int:
-    found = run.verify_unchanged(args.run, Dataset(args.data) if args.data else None)
+    if not (args.run / "manifest.json").exists():
+        raise ValueError(f"{args.run} is no run: it has no manifest.json")
+    try:
+        found = run.verify_unchanged(args.run, Dataset(args.data) if args.data else None)
+    except store.StoreError as error:
+        print(f"pcl verify: {error}", file=sys.stderr)
+        return 1
     print(f"{args.run}: {found['tensors']} tensors match their hashes")
     for name, state in found["tasks"].items():
         print(f"  {name}: outputs on all test users, bit for bit: {state}")

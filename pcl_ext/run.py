@@ -45,7 +45,7 @@ def pretrain(
     with store.lock(out):
         if (out / "manifest.json").exists():
             record = store.read_manifest(out)["record"]
-            _same("dataset", record["dataset"]["sha256"], dataset.sha256, out)
+            check_dataset(out, record, dataset)
             for key, value in settings.items():
                 _same(key, record["config"].get(key), value, out)
             return store.from_pretrained(out)
@@ -88,7 +88,7 @@ def learn(
     store.read_manifest(run)  # before a lock is left in a folder that is no run
     with store.lock(run):
         record = store.read_manifest(run)["record"]
-        _same("dataset", record["dataset"]["sha256"], dataset.sha256, run)
+        check_dataset(run, record, dataset)
         model = store.from_pretrained(run)
         if _other_machine(record["machine"]):
             _take_outputs_again(model, dataset, record)
@@ -144,18 +144,17 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
     Checks every tensor against its hash; then, with the dataset (by default the one the run was made from, where it
     still lies), that each task's outputs on all test users have the bits they had when the task was closed.
     -> {"tensors": n, "tasks": {name: "equal", "changed", or why it was not compared}, "not_checked": reason or None}
+    StoreError for a run that is damaged, ValueError where `dataset` is not the one that the run was made from.
     """
     answer = {"tensors": store.verify(run)["tensors"], "tasks": {}, "not_checked": None}
     record = store.read_manifest(run)["record"]
-    if dataset is None and Path(record["dataset"]["path"]).is_dir():
-        dataset = Dataset(record["dataset"]["path"])
-    if dataset is None:
-        answer["not_checked"] = f"the dataset is no longer at {record['dataset']['path']}; name it with --data"
-    elif dataset.sha256 != record["dataset"]["sha256"]:
-        answer["not_checked"] = f"{dataset.path} is not the dataset that the run was made from"
-    elif (other := _other_machine(record["machine"])) is not None:
-        answer["not_checked"] = f"bits can be compared on the machine that made the run only: {other}"
-    else:
+    path = record.get("dataset", {}).get("path")
+    if dataset is not None:
+        check_dataset(run, record, dataset)
+    elif path and (Path(path) / "dataset.json").exists():
+        dataset = Dataset(path)
+    answer["not_checked"] = _why_not_checked(record, dataset)
+    if answer["not_checked"] is None:
         tables = record["dataset"]["tasks"]
         same = [name for name in record["outputs"] if tables[name] == dataset.task_sha256(name)]
         scores = infer.evaluate(store.from_pretrained(run), dataset, same)
@@ -164,6 +163,32 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
             state = "changed" if name in changed else "equal"
             answer["tasks"][name] = state if name in same else "not compared: its table is another now"
     return answer
+
+
+def _why_not_checked(record: dict[str, Any], dataset: Dataset | None) -> str | None:
+    if "dataset" not in record:
+        return "the run has no record of the dataset it was made from"
+    if dataset is None:
+        return f"the dataset is no longer at {record['dataset']['path']}; name it with --data"
+    if dataset.sha256 != record["dataset"]["sha256"]:
+        return f"{dataset.path} is no longer the dataset that the run was made from"
+    if (other := _other_machine(record["machine"])) is not None:
+        return f"bits can be compared on the machine that made the run only: {other}"
+    return None
+
+
+def check_dataset(run: Path, record: dict[str, Any], dataset: Dataset) -> None:
+    """Raise ValueError unless the run was made from this dataset, to which tasks may have been added since."""
+    if "dataset" not in record:
+        raise ValueError(f"{run} has no record of the dataset it was made from; make runs with pretrain")
+    then = record["dataset"]
+    if then["sha256"] != dataset.sha256:
+        was, given = f"{then['name']} {then['sha256'][:8]}", f"{dataset.name} {dataset.sha256[:8]}"
+        raise ValueError(
+            f"{run} was made from the dataset {was}, {dataset.path} is {given}; name that dataset, or another run"
+        )
+    if missing := [name for name in record["outputs"] if name not in dataset.task_names]:
+        raise ValueError(f"{dataset.path} has no table of {', '.join(missing)}, which {run} has learned")
 
 
 def machine() -> dict[str, Any]:
