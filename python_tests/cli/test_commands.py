@@ -1,0 +1,188 @@
+"""Every command of `pcl`, as a user types it: what it prints, and what it writes."""
+
+import json
+
+import pytest
+import torch
+
+from pcl_ext import commands, store
+from pcl_ext.cli import main
+from pcl_ext.data import Dataset
+from pcl_ext.run import PROTOCOL
+
+TASKS = ["click", "segment", "spend", "range"]
+HISTORIES = [[1, 2, 3], [], [4] * 30, [7, 999, -1, 8]]
+
+
+def record_of(run):
+    return store.read_manifest(run)["record"]
+
+
+def test_prepare_synthetic(pcl, refused, tmp_path):
+    status, out, err = pcl("prepare", "synthetic", "--out", tmp_path / "new", "--users", 40, "--seed", 3)
+    assert (status, err) == (0, [])
+    assert out[0] == f"{tmp_path / 'new'}: 40 users, 500 items"
+    assert [line.split(":")[0].strip() for line in out[1:]] == ["next", "click", "loyal", "range", "segment", "spend"]
+    assert Dataset(tmp_path / "new").info["synthetic"]["seed"] == 3
+    assert "must be a new or an empty folder" in refused("prepare", "synthetic", "--out", tmp_path / "new")
+
+
+def test_prepare_events(pcl, refused, tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id\nann,x\nann,y\nbob,z\nbob,x\n")
+    (tmp_path / "shop.toml").write_text('name = "shop"\n[events]\nfile = "log.csv"\n')
+    status, out, _ = pcl("prepare", "events", "--config", tmp_path / "shop.toml", "--out", tmp_path / "shop")
+    assert status == 0
+    assert out[0].endswith("shop: 2 users, 3 items")
+    (tmp_path / "shop.toml").write_text('name = "shop"\n[events]\nfile = "log.csv"\nusr = "x"\n')
+    line = refused("prepare", "events", "--config", tmp_path / "shop.toml", "--out", tmp_path / "other")
+    assert "shop.toml: [events]: unknown key 'usr'" in line
+    assert not (tmp_path / "other").exists()
+
+
+def test_pretrain_takes_its_settings_from_the_file(made, pcl, refused):
+    config = record_of(made.run)["config"]
+    assert (config["backbone"]["dim"], config["backbone"]["max_len"], config["pretrain"]["epochs"]) == (16, 20, 2)
+    file = made.folder / "pretrain.yaml"
+    status, out, err = pcl("pretrain", made.data, "--out", made.run, "--config", file)  # complete: left as it is
+    assert (status, err, out[0].split()[:2]) == (0, [], ["after", "next"])
+    line = refused("pretrain", made.data, "--out", made.run, "--config", file, "--backbone.dim", 32)
+    assert "was made with backbone.dim = 16, this call has 32; choose another run folder" in line
+
+
+def test_learn_takes_its_settings_from_the_file_and_the_line(made):
+    tasks = record_of(made.run)["config"]["tasks"]
+    memory = {"placement": "both", "prompt_len": 3, "readout": ["last", "mean"], "contextual": "texts"}
+    assert memory.items() <= tasks["click"]["memory"].items()
+    assert tasks["click"]["learn"]["epochs"] == 2
+    assert tasks["click"]["learn"]["head_rate"] == 0.01
+    assert tasks["spend"]["memory"]["placement"] == "prefix"
+    assert list(tasks) == TASKS
+
+
+def test_learn_leaves_a_known_task_alone(made, pcl):
+    before = record_of(made.run)
+    status, out, _ = pcl("learn", made.run, "click", "next", "--data", made.data)
+    assert status == 0
+    assert [line.split("; ")[1] for line in out[:2]] == ["learned before"] * 2
+    assert record_of(made.run) == before
+
+
+def test_learn_says_what_it_compared(made, pcl, copy):
+    status, out, err = pcl("learn", copy, "--data", made.data, "--learn.epochs", 1)  # all that is left: loyal
+    assert (status, err) == (0, [])
+    assert [line.split(":")[0] for line in out[:5]] == ["click", "loyal", "range", "segment", "spend"]
+    assert out[1].endswith("outputs of 5 earlier tasks unchanged, bit for bit")
+    assert list(record_of(copy)["outputs"]) == ["next", *TASKS, "loyal"]
+
+
+def test_evaluate_writes_what_the_run_recorded(made, pcl, tmp_path):
+    status, out, err = pcl("evaluate", made.run, "--data", made.data, "--json", tmp_path / "deep" / "results.json")
+    assert (status, err) == (0, [])
+    assert [line.split()[0] for line in out] == ["next", *TASKS]
+    result = json.loads((tmp_path / "deep" / "results.json").read_text())
+    record = record_of(made.run)
+    assert {"tasks", "matrix", "forgetting", "protocol"} <= set(result)
+    assert result["tasks"] == record["matrix"]["rows"][-1]
+    assert result["matrix"] == record["matrix"]
+    assert result["forgetting"]["worst"] == 0
+    assert set(PROTOCOL) < set(result["protocol"])
+    assert result["protocol"]["dataset"] == f"synthetic {Dataset(made.data).sha256}"
+    assert pcl("evaluate", made.run, "--data", made.data, "--fold", "valid")[1] != out
+
+
+ANSWERS = {
+    "next": {"items", "scores"},
+    "range": {"items", "scores"},
+    "click": {"probability"},
+    "segment": {"class", "probabilities"},
+    "spend": {"value"},
+}
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_predict(made, pcl, task):
+    lines = "".join(json.dumps(history) + "\n" for history in HISTORIES)
+    status, out, err = pcl("predict", made.run, "--task", task, "--k", 4, stdin=lines)
+    assert status == 0
+    assert err == ["pcl predict: 2 unknown item ids were dropped from 4 histories"]
+    answers = [json.loads(line) for line in out]
+    assert [set(answer) for answer in answers] == [ANSWERS[task]] * 4
+    if "items" in ANSWERS[task]:
+        assert all(len(set(answer["items"])) == len(answer["scores"]) == 4 for answer in answers)
+        assert all(answer["scores"] == sorted(answer["scores"], reverse=True) for answer in answers)
+    catalogue = Dataset(made.data).task("range").spec.catalogue
+    assert task != "range" or all(set(answer["items"]) <= set(catalogue) for answer in answers)
+
+
+def test_predict_keeps_the_order_of_many_lines(made, pcl):
+    histories = [[1 + n % 50] * (n % 3) + [1 + n % 7] for n in range(1100)]
+    status, out, err = pcl("predict", made.run, "--task", "spend", stdin="\n".join(map(json.dumps, histories)))
+    assert (status, err, len(out)) == (0, [], 1100)
+    values = torch.tensor([json.loads(line)["value"] for line in out])
+    model = store.from_pretrained(made.run)
+    want = torch.tensor([model.predict([history], "spend")[0]["value"] for history in histories[::50]])
+    torch.testing.assert_close(values[::50], want)
+    assert len(values.unique()) > 100
+
+
+def test_predict_of_nothing_is_nothing(made, pcl):
+    assert pcl("predict", made.run, "--task", "click") == (0, [], [])
+
+
+def test_verify(made, pcl):
+    status, out, err = pcl("verify", made.run)
+    assert (status, err) == (0, [])
+    assert out[0].endswith("tensors match their hashes")
+    assert out[1:] == [f"  {name}: outputs on all test users, bit for bit: equal" for name in ["next", *TASKS]]
+
+
+def test_verify_finds_damage(made, pcl, copy):
+    file = next((copy / "tasks").glob("click-*"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    status, out, err = pcl("verify", copy)
+    assert (status, out, len(err)) == (1, [], 1)
+    assert f"{file} tensor " in err[0]
+    assert "sha256 differs" in err[0]
+
+
+def test_verify_finds_a_task_that_changed(made, pcl, copy):
+    model, record = store.from_pretrained(copy), record_of(copy)
+    model.task("click").head.linear.bias += 1
+    store.save_pretrained(model, copy, record)
+    status, out, _ = pcl("verify", copy)
+    assert status == 1
+    assert [line.split(":")[-1].strip() for line in out[1:]] == ["equal", "changed", "equal", "equal", "equal"]
+
+
+def test_report(made, pcl, tmp_path):
+    status, out, err = pcl("report", made.run, "--out", tmp_path / "page")
+    assert (status, out, err) == (0, [str(tmp_path / "page" / "report.html")], [])
+    assert "segment" in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_info(pcl):
+    status, out, err = pcl("info")
+    assert (status, err) == (0, [])
+    assert f"torch {torch.__version__}" in out[0]
+    assert "1 threads" in out[1]
+    assert out[2].startswith("kernels: ")
+
+
+def test_demo_on_a_folder(made, pcl, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "DEMO_EPOCHS", 1)
+    status, out, err = pcl("demo", "--data", made.data, "--out", tmp_path / "demo")
+    assert (status, err) == (0, [])
+    assert "forgetting 0 (bitwise: all outputs of 6 tasks compared)" in out
+    assert out[-1] == f"report: {tmp_path / 'demo' / 'run' / 'report' / 'report.html'}"
+    assert (tmp_path / "demo" / "run" / "report" / "report.html").is_file()
+    assert not (tmp_path / "demo" / "dataset").exists()
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["learn", "--help"]], ids=str)
+def test_help_and_version(capsys, argv):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 0
+    assert ("--memory.contextual" in capsys.readouterr().out) == ("learn" in argv)

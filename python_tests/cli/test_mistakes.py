@@ -1,0 +1,160 @@
+"""Every mistake a user may make at the command line gives exit status 2 and one line, never a traceback."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+
+from pcl_ext import store
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["events"], "events needs --config"),
+        (["events", "--config", "none.toml"], "none.toml is missing"),
+        (["ml-1m"], "ml-1m needs --from"),
+        (["online-retail"], "online-retail needs --from"),
+        (["ml-1m", "--from", "nowhere"], "nowhere"),
+        (["online-retail", "--from", "nowhere"], "nowhere"),
+        (["synthetic", "--users", "0"], "num_users must be an integer from 1 up, got 0"),
+        (["synthetic", "--users", "many"], '"users"'),
+        (["synthetic", "--rotate", "7"], "rotate must be"),
+        (["lastfm"], "invalid choice: 'lastfm'"),
+    ],
+    ids=str,
+)
+def test_prepare_refuses(refused, tmp_path, argv, message):
+    assert message in refused("prepare", *argv, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("pretrain", "pretrain: {epoks: 2}", "pretrain.epoks"),
+        ("pretrain", "backbone: {num_items: 2}", "backbone.num_items"),
+        ("pretrain", "colour: red", "colour"),
+        ("pretrain", "backbone: {dim: wide}", "backbone.dim"),
+        ("pretrain", "pretrain: {precision: int8}", "precision must be float32 or bfloat16"),
+        ("learn", "learn: {epoks: 2}", "learn.epoks"),
+        ("learn", "memory: {prompt_len: 2}", "memory.prompt_len"),
+        ("learn", "memory: {readout: [first]}", "readout must name"),
+        ("learn", "learn: {epochs: 0}", "epochs must be at least 1, got 0"),
+        ("learn", "learn: [", "config"),
+    ],
+)
+def test_settings_that_are_not_known_are_refused(made, refused, tmp_path, command, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    argv = [made.data, "--out", tmp_path / "new"] if command == "pretrain" else [made.run, "loyal", "--data", made.data]
+    assert message in refused(command, *argv, "--config", tmp_path / "config.yaml")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "1 2 3", "[1, 2", "3", '{"items": [1]}', "[1.5]", '["1"]', "[true]", "[null]", "[" * 99_999, f"[{2**63}]"],
+)
+def test_predict_names_the_line_that_is_broken(made, refused, line):
+    stdin = f"[1]\n{line}\n[2]\n"
+    assert "line 2 must be a JSON list of item ids" in refused("predict", made.run, "--task", "next", stdin=stdin)
+
+
+@pytest.mark.parametrize("argv", [["encode", "run", "--data", "d", "--tasks", "a", "--out", "f"], ["export", "run"]])
+def test_what_is_not_there_yet_says_so(refused, argv):
+    assert f"pcl {argv[0]} is not in this version" in refused(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "subcommand"),
+        (["teach"], "invalid choice: 'teach'"),
+        (["pretrain", "DATA"], "out"),
+        (["pretrain", "nowhere", "--out", "NEW"], "nowhere must be a dataset folder, dataset.json is missing"),
+        (["pretrain", "RUN", "--out", "NEW"], "must be a dataset folder"),
+        (["pretrain", "DATA", "--out", "NEW", "--max-len", "0"], "max_len must be at least 1, got 0"),
+        (["pretrain", "DATA", "--out", "NEW", "--config", "none.yaml"], "none.yaml"),
+        (["pretrain", "DATA", "--out", "DATA/dataset.json"], "dataset.json"),
+        (["learn", "RUN", "--data", "nowhere"], "nowhere must be a dataset folder"),
+        (["learn", "nowhere", "--data", "DATA"], "nowhere/manifest.json is missing; name the folder of a run"),
+        (["learn", "DATA", "--data", "DATA"], "manifest.json is missing"),
+        (["learn", "RUN", "churn", "--data", "DATA"], "TASK must be one of next, click, loyal, .*, got churn"),
+        (["learn", "RUN", "loyal", "--data", "DATA", "--placement", "top"], "invalid choice: 'top'"),
+        (["learn", "RUN", "loyal", "--data", "DATA", "--prompt-len", "-1"], "prompt_len must be at least 0, got -1"),
+        (["evaluate", "RUN"], "data"),
+        (["evaluate", "nowhere", "--data", "DATA"], "manifest.json is missing"),
+        (["evaluate", "RUN", "--data", "DATA", "--fold", "all"], "invalid choice: 'all'"),
+        (["evaluate", "RUN", "--data", "DATA", "--json", "DATA/dataset.json/x"], "dataset.json"),
+        (["predict", "RUN"], "task"),
+        (["predict", "nowhere", "--task", "next"], "manifest.json is missing"),
+        (["predict", "RUN", "--task", "churn"], "task must be one of next, click, .*, got 'churn'"),
+        (["predict", "RUN", "--task", "next", "--k", "0"], "--k must be at least 1, got 0"),
+        (["predict", "RUN", "--task", "next", "--k", "ten"], "Got value: ten"),
+        (["verify", "nowhere"], "nowhere is no run"),
+        (["verify", "DATA"], "is no run: it has no manifest.json"),
+        (["report", "DATA"], "manifest.json is missing"),
+        (["report", "RUN", "--out", "DATA/dataset.json"], "dataset.json"),
+        (["demo", "--data", "nowhere", "--out", "NEW"], "nowhere must be a dataset folder"),
+        (["info", "--all"], "--all"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes(made, refused, tmp_path, argv, message):
+    places = {"DATA": made.data, "RUN": made.run, "NEW": str(tmp_path / "new")}
+    for name, place in places.items():
+        argv = [word.replace(name, place) for word in argv]
+    line = refused(*argv)
+    assert line.startswith("pcl")
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("command", ["pretrain", "learn", "evaluate", "verify"])
+def test_a_run_of_another_dataset_is_refused(made, refused, tmp_path, command):
+    other = shutil.copytree(made.data, tmp_path / "other", ignore=shutil.ignore_patterns(".cache"))
+    header = json.loads((other / "dataset.json").read_text()) | {"name": "other"}
+    (other / "dataset.json").write_text(json.dumps(header))
+    argv = {
+        "pretrain": [other, "--out", made.run, "--config", made.folder / "pretrain.yaml"],
+        "learn": [made.run, "loyal", "--data", other],
+    }
+    line = refused(command, *argv.get(command, [made.run, "--data", other]))
+    assert f"{made.run} was made from the dataset synthetic " in line
+    assert f"{other} is other " in line
+
+
+@pytest.mark.parametrize("command", ["learn", "evaluate"])
+def test_a_dataset_that_lost_a_task_is_refused(made, refused, tmp_path, command):
+    other = shutil.copytree(made.data, tmp_path / "other")
+    for file in (other / "tasks").glob("click.*"):
+        file.unlink()
+    line = refused(command, made.run, *(["loyal"] if command == "learn" else []), "--data", other)
+    assert f"{other} has no table of click, which {made.run} has learned" in line
+
+
+def test_a_run_in_use_is_refused(made, refused, copy):
+    with store.lock(copy):
+        assert "copy is in use by process" in refused("learn", copy, "loyal", "--data", made.data)
+
+
+def test_a_run_without_a_record(made, pcl, refused, tmp_path):
+    store.save_pretrained(store.from_pretrained(made.run), tmp_path / "bare")
+    for argv in (["learn", tmp_path / "bare", "loyal"], ["evaluate", tmp_path / "bare"]):
+        assert "has no record of the dataset it was made from" in refused(*argv, "--data", made.data)
+    status, out, _ = pcl("verify", tmp_path / "bare")
+    assert status == 0
+    assert out[1].strip() == "outputs not compared: the run has no record of the dataset it was made from"
+    assert pcl("predict", tmp_path / "bare", "--task", "click", stdin="[1]\n")[0] == 0
+    assert pcl("report", tmp_path / "bare")[0] == 0
+
+
+def test_a_missing_package_is_named(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert refused("info") == "the package jsonargparse is missing: pip install 'pcl_ext[cli]'"
+
+
+def test_a_package_that_only_one_command_needs(made, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install pcl_ext[cli]" in refused("report", made.run)
