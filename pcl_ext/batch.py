@@ -81,9 +81,9 @@ class PackedBatch:
 
 
 def _as_ids(history: Sequence[int], row: int) -> Tensor:
-    if len(history) == 0:
-        return torch.empty(0, dtype=torch.int64)
     try:
+        if len(history) == 0:
+            return torch.empty(0, dtype=torch.int64)
         ids = torch.as_tensor(history)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"history {row} must be a list of item ids, got {str(history):.80}") from error
