@@ -33,9 +33,10 @@ def made(tmp_path_factory):
     (folder / "pretrain.yaml").write_text(SETTINGS)
     (folder / "learn.yaml").write_text(MEMORY)
     assert main(["pretrain", data, "--out", run, "--config", str(folder / "pretrain.yaml")]) == 0
-    learn = ["learn", run, "--data", data]
-    assert main([*learn, "click", "--config", str(folder / "learn.yaml"), "--prompt-len", "3"]) == 0
-    assert main([*learn, "segment", "spend", "range", "--learn.epochs", "1", "--placement", "prefix"]) == 0
+    first = ["--config", str(folder / "learn.yaml"), "--prompt-len", "3"]
+    others = ["--learn.epochs", "1", "--placement", "prefix"]
+    assert main(["learn", run, "click", "--data", data, *first]) == 0
+    assert main(["learn", run, "segment", "spend", "range", "--data", data, *others]) == 0
     torch.set_num_threads(threads)
     return SimpleNamespace(data=data, run=run, folder=folder)
 
