@@ -20,11 +20,11 @@ SPECS = {
 }
 
 
-def brute_force(scores, target, rows, excluded=()):
+def brute_force(scores, target, rows):
     """Mean over the targets of the mean gain over all ranks that random tie-breaking may give."""
     total = dict.fromkeys(METRICS["items"], 0.0)
     for column, row in zip(target.tolist(), rows.tolist(), strict=True):
-        line = [s for c, s in enumerate(scores[row].tolist()) if (row, c) not in excluded]
+        line = scores[row].tolist()
         own = scores[row, column].item()
         above, equal = sum(s > own for s in line), sum(s == own for s in line)
         ranks = range(above + 1, above + equal + 1)
@@ -34,9 +34,9 @@ def brute_force(scores, target, rows, excluded=()):
     return {name: value / len(target) for name, value in total.items()}
 
 
-def measure(spec, output, target, rows=None, **kwargs):
+def measure(spec, output, target, rows=None):
     metrics = TaskMetrics(spec)
-    metrics.update(output, target, torch.arange(len(target)) if rows is None else rows, **kwargs)
+    metrics.update(output, target, torch.arange(len(target)) if rows is None else rows)
     return metrics
 
 
@@ -92,22 +92,6 @@ def test_a_constant_model_is_a_coin_everywhere():
     assert binary == {"auc": 0.5, "log_loss": pytest.approx(math.log(2)), "accuracy": 0.5}
     classes = measure(SPECS["classes"], torch.ones(8, 4), torch.arange(8) % 4).compute()
     assert classes == {"accuracy": 0.25, "macro_f1": 0.25}
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 9999), marked=st.booleans())
-def test_filtered_items_never_rank_above(seed, marked):
-    g = torch.Generator().manual_seed(seed)
-    scores = torch.randint(6, (6, 30), generator=g).float()
-    target, rows = torch.randint(30, (9,), generator=g), torch.randint(6, (9,), generator=g)
-    wanted = set(zip(rows.tolist(), target.tolist(), strict=True))
-    pairs = torch.stack([torch.randint(n, (60,), generator=g) for n in (6, 30)])
-    pairs = pairs[:, [tuple(p) not in wanted for p in pairs.t().tolist()]]  # some of them twice
-    if marked:
-        scores[pairs[0], pairs[1]] = -torch.inf
-    got = measure(ITEMS, scores, target, rows, exclude=(pairs[0], pairs[1])).compute()
-    excluded = {tuple(p) for p in pairs.t().tolist()}
-    assert got == pytest.approx(brute_force(scores, target, rows, excluded), rel=1e-13, abs=1e-15)
 
 
 @pytest.mark.parametrize("kind", list(SPECS))
@@ -215,21 +199,6 @@ def test_a_score_that_is_not_finite_raises_with_task_and_row(kind, bad):
         metrics.update(output, target, torch.arange(8))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_only_minus_infinity_and_only_of_a_filtered_item_passes(bad):
-    scores, target = torch.zeros(3, 5), torch.tensor([0, 1, 2])
-    scores[1, 4] = scores[0, 3] = bad
-    at = torch.tensor([1]), torch.tensor([4])
-    with pytest.raises(ValueError, match="row 0"):
-        measure(ITEMS, scores, target, exclude=at)
-    scores[0, 3] = 0
-    if bad == -torch.inf:
-        assert measure(ITEMS, scores, target, exclude=at).count == 3
-    else:
-        with pytest.raises(ValueError, match="row 1"):
-            measure(ITEMS, scores, target, exclude=at)
-
-
 def test_large_finite_scores_pass():
     scores = torch.full((2, 9), 3e38)
     assert measure(ITEMS, scores, torch.tensor([0, 1])).compute()["hr@10"] == 1
@@ -237,33 +206,21 @@ def test_large_finite_scores_pass():
 
 LONG = torch.int64
 REFUSED = [
-    ("items", torch.zeros(2, 5), [0, 5], [0, 1], {}, "target of task 'shop' must be in 0..4, got 0..5"),
-    ("items", torch.zeros(2, 5), [0, -1], [0, 1], {}, "must be in 0..4"),
-    ("items", torch.zeros(2, 5), [0, 1], [0, 2], {}, "target_row of task 'shop' must be in 0..1"),
-    ("items", torch.zeros(2, 5), [0, 1], [0], {}, "must be .m. both"),
-    ("items", torch.zeros(5), [0], [0], {}, "2 dimensions"),
-    (
-        "items",
-        torch.zeros(2, 5),
-        [0, 1],
-        [0, 1],
-        {"exclude": ([0], [0])},
-        "must not hold a target, got target 0 of row 0",
-    ),
-    ("items", torch.zeros(2, 5), [0, 1], [0, 1], {"exclude": ([2], [0])}, "rows in 0..1"),
-    ("items", torch.zeros(2, 5), [0, 1], [0, 1], {"exclude": ([0], [5])}, "columns in 0..4"),
-    ("binary", torch.zeros(2), [0, 2], [0, 1], {}, "must be in 0..1"),
-    ("binary", torch.zeros(2), [0, 1], [0, 1], {"exclude": ([0], [0])}, "exclude is for items only"),
-    ("binary", torch.zeros(2, 2), [0, 1], [0, 1], {}, "1 dimensions"),
-    ("classes", torch.zeros(2, 3), [0, 1], [0, 1], {}, "must have 4 columns, got 3"),
+    ("items", torch.zeros(2, 5), [0, 5], [0, 1], "target of task 'shop' must be in 0..4, got 0..5"),
+    ("items", torch.zeros(2, 5), [0, -1], [0, 1], "must be in 0..4"),
+    ("items", torch.zeros(2, 5), [0, 1], [0, 2], "target_row of task 'shop' must be in 0..1"),
+    ("items", torch.zeros(2, 5), [0, 1], [0], "must be .m. both"),
+    ("items", torch.zeros(5), [0], [0], "2 dimensions"),
+    ("binary", torch.zeros(2), [0, 2], [0, 1], "must be in 0..1"),
+    ("binary", torch.zeros(2, 2), [0, 1], [0, 1], "1 dimensions"),
+    ("classes", torch.zeros(2, 3), [0, 1], [0, 1], "must have 4 columns, got 3"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "output", "target", "rows", "extra", "message"), REFUSED)
-def test_refuses(kind, output, target, rows, extra, message):
-    extra = {key: tuple(torch.tensor(v) for v in value) for key, value in extra.items()}
+@pytest.mark.parametrize(("kind", "output", "target", "rows", "message"), REFUSED)
+def test_refuses(kind, output, target, rows, message):
     with pytest.raises(ValueError, match=message):
-        measure(SPECS[kind], output, torch.tensor(target), torch.tensor(rows), **extra)
+        measure(SPECS[kind], output, torch.tensor(target), torch.tensor(rows))
 
 
 def test_refuses_wrong_types():

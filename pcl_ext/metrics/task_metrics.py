@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.metrics.confusion import Confusion
-from pcl_ext.metrics.ranking import Exclude, check_scores, count_above
+from pcl_ext.metrics.ranking import check_scores, count_above
 from pcl_ext.task import METRICS, TaskSpec
 
 
@@ -29,26 +29,22 @@ class TaskMetrics:
         self._rows = 0  # output rows seen
         self._kind = _KINDS[spec.kind](spec)
 
-    def update(self, output: Tensor, target: Tensor, target_row: Tensor, *, exclude: Exclude = None) -> None:
+    def update(self, output: Tensor, target: Tensor, target_row: Tensor) -> None:
         """Add a batch.
 
         output      items: scores [b, C] over the catalogue's columns; classes: logits [b, C]; binary: logits [b] or
                     [b, 1]; regression: values [b] or [b, 1]. Floating point, any device
         target      [m] items: column 0..C-1; binary: 0 or 1; classes: 0..num_classes-1; regression: a value
         target_row  [m] int64, the row of `output` each target belongs to
-        exclude     items only: (rows [e], columns [e]) int64 of filtered items. They never rank above a target, and
-                    only they may score -inf. A target that is filtered itself raises
 
         ValueError for a NaN or infinite score (names the task and the row), a target or row out of range.
         """
         output, target, rows = self._checked(output, target, target_row)
-        if exclude is not None and self.spec.kind != "items":
-            raise ValueError(f"exclude is for items only, task {self.spec.name!r} is {self.spec.kind}")
+        check_scores(output, self.spec.name, self._rows)
         if self.spec.kind == "items":
-            above, equal = count_above(output, target, rows, exclude, self.spec.name, self._rows)
+            above, equal = count_above(output, target, rows)
             self._kind.add(above, equal, rows.cpu() + self._rows)
         else:
-            check_scores(output, None, self.spec.name, self._rows)
             self._kind.add(output[rows].cpu(), target.cpu())
         self.count += len(target)
         self._rows += len(output)

@@ -250,13 +250,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
             yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, list):
             yield f"{prefix}{key}", ", ".join(map(str, value)) or "none"
+        elif value is None or isinstance(value, bool):
+            yield f"{prefix}{key}", {None: "default", True: "yes", False: "no"}[value]
         else:
-            yield (
-                f"{prefix}{key}",
-                {None: "default", True: "yes", False: "no"}.get(value, str(value))
-                if (value is None or isinstance(value, bool))
-                else str(value),
-            )
+            yield f"{prefix}{key}", str(value)
 
 
 def _section(title: str, body: str) -> str:
