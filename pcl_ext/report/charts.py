@@ -191,9 +191,8 @@ def _curve_panel(axes: Axes, task: TaskResult) -> dict[str, Any]:
     axes.tick_params(labelsize=8)
     lines = {}
     mark = "o" if len(task.curve) == 1 else ""
-    loss = [(p["epoch"], p["loss"]) for p in task.curve if p["loss"] is not None]
-    if loss:
-        (lines["training loss (left)"],) = axes.plot(*zip(*loss, strict=True), color=MUTED, lw=1.4, marker=mark)
+    loss = [(p["epoch"], p["loss"]) for p in task.curve]
+    (lines["training loss (left)"],) = axes.plot(*zip(*loss, strict=True), color=MUTED, lw=1.4, marker=mark)
     axes.tick_params(axis="y", colors=MUTED)
     valid = [(p["epoch"], p["valid"][task.metric], p["best"]) for p in task.curve if task.metric in p["valid"]]
     if valid:

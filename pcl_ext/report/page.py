@@ -59,7 +59,6 @@ def _page(content: Content, pictures: Mapping[str, bytes]) -> str:
     parts = [
         f"<h1>{_safe(title)}</h1>",
         f'<p class="quiet">{_subtitle(content)}</p>',
-        *(f'<p class="down">{_safe(note)}</p>' for note in content.notes),
         _cards(content),
         _section("Results", _results(content)),
         _section("Result matrix", _matrix(content, pictures)),
