@@ -46,10 +46,10 @@ AttentionCall attention_call(nb::tuple pointers, nb::tuple numbers, bool causal,
 }
 
 void prompt_attention_fwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype, int isa,
-                          int threads, uintptr_t out, uintptr_t lse) {
+                          int threads, uintptr_t out, uintptr_t stats) {
   const AttentionCall call = attention_call(pointers, numbers, causal, scale, dtype, isa, threads);
   const nb::gil_scoped_release release;
-  pcl::prompt_attention_fwd_cpu(call.args, at(out), at(lse), call.dtype, call.isa, call.threads);
+  pcl::prompt_attention_fwd_cpu(call.args, at(out), at(stats), call.dtype, call.isa, call.threads);
 }
 
 void prompt_attention_bwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype, int isa,

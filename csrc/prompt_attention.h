@@ -6,7 +6,9 @@
 //   out                  [T, H, d]   row i of history b attends to all of prefix_index[b] and to rows <= i of b (all
 //   rows
 //                                    of b when not causal): softmax(scale * q k^T) v
-//   lse                  [T, H]      log of the softmax's denominator, kept for backward; float, double for double
+//   stats                [T, H, 2]   each row's largest score and one over its softmax's denominator, kept for
+//   backward;
+//                                    float, double for double
 // Backward, with P the softmax and D_i = sum(grad_out_i * out_i):
 //   grad_v = P^T grad_out,  dS = scale * P * (grad_out v^T - D),  grad_q = dS k,  grad_k = dS^T q
 // Sums are taken in float (double for double). A chunk of the plan sums the prefix gradients of its histories, chunks
@@ -37,11 +39,11 @@ struct AttentionArgs {
 
 struct AttentionGrads {
   AttentionRows grad_out, out;
-  const void* lse;
+  const void* stats;
   void *grad_q, *grad_k, *grad_v, *grad_prefix_k, *grad_prefix_v;  // contiguous; null where not asked for
 };
 
-void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* lse, Scalar dtype, Isa isa, int threads);
+void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* stats, Scalar dtype, Isa isa, int threads);
 void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
                               int threads);
 

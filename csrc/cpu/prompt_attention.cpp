@@ -54,9 +54,31 @@ int64_t longest(const int64_t* offsets, int64_t count) {
   return most;
 }
 
-int threads_of(const AttentionArgs& args, int64_t most_keys, int threads) {
-  return threads_for(args.total * args.num_heads * args.head_dim * (1 + most_keys / 2), threads);
-}
+// How the chunks and heads are shared out. All heads of a chunk are one task where there are chunks enough: their rows
+// lie side by side in memory. Results do not depend on it.
+struct Sharing {
+  int64_t length, shared, heads, groups, tasks;
+  int threads;
+
+  Sharing(const AttentionArgs& args, int most_threads)
+      : length(longest(args.plan.offsets, args.plan.batch)),
+        shared(longest(args.plan.prefix_offsets, args.plan.num_prefixes)) {
+    constexpr int64_t kTasksPerThread = 8, kPrefixElements = 1 << 16;
+    const int64_t multiply_adds = args.total * args.num_heads * args.head_dim * (1 + (length + shared) / 2);
+    threads = threads_for(multiply_adds, most_threads);
+    heads = args.num_heads < kTaskHeads ? args.num_heads : kTaskHeads;
+    const bool many = threads == 1 || args.plan.num_chunks >= kTasksPerThread * threads;
+    if (!many || heads * shared * args.head_dim > kPrefixElements) heads = 1;
+    if (heads == 0) heads = 1;
+    groups = (args.num_heads + heads - 1) / heads;
+    tasks = args.plan.num_chunks * groups;
+  }
+
+  AttentionTask at(const AttentionArgs& args, int64_t task, void* memory) const {
+    const int64_t head = task % groups * heads, left = args.num_heads - head;
+    return {args.plan.chunk_order[task / groups], head, left < heads ? left : heads, memory};
+  }
+};
 
 int64_t chunk_prefix(const AttentionPlan& plan, int64_t chunk) {
   return plan.prefix_index[plan.members[plan.chunk_begin[chunk]]];
@@ -122,29 +144,29 @@ void Partials::reduce_one(T* grad, int64_t r, int64_t head, void* PrefixSums::* 
 
 }  // namespace
 
-void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* lse, Scalar dtype, Isa isa, int threads) {
-  const AttentionPlan& plan = args.plan;
-  const int64_t length = longest(plan.offsets, plan.batch), shared = longest(plan.prefix_offsets, plan.num_prefixes);
-  const int64_t bytes = fwd_scratch(length, shared, args.head_dim) * accumulator_bytes(dtype);
+void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* stats, Scalar dtype, Isa isa, int threads) {
+  const Sharing sharing(args, threads);
   const AttentionKernels kernels = kernels_of(dtype, isa);
-  parallel_for(plan.num_chunks * args.num_heads, threads_of(args, length + shared, threads), [&](int64_t task) {
-    kernels.fwd(args, out, lse, {plan.chunk_order[task / args.num_heads], task % args.num_heads, scratch(bytes)});
+  const int64_t elements = fwd_scratch(sharing.length, sharing.shared, args.head_dim, sharing.heads);
+  parallel_for(sharing.tasks, sharing.threads, [&](int64_t task) {
+    kernels.fwd(args, out, stats, sharing.at(args, task, scratch(elements * accumulator_bytes(dtype))));
   });
 }
 
 void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
                               int threads) {
   const AttentionPlan& plan = args.plan;
-  const int64_t length = longest(plan.offsets, plan.batch), shared = longest(plan.prefix_offsets, plan.num_prefixes);
-  const int64_t bytes = bwd_scratch(length, shared, args.head_dim) * accumulator_bytes(dtype);
+  const Sharing sharing(args, threads);
   const AttentionKernels kernels = kernels_of(dtype, isa);
   const Partials partials(args, grads, dtype);
-  threads = threads_of(args, length + shared, threads);
-  parallel_for(plan.num_chunks * args.num_heads, threads, [&](int64_t task) {
-    const AttentionTask at{plan.chunk_order[task / args.num_heads], task % args.num_heads, scratch(bytes)};
-    kernels.bwd(args, grads, partials.at(at.chunk, at.head), at);
+  const int64_t elements = bwd_scratch(sharing.length, sharing.shared, args.head_dim, sharing.heads);
+  parallel_for(sharing.tasks, sharing.threads, [&](int64_t task) {
+    const AttentionTask at = sharing.at(args, task, scratch(elements * accumulator_bytes(dtype)));
+    PrefixSums sums[kTaskHeads];
+    for (int64_t h = 0; h < at.heads; ++h) sums[h] = partials.at(at.chunk, at.head + h);
+    kernels.bwd(args, grads, sums, at);
   });
-  parallel_for(plan.num_prefixes * args.num_heads, threads, [&](int64_t task) {
+  parallel_for(plan.num_prefixes * args.num_heads, sharing.threads, [&](int64_t task) {
     const int64_t r = task / args.num_heads, head = task % args.num_heads;
     switch (dtype) {
       case Scalar::kDouble:

@@ -5,6 +5,8 @@
 // number, so a key tile that begins at or before a row tile needs no column of it that has not been written.
 #pragma once
 
+#include <initializer_list>
+
 #include "prompt_attention_kernel.h"
 
 namespace pcl {
@@ -41,54 +43,84 @@ History<typename S::A> load_history(const AttentionArgs& args, const AttentionGr
   using A = typename S::A;
   const int64_t dim = args.head_dim, wide = S::round_up(dim);
   History<A> history{begin, length, wanted.own ? S::round_up(length) : 0, nullptr, nullptr, {}, {}, {}};
-  const T *k = row<T>(args.k, begin, task.head), *v = row<T>(args.v, begin, task.head);
+  const auto rows = [&](const AttentionRows& from) {
+    return copy_rows<S>(row<T>(from, begin, task.head), from.row_stride, length, dim, pieces.take(length * wide));
+  };
+  const auto transposed = [&](Rows<A> from) {
+    A* to = pieces.take(wide * history.width);
+    transpose<S>(from.data, from.stride, length, wide, to, history.width);
+    return to;
+  };
   if (wanted.own) {
-    history.keys_t = pieces.take(dim * history.width);
-    transpose(k, args.k.row_stride, length, dim, history.keys_t, history.width);
-    history.keys = as_rows<S>(k, args.k.row_stride, length, dim, pieces.take(length * wide));
+    history.keys = rows(args.k);
+    history.keys_t = transposed(history.keys);
   }
-  if (wanted.own_ds) {
-    history.values_t = pieces.take(dim * history.width);
-    transpose(v, args.v.row_stride, length, dim, history.values_t, history.width);
-  }
-  history.query =
-      as_rows<S>(row<T>(args.q, begin, task.head), args.q.row_stride, length, dim, pieces.take(length * wide));
-  history.grad_out = as_rows<S>(row<T>(grads.grad_out, begin, task.head), grads.grad_out.row_stride, length, dim,
-                                pieces.take(length * wide));
+  if (wanted.own_ds) history.values_t = transposed(rows(args.v));
+  history.query = rows(args.q);
+  history.grad_out = rows(grads.grad_out);
   return history;
 }
 
-// One row: scores to P = exp(score - lse), and grad_out v^T in ds to dS = scale * P * (ds - dot). Hidden columns become
-// 0.
+// What the rows of a block know of themselves.
+template <class A>
+struct RowFacts {
+  A largest, inverse;  // of the forward pass
+  A dot;               // D, the sum of grad_out * out
+  A scale;
+};
+
+// One row: scores to P = exp(score - largest) * inverse, and grad_out v^T in ds to dS = scale * P * (ds - D), the
+// latter for columns from ds_begin up to ds_end. Both are 0 where nothing is seen.
 template <class S>
-void probability_row(typename S::A* p, typename S::A* ds, int64_t width, int64_t ds_begin, int64_t ds_end,
-                     Columns columns, int64_t own_seen, typename S::A lse, typename S::A dot, typename S::A scale) {
+inline void probability_row(typename S::A* p, typename S::A* ds, const Columns& columns, int64_t ds_begin,
+                            int64_t ds_end, const RowFacts<typename S::A>& facts) {
   using V = typename S::V;
-  const V shift = S::fill(lse), centre = S::fill(dot), factor = S::fill(scale);
-  for (int64_t c = 0; c < width; c += S::kLanes) S::store(p + c, exp_v<S>(S::load(p + c) - shift));
-  for (int64_t c = ds_begin; c < ds_end; c += S::kLanes) {
-    S::store(ds + c, factor * (S::load(p + c) * (S::load(ds + c) - centre)));
-  }
-  columns.hidden(own_seen, width, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) p[c] = ds[c] = 0;
+  const V shift = S::fill(facts.largest), inverse = S::fill(facts.inverse);
+  const V centre = S::fill(facts.dot), scale = S::fill(facts.scale);
+  columns.for_seen<S>([&](int64_t c, int64_t left) {
+    V e = inverse * exp_v<S>(S::load(p + c) - shift);
+    if (left < S::kLanes) e = S::keep(left) ? e : V{};
+    S::store(p + c, e);
+    if (c < ds_begin || c >= ds_end) return;
+    V gradient = scale * (e * (S::load(ds + c) - centre));
+    if (left < S::kLanes) gradient = S::keep(left) ? gradient : V{};
+    S::store(ds + c, gradient);
   });
+  columns.for_unseen<S>([&](int64_t c) {
+    S::store(p + c, V{});
+    S::store(ds + c, V{});
+  });
+}
+
+// The sum of grad_out * out over a row.
+template <class S, class T>
+inline typename S::A dot_row(const typename S::A* grad_out, const T* out, int64_t dim) {
+  using A = typename S::A;
+  typename S::V sums{};
+  int64_t c = 0;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    for (; c + S::kLanes <= dim; c += S::kLanes) sums += S::load(grad_out + c) * S::load(out + c);
+  }
+  A sum = S::sum(sums)[0];
+  for (; c < dim; ++c) sum += grad_out[c] * widen(out[c]);
+  return sum;
 }
 
 template <class S, class T>
 void fill_block(const AttentionArgs& args, const AttentionGrads& grads, const Wanted& wanted,
                 const Prefix<typename S::A>& prefix, const History<typename S::A>& history,
-                const Block<typename S::A>& block, const AttentionTask& task) {
+                const Block<typename S::A>& block, const AttentionTask& task, Ahead<T>& ahead) {
   using A = typename S::A;
   constexpr int R = S::kTileRows;
   const int64_t dim = args.head_dim;
   const A scale = static_cast<A>(args.scale), one = 1;
-  const Columns columns{prefix.length, prefix.width};
   for (int64_t i = block.i0; i < block.i1; i += R) {
     const int64_t rows = block.i1 - i < R ? block.i1 - i : R, seen = args.causal ? i + rows : history.length;
     const int64_t own_width = wanted.own ? S::round_up(seen) : 0, width = prefix.width + own_width;
     A *p = block.p + (i - block.i0) * block.score_row, *ds = block.ds + (i - block.i0) * block.score_row;
     const A* query = history.query.data + i * history.query.stride;
     const A* grad_out = history.grad_out.data + i * history.grad_out.stride;
+    ahead.step();
     const auto product = [&](const A* a, int64_t a_row, const A* b, int64_t b_row, int64_t count, A* c, A factor) {
       const Factor<A> pair{a, b, b_row, dim};
       if (count) multiply<S>({a_row, 1, block.score_row, factor, false}, &pair, 1, rows, count, c);
@@ -104,12 +136,12 @@ void fill_block(const AttentionArgs& args, const AttentionGrads& grads, const Wa
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t t = history.begin + i + r;
-      const T* out = row<T>(grads.out, t, task.head);
-      A dot = 0;
-      for (int64_t c = 0; c < dim; ++c) dot += grad_out[r * history.grad_out.stride + c] * widen(out[c]);
+      const A* stats = static_cast<const A*>(grads.stats) + 2 * (t * args.num_heads + task.head);
+      const A dot = dot_row<S>(grad_out + r * history.grad_out.stride, row<T>(grads.out, t, task.head), dim);
       const int64_t own_seen = !wanted.own ? 0 : args.causal ? i + r + 1 : history.length;
-      probability_row<S>(p + r * block.score_row, ds + r * block.score_row, width, ds_begin, ds_end, columns, own_seen,
-                         static_cast<const A*>(grads.lse)[t * args.num_heads + task.head], dot, scale);
+      const Columns columns{prefix.length, own_seen, prefix.width, width};
+      probability_row<S>(p + r * block.score_row, ds + r * block.score_row, columns, ds_begin, ds_end,
+                         {stats[0], stats[1], dot, scale});
     }
   }
 }
@@ -164,7 +196,7 @@ void add_to_prefix(const AttentionArgs& args, const Prefix<typename S::A>& prefi
 template <class S, class T>
 void bwd_history(const AttentionArgs& args, const AttentionGrads& grads, PrefixSums sums, const Wanted& wanted,
                  const Prefix<typename S::A>& prefix, int64_t begin, int64_t length, const AttentionTask& task,
-                 Pieces<typename S::A> pieces) {
+                 Pieces<typename S::A> pieces, Ahead<T>& ahead) {
   using A = typename S::A;
   const int64_t dim = args.head_dim, wide = S::round_up(dim), grad_row = args.num_heads * dim;
   const History<A> history = load_history<S, T>(args, grads, wanted, begin, length, task, pieces);
@@ -179,7 +211,7 @@ void bwd_history(const AttentionArgs& args, const AttentionGrads& grads, PrefixS
   const Sink<S, T> grad_k = sink(grads.grad_k), grad_v = sink(grads.grad_v);
   for (int64_t i0 = 0; i0 < length; i0 += kQueryRows) {
     const Block<A> block{i0, length - i0 < kQueryRows ? length : i0 + kQueryRows, score_row, p, ds};
-    fill_block<S, T>(args, grads, wanted, prefix, history, block, task);
+    fill_block<S, T>(args, grads, wanted, prefix, history, block, task, ahead);
     if (grads.grad_q) add_grad_q<S, T>(args, grads, prefix, history, block, task, scratch);
     if (grads.grad_k) add_to_keys<S, T>(args.causal, history, block, ds + prefix.width, history.query, grad_k);
     if (grads.grad_v) add_to_keys<S, T>(args.causal, history, block, p + prefix.width, history.grad_out, grad_v);
@@ -191,20 +223,32 @@ void bwd_history(const AttentionArgs& args, const AttentionGrads& grads, PrefixS
 }
 
 template <class S, class T>
-void bwd_task(const AttentionArgs& args, const AttentionGrads& grads, PrefixSums sums, const AttentionTask& task) {
+void bwd_task(const AttentionArgs& args, const AttentionGrads& grads, const PrefixSums* sums,
+              const AttentionTask& task) {
   using A = typename S::A;
   Pieces<A> pieces{static_cast<A*>(task.scratch)};
-  const AttentionPlan& plan = args.plan;
-  const Wanted wanted(grads, sums);
-  const Prefix<A> prefix = load_prefix<S, T>(args, task, pieces, wanted.shared_ds);
-  const int64_t sum_bytes = prefix.length * pad_up(args.head_dim) * static_cast<int64_t>(sizeof(A));
-  if (sums.k) std::memset(sums.k, 0, sum_bytes);
-  if (sums.v) std::memset(sums.v, 0, sum_bytes);
-  if (!wanted.own && prefix.length == 0) return;
-  for (int64_t m = plan.chunk_begin[task.chunk]; m < plan.chunk_begin[task.chunk + 1]; ++m) {
-    const int64_t b = plan.members[m], begin = plan.offsets[b], length = plan.offsets[b + 1] - begin;
-    if (length) bwd_history<S, T>(args, grads, sums, wanted, prefix, begin, length, task, pieces);
+  Prefix<A> prefixes[kTaskHeads];
+  const Wanted wanted(grads, sums[0]);
+  for (int64_t h = 0; h < task.heads; ++h) {
+    prefixes[h] = load_prefix<S, T>(args, {task.chunk, task.head + h, 1, nullptr}, pieces, wanted.shared_ds);
+    const int64_t sum_bytes = prefixes[h].length * pad_up(args.head_dim) * static_cast<int64_t>(sizeof(A));
+    if (sums[h].k) std::memset(sums[h].k, 0, sum_bytes);
+    if (sums[h].v) std::memset(sums[h].v, 0, sum_bytes);
   }
+  if (!wanted.own && prefixes[0].length == 0) return;
+  Ahead<T> ahead(args.head_dim);
+  ahead.add(args.q);
+  ahead.add(grads.grad_out);
+  ahead.add(grads.out);
+  if (wanted.own) ahead.add(args.k);
+  if (wanted.own_ds) ahead.add(args.v);
+  for (void* grad : {grads.grad_q, grads.grad_k, grads.grad_v}) {
+    if (grad) ahead.add({grad, args.num_heads * args.head_dim, args.head_dim});
+  }
+  for_histories<S::kTileRows, T>(args, task, ahead, [&](int64_t begin, int64_t length, int64_t h) {
+    const AttentionTask one{task.chunk, task.head + h, 1, nullptr};
+    bwd_history<S, T>(args, grads, sums[h], wanted, prefixes[h], begin, length, one, pieces, ahead);
+  });
 }
 
 template <class S, class T>

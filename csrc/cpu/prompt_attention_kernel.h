@@ -12,17 +12,79 @@ const T* row(const AttentionRows& rows, int64_t i, int64_t head) {
   return static_cast<const T*>(rows.data) + i * rows.row_stride + head * rows.head_stride;
 }
 
-// The keys a history sees lie in two runs of columns, each padded to whole vectors: the prefix, then its own.
+// The keys a row sees lie in two runs of columns, each padded to whole vectors: `shared` of the prefix, then `own`,
+// which begin at column own_begin and are written up to column `end`.
 struct Columns {
-  int64_t shared, own_begin;
+  int64_t shared, own, own_begin, end;
 
-  // Calls what(begin, end) for the columns of a row that sees no key: padding, and own keys from own_seen on.
-  template <class What>
-  void hidden(int64_t own_seen, int64_t width, What what) const {
-    what(shared, own_begin);
-    what(own_begin + own_seen, width);
+  // Calls step(column, keys seen from it on) for every vector that holds a seen key.
+  template <class S, class Step>
+  void for_seen(Step step) const {
+    for (int64_t c = 0; c < shared; c += S::kLanes) step(c, shared - c);
+    for (int64_t c = 0; c < own; c += S::kLanes) step(own_begin + c, own - c);
+  }
+
+  // Calls step(column) for the vectors up to `end` that hold none.
+  template <class S, class Step>
+  void for_unseen(Step step) const {
+    for (int64_t c = own_begin + S::round_up(own); c < end; c += S::kLanes) step(c);
   }
 };
+
+// Asks for the rows that are needed next while others are worked on. The rows of one history and head lie a whole row
+// of all heads apart, where processors do not look ahead by themselves: waiting for them would cost short histories as
+// much as the arithmetic.
+template <class T>
+class Ahead {
+ public:
+  explicit Ahead(int64_t dim) : row_bytes_(dim * static_cast<int64_t>(sizeof(T))) {}
+
+  void add(const AttentionRows& rows) { rows_[count_++] = rows; }
+
+  // The next step() calls, `steps` of them, ask for these rows of this head.
+  void aim(int64_t first, int64_t rows, int64_t head, int64_t steps) {
+    first_ = first;
+    head_ = head;
+    wanted_ = rows * count_;
+    per_step_ = steps > 0 ? (wanted_ + steps - 1) / steps : 0;
+    done_ = 0;
+  }
+
+  void step() {
+    constexpr int64_t kLine = 64;
+    for (int64_t i = 0; i < per_step_ && done_ < wanted_; ++i, ++done_) {
+      const char* at = reinterpret_cast<const char*>(row<T>(rows_[done_ % count_], first_ + done_ / count_, head_));
+      for (int64_t byte = 0; byte < row_bytes_; byte += kLine) __builtin_prefetch(at + byte, 0, 2);
+    }
+  }
+
+ private:
+  int64_t row_bytes_, count_ = 0, first_ = 0, head_ = 0, wanted_ = 0, per_step_ = 0, done_ = 0;
+  AttentionRows rows_[8];
+};
+
+// Calls each(begin, length, head) for the histories and heads of a task, looking ahead to the next in each's steps, one
+// a tile of rows.
+template <int kTileRows, class T, class Each>
+void for_histories(const AttentionArgs& args, const AttentionTask& task, Ahead<T>& ahead, Each each) {
+  const AttentionPlan& plan = args.plan;
+  const int64_t last = plan.chunk_begin[task.chunk + 1];
+  for (int64_t m = plan.chunk_begin[task.chunk]; m < last; ++m) {
+    const int64_t begin = plan.offsets[plan.members[m]], length = plan.offsets[plan.members[m] + 1] - begin;
+    const int64_t steps = (length + kTileRows - 1) / kTileRows;
+    for (int64_t h = 0; h < task.heads && length > 0; ++h) {
+      if (h + 1 < task.heads) {
+        ahead.aim(begin, length, task.head + h + 1, steps);
+      } else if (m + 1 < last) {
+        const int64_t next = plan.members[m + 1];
+        ahead.aim(plan.offsets[next], plan.offsets[next + 1] - plan.offsets[next], task.head, steps);
+      } else {
+        ahead.aim(0, 0, 0, 0);
+      }
+      each(begin, length, h);
+    }
+  }
+}
 
 // The prefix of a chunk, ready for products.
 template <class A>
@@ -45,66 +107,68 @@ Prefix<typename S::A> load_prefix(const AttentionArgs& args, const AttentionTask
   if (prefix.length == 0) return prefix;
   prefix.width = S::round_up(prefix.length);
   const int64_t dim = args.head_dim, wide = S::round_up(dim);
-  const T* keys = row<T>(args.prefix_k, prefix.begin, task.head);
-  const T* values = row<T>(args.prefix_v, prefix.begin, task.head);
-  prefix.keys_t = pieces.take(dim * prefix.width);
-  transpose(keys, args.prefix_k.row_stride, prefix.length, dim, prefix.keys_t, prefix.width);
-  if (transpose_values) {
-    prefix.values_t = pieces.take(dim * prefix.width);
-    transpose(values, args.prefix_v.row_stride, prefix.length, dim, prefix.values_t, prefix.width);
-  }
-  prefix.keys = as_rows<S>(keys, args.prefix_k.row_stride, prefix.length, dim, pieces.take(prefix.length * wide));
-  prefix.values = as_rows<S>(values, args.prefix_v.row_stride, prefix.length, dim, pieces.take(prefix.length * wide));
+  const auto rows = [&](const AttentionRows& from) {
+    return copy_rows<S>(row<T>(from, prefix.begin, task.head), from.row_stride, prefix.length, dim,
+                        pieces.take(prefix.length * wide));
+  };
+  const auto transposed = [&](Rows<A> from) {
+    A* to = pieces.take(wide * prefix.width);
+    transpose<S>(from.data, from.stride, prefix.length, wide, to, prefix.width);
+    return to;
+  };
+  prefix.keys = rows(args.prefix_k);
+  prefix.values = rows(args.prefix_v);
+  prefix.keys_t = transposed(prefix.keys);
+  if (transpose_values) prefix.values_t = transposed(prefix.values);
   return prefix;
 }
 
-// Turns a row of scores into exp(score - max) and returns what they sum to; hidden columns become 0.
+// Turns a row of scores into exp(score - largest), 0 where nothing is seen, and returns one over what they sum to.
 template <class S>
-typename S::A softmax_row(typename S::A* scores, int64_t width, Columns columns, int64_t own_seen,
-                          typename S::A* most) {
+inline typename S::A softmax_row(typename S::A* scores, const Columns& columns, typename S::A* largest) {
   using A = typename S::A;
   using V = typename S::V;
-  columns.hidden(own_seen, width, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) scores[c] = static_cast<A>(-__builtin_inf());
-  });
-  V high = S::load(scores);
-  for (int64_t c = S::kLanes; c < width; c += S::kLanes) {
-    const V x = S::load(scores + c);
+  const V lowest = S::fill(static_cast<A>(-__builtin_inf()));
+  V high = lowest;
+  columns.for_seen<S>([&](int64_t c, int64_t left) {
+    V x = S::load(scores + c);
+    if (left < S::kLanes) x = S::keep(left) ? x : lowest;
     high = x > high ? x : high;
-  }
-  *most = S::max(high);
-  const V shift = S::fill(*most);
+  });
+  const V shift = S::max(high);
   V total{};
-  for (int64_t c = 0; c < width; c += S::kLanes) {
-    const V e = exp_v<S>(S::load(scores + c) - shift);
+  columns.for_seen<S>([&](int64_t c, int64_t left) {
+    V e = exp_v<S>(S::load(scores + c) - shift);
+    if (left < S::kLanes) e = S::keep(left) ? e : V{};
     S::store(scores + c, e);
     total += e;
-  }
-  return S::sum(total);
+  });
+  columns.for_unseen<S>([&](int64_t c) { S::store(scores + c, V{}); });
+  *largest = shift[0];
+  return 1 / S::sum(total)[0];
 }
-
-inline float log_of(float x) { return __builtin_logf(x); }
-inline double log_of(double x) { return __builtin_log(x); }
 
 template <class S, class T>
 void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix, int64_t begin, int64_t length, T* out,
-                 typename S::A* lse, const AttentionTask& task, Pieces<typename S::A> pieces) {
+                 typename S::A* stats, const AttentionTask& task, Pieces<typename S::A> pieces, Ahead<T>& ahead) {
   using A = typename S::A;
   constexpr int R = S::kTileRows;
   const int64_t dim = args.head_dim, wide = S::round_up(dim), out_row = args.num_heads * dim;
   const int64_t own_width = S::round_up(length);
-  const Columns columns{prefix.length, prefix.width};
   const T* q = row<T>(args.q, begin, task.head);
-  A* keys_t = pieces.take(dim * own_width);
-  transpose(row<T>(args.k, begin, task.head), args.k.row_stride, length, dim, keys_t, own_width);
+  const Rows<A> keys =
+      as_rows<S>(row<T>(args.k, begin, task.head), args.k.row_stride, length, dim, pieces.take(length * wide));
   const Rows<A> values =
-      as_rows<S>(row<T>(args.v, begin, task.head), args.v.row_stride, length, dim, pieces.take(length * wide));
+      copy_rows<S>(row<T>(args.v, begin, task.head), args.v.row_stride, length, dim, pieces.take(length * wide));
+  A* keys_t = pieces.take(wide * own_width);
+  transpose<S>(keys.data, keys.stride, length, wide, keys_t, own_width);
   const int64_t score_row = prefix.width + own_width;
   A* scores = pieces.take(R * score_row);
   A *query_scratch = pieces.take(R * wide), *out_scratch = pieces.take(R * wide);
   for (int64_t i = 0; i < length; i += R) {
     const int64_t rows = length - i < R ? length - i : R, seen = args.causal ? i + rows : length;
     const Rows<A> query = as_rows<S>(q + i * args.q.row_stride, args.q.row_stride, rows, dim, query_scratch);
+    ahead.step();
     const Product<A> score{query.stride, 1, score_row, static_cast<A>(args.scale), false};
     const Factor<A> with_prefix{query.data, prefix.keys_t, prefix.width, dim},
         with_own{query.data, keys_t, own_width, dim};
@@ -112,11 +176,10 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
     multiply<S>(score, &with_own, 1, rows, S::round_up(seen), scores + prefix.width);
     A inverse[R];
     for (int64_t r = 0; r < rows; ++r) {
-      A most;
-      const A sum = softmax_row<S>(scores + r * score_row, prefix.width + S::round_up(seen), columns,
-                                   args.causal ? i + r + 1 : length, &most);
-      inverse[r] = 1 / sum;
-      lse[(begin + i + r) * args.num_heads + task.head] = most + log_of(sum);
+      const Columns columns{prefix.length, args.causal ? i + r + 1 : length, prefix.width,
+                            prefix.width + S::round_up(seen)};
+      A* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + task.head);
+      inverse[r] = row_stats[1] = softmax_row<S>(scores + r * score_row, columns, row_stats);
     }
     const Sink<S, T> sink(out + (begin + i) * out_row + task.head * dim, out_row, rows, dim, out_scratch);
     const Product<A> mix{score_row, 1, sink.stride, 1, false};
@@ -131,16 +194,23 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
 }
 
 template <class S, class T>
-void fwd_task(const AttentionArgs& args, void* out, void* lse, const AttentionTask& task) {
+void fwd_task(const AttentionArgs& args, void* out, void* stats, const AttentionTask& task) {
   using A = typename S::A;
   Pieces<A> pieces{static_cast<A*>(task.scratch)};
-  const AttentionPlan& plan = args.plan;
-  const Prefix<A> prefix = load_prefix<S, T>(args, task, pieces, false);
-  for (int64_t m = plan.chunk_begin[task.chunk]; m < plan.chunk_begin[task.chunk + 1]; ++m) {
-    const int64_t b = plan.members[m], begin = plan.offsets[b], length = plan.offsets[b + 1] - begin;
-    if (length)
-      fwd_history<S, T>(args, prefix, begin, length, static_cast<T*>(out), static_cast<A*>(lse), task, pieces);
+  Prefix<A> prefixes[kTaskHeads];
+  for (int64_t h = 0; h < task.heads; ++h) {
+    prefixes[h] = load_prefix<S, T>(args, {task.chunk, task.head + h, 1, nullptr}, pieces, false);
   }
+  Ahead<T> ahead(args.head_dim);
+  ahead.add(args.q);
+  ahead.add(args.k);
+  ahead.add(args.v);
+  ahead.add({out, args.num_heads * args.head_dim, args.head_dim});
+  for_histories<S::kTileRows, T>(args, task, ahead, [&](int64_t begin, int64_t length, int64_t h) {
+    const AttentionTask one{task.chunk, task.head + h, 1, nullptr};
+    fwd_history<S, T>(args, prefixes[h], begin, length, static_cast<T*>(out), static_cast<A*>(stats), one, pieces,
+                      ahead);
+  });
 }
 
 }  // namespace

@@ -9,8 +9,11 @@ namespace pcl {
 constexpr int64_t kPad = 16;        // packed operands are padded to this many elements, the widest vector
 constexpr int64_t kQueryRows = 96;  // backward keeps the scores of this many rows; a multiple of every tile's rows
 
+constexpr int64_t kTaskHeads = 8;  // the most heads of one task
+
+// The work of one chunk and the heads head .. head + heads - 1.
 struct AttentionTask {
-  int64_t chunk, head;
+  int64_t chunk, head, heads;
   void* scratch;  // fwd_scratch or bwd_scratch elements, 64-byte aligned
 };
 
@@ -20,8 +23,10 @@ struct PrefixSums {
 };
 
 struct AttentionKernels {
-  void (*fwd)(const AttentionArgs& args, void* out, void* lse, const AttentionTask& task);
-  void (*bwd)(const AttentionArgs& args, const AttentionGrads& grads, PrefixSums sums, const AttentionTask& task);
+  void (*fwd)(const AttentionArgs& args, void* out, void* stats, const AttentionTask& task);
+  // sums: one for each head of the task
+  void (*bwd)(const AttentionArgs& args, const AttentionGrads& grads, const PrefixSums* sums,
+              const AttentionTask& task);
 };
 
 AttentionKernels attention_kernels_baseline(Scalar dtype);
@@ -31,13 +36,13 @@ AttentionKernels attention_kernels_avx512(Scalar dtype);  // float and bfloat16
 static constexpr inline int64_t pad_up(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 // Elements of scratch for histories of at most `length` rows that see at most `shared` prefix rows.
-static constexpr inline int64_t fwd_scratch(int64_t length, int64_t shared, int64_t dim) {
+static constexpr inline int64_t fwd_scratch(int64_t length, int64_t shared, int64_t dim, int64_t heads) {
   const int64_t keys = pad_up(length) + pad_up(shared);
-  return 3 * keys * pad_up(dim) + 8 * keys + 32 * pad_up(dim) + 64 * kPad;
+  return (3 * pad_up(length) + 3 * heads * pad_up(shared)) * pad_up(dim) + 8 * keys + 32 * pad_up(dim) + 64 * kPad;
 }
-static constexpr inline int64_t bwd_scratch(int64_t length, int64_t shared, int64_t dim) {
+static constexpr inline int64_t bwd_scratch(int64_t length, int64_t shared, int64_t dim, int64_t heads) {
   const int64_t keys = pad_up(length) + pad_up(shared);
-  return 6 * keys * pad_up(dim) + 2 * pad_up(length) * pad_up(dim) + 2 * kQueryRows * keys +
+  return (8 * pad_up(length) + 4 * heads * pad_up(shared)) * pad_up(dim) + 2 * kQueryRows * keys +
          8 * kQueryRows * pad_up(dim) + 64 * kPad;
 }
 

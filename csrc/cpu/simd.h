@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "scalar.h"
 
@@ -16,6 +18,8 @@ template <class A_, int kBytes, int kTileRows_, int kTileVecs_>
 struct Simd {
   using A = A_;
   typedef A V __attribute__((vector_size(kBytes)));
+  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  typedef Index I __attribute__((vector_size(kBytes)));
   typedef A Unaligned __attribute__((vector_size(kBytes), aligned(sizeof(A)), may_alias));
   static constexpr int kLanes = kBytes / sizeof(A);
   static constexpr int kTileRows = kTileRows_;
@@ -24,16 +28,48 @@ struct Simd {
   static V load(const A* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(A* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
   static V fill(A x) { return x - V{}; }
-  static int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-  static A sum(V v) {
-    A total = 0;
-    for (int i = 0; i < kLanes; ++i) total += v[i];
-    return total;
+  // Keeps a loaded vector in a register; compilers would load it again for each of its uses.
+  static void hold(V& v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#else
+    static_cast<void>(v);
+#endif
   }
-  static A max(V v) {
-    A most = v[0];
-    for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-    return most;
+  // keep(n): all ones in lanes below n, which is at least 1 and at most kLanes; select by it with ?:.
+  static I keep(int64_t n) { return lane_numbers() < (static_cast<Index>(n) - I{}); }
+  static int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  // The sum or the largest of all lanes, in every lane; halves are added to halves, in a fixed order.
+  static V sum(V v) {
+    return fold(v, [](V a, V b) { return a + b; });
+  }
+  static V max(V v) {
+    return fold(v, [](V a, V b) { return a > b ? a : b; });
+  }
+
+ private:
+  static I lane_numbers() {
+    I numbers;
+    for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+    return numbers;
+  }
+
+  template <int kBy, int... kIndex>
+  static V rotate(V v, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(v, v, ((kIndex + kBy) % kLanes)...);
+#else
+    return __builtin_shuffle(v, I{((kIndex + kBy) % kLanes)...});
+#endif
+  }
+
+  template <int kHalf = kLanes / 2, class Join>
+  static V fold(V v, Join join) {
+    v = join(v, rotate<kHalf>(v, std::make_integer_sequence<int, kLanes>{}));
+    if constexpr (kHalf > 1) v = fold<kHalf / 2>(v, join);
+    return v;
   }
 };
 
@@ -46,7 +82,7 @@ inline typename S::V exp_v(typename S::V x) {
     for (int i = 0; i < S::kLanes; ++i) y[i] = __builtin_exp(x[i]);
     return y;
   } else {
-    typedef int32_t I __attribute__((vector_size(sizeof(V))));
+    using I = typename S::I;
     const V low = S::fill(-87.33f), high = S::fill(88.37f),
             magic = S::fill(12582912.0f);  // 1.5 * 2^23 rounds to integers
     V y = x < low ? low : x;
@@ -92,6 +128,9 @@ inline void multiply_tile(const Product<typename S::A>& product, const Factor<ty
                           int64_t row, int64_t column, typename S::A* c) {
   using A = typename S::A;
   using V = typename S::V;
+  const int64_t a_row = product.a_row, a_k = product.a_k, c_row = product.c_row;
+  const bool add = product.add;
+  const V scale = S::fill(product.scale);
   V sums[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -99,27 +138,33 @@ inline void multiply_tile(const Product<typename S::A>& product, const Factor<ty
     for (int n = 0; n < N; ++n) sums[r][n] = V{};
   }
   for (int f = 0; f < count; ++f) {
-    const A* a = factors[f].a + row * product.a_row;
+    const A* a = factors[f].a + row * a_row;
     const A* b = factors[f].b + column;
-    for (int64_t k = 0; k < factors[f].depth; ++k, a += product.a_k, b += factors[f].b_k) {
+    const int64_t b_k = factors[f].b_k;
+    for (int64_t k = factors[f].depth; k > 0; --k, a += a_k, b += b_k) {
       V vb[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) vb[n] = S::load(b + n * S::kLanes);
+      for (int n = 0; n < N; ++n) {
+        vb[n] = S::load(b + n * S::kLanes);
+        if (R > 1) S::hold(vb[n]);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const V va = S::fill(a[r * product.a_row]);
+        V va = S::fill(a[r * a_row]);
+        if (N > 1) S::hold(va);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) sums[r][n] += va * vb[n];
       }
     }
   }
+  c += row * c_row + column;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r, c += c_row) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      A* to = c + (row + r) * product.c_row + column + n * S::kLanes;
-      const V result = product.scale * sums[r][n];
-      S::store(to, product.add ? S::load(to) + result : result);
+      V result = scale * sums[r][n];
+      if (add) result += S::load(c + n * S::kLanes);
+      S::store(c + n * S::kLanes, result);
     }
   }
 }
@@ -171,18 +216,56 @@ __attribute__((noinline)) void multiply(const Product<typename S::A>& product, c
   }
 }
 
-// to[c * to_row + i] = from[i * from_row + c] for i < rows, c < dim; 0 for the other i up to to_row.
-template <class T, class A>
-void transpose(const T* from, int64_t from_row, int64_t rows, int64_t dim, A* to, int64_t to_row) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
-    const int64_t count = rows - i0 < kBlock ? rows - i0 : kBlock;
-    for (int64_t c = 0; c < dim; ++c) {
-      for (int64_t i = 0; i < count; ++i) to[c * to_row + i0 + i] = widen(from[(i0 + i) * from_row + c]);
+// Lanes of two vectors taken alternately: the first halves for kHalf 0, the second halves for 1.
+template <class S, int kHalf, int... kIndex>
+inline typename S::V interleave(typename S::V a, typename S::V b, std::integer_sequence<int, kIndex...>) {
+  constexpr int W = S::kLanes;
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (kHalf * W / 2 + kIndex / 2 + kIndex % 2 * W)...);
+#else
+  return __builtin_shuffle(a, b, typename S::I{(kHalf * W / 2 + kIndex / 2 + kIndex % 2 * W)...});
+#endif
+}
+
+// to[c * to_row + i] = from[i * from_row + c] for a square block; rows from `rows` on are 0.
+template <class S>
+inline void transpose_block(const typename S::A* from, int64_t from_row, int64_t rows, typename S::A* to,
+                            int64_t to_row) {
+  using V = typename S::V;
+  constexpr int W = S::kLanes;
+  using Lanes = std::make_integer_sequence<int, W>;
+  V block[W], next[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) block[i] = i < rows ? S::load(from + i * from_row) : V{};
+#pragma GCC unroll 4
+  for (int stage = 1; stage < W; stage *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = interleave<S, 0>(block[i], block[i + W / 2], Lanes{});
+      next[2 * i + 1] = interleave<S, 1>(block[i], block[i + W / 2], Lanes{});
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) block[i] = next[i];
   }
-  for (int64_t c = 0; c < dim; ++c) {
-    for (int64_t i = rows; i < to_row; ++i) to[c * to_row + i] = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) S::store(to + i * to_row, block[i]);
+}
+
+// to[c * to_row + i] = from[i * stride + c] for i < rows and c < columns, a multiple of the vector; 0 for the other
+// i < to_row, the rows rounded up.
+template <class S>
+__attribute__((noinline)) void transpose(const typename S::A* from, int64_t stride, int64_t rows, int64_t columns,
+                                         typename S::A* to, int64_t to_row) {
+  constexpr int W = S::kLanes;
+  for (int64_t i = 0; i < rows; i += W) {
+    for (int64_t c = 0; c < columns; c += W) {
+      const typename S::A* block = from + i * stride + c;
+      if (rows - i >= W) {
+        transpose_block<S>(block, stride, W, to + c * to_row + i, to_row);
+      } else {
+        transpose_block<S>(block, stride, rows - i, to + c * to_row + i, to_row);
+      }
+    }
   }
 }
 
@@ -193,18 +276,33 @@ struct Rows {
   int64_t stride;
 };
 
-// The rows themselves where their type and width allow, else a widened copy in scratch, padded with 0.
+// A widened copy in scratch, padded with 0. Rows that are read again and again are copied even where they could be read
+// in place: their stride in a [T, H, d] tensor maps them to a few sets of the cache.
 template <class S, class T>
-Rows<typename S::A> as_rows(const T* from, int64_t from_row, int64_t rows, int64_t dim, typename S::A* scratch) {
+inline Rows<typename S::A> copy_rows(const T* from, int64_t from_row, int64_t rows, int64_t dim,
+                                     typename S::A* scratch) {
   const int64_t wide = S::round_up(dim);
-  if constexpr (sizeof(T) == sizeof(typename S::A)) {
-    if (wide == dim) return {from, from_row};
-  }
   for (int64_t i = 0; i < rows; ++i) {
+    if constexpr (sizeof(T) == sizeof(typename S::A)) {
+      if (wide == dim) {
+        for (int64_t c = 0; c < wide; c += S::kLanes)
+          S::store(scratch + i * wide + c, S::load(from + i * from_row + c));
+        continue;
+      }
+    }
     for (int64_t c = 0; c < dim; ++c) scratch[i * wide + c] = widen(from[i * from_row + c]);
     for (int64_t c = dim; c < wide; ++c) scratch[i * wide + c] = 0;
   }
   return {scratch, wide};
+}
+
+// The rows themselves where their type and width allow, else a copy.
+template <class S, class T>
+inline Rows<typename S::A> as_rows(const T* from, int64_t from_row, int64_t rows, int64_t dim, typename S::A* scratch) {
+  if constexpr (sizeof(T) == sizeof(typename S::A)) {
+    if (S::round_up(dim) == dim) return {from, from_row};
+  }
+  return copy_rows<S>(from, from_row, rows, dim, scratch);
 }
 
 // Where a product may write rows of type T: in place where type and width allow, else to scratch, copied by flush.

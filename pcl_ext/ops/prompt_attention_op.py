@@ -27,8 +27,8 @@ def _readable(*rows: Tensor | None) -> list[Tensor | None]:
 
 
 def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, *, isa=BEST_ISA):
-    """out [T, H, d] and the log of each row's softmax denominator [T, H], for backward."""
-    out, lse = forward_fake(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
+    """out [T, H, d] and, for backward, [T, H, 2]: each row's largest score, one over its softmax denominator."""
+    out, stats = forward_fake(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
     rows = _readable(q, k, v, prefix_k, prefix_v)
     C.prompt_attention_fwd(
         _pointers(rows, work),
@@ -39,23 +39,23 @@ def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scal
         isa,
         torch.get_num_threads(),
         out.data_ptr(),
-        lse.data_ptr(),
+        stats.data_ptr(),
     )
-    return out, lse
+    return out, stats
 
 
 def forward_fake(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale):
     """Outputs of forward, unfilled."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=dtype)
+    return q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=dtype)
 
 
 def backward(
-    grad_out, q, k, v, prefix_k, prefix_v, work, out, lse, batch, num_prefixes, causal, scale, needs, *, isa=BEST_ISA
+    grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs, *, isa=BEST_ISA
 ):
     """Gradients of q, k, v, prefix_k, prefix_v; empty where needs says no."""
     grads = backward_fake(
-        grad_out, q, k, v, prefix_k, prefix_v, work, out, lse, batch, num_prefixes, causal, scale, needs
+        grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs
     )
     rows = _readable(q, k, v, prefix_k, prefix_v)
     (grad_out,) = _readable(grad_out)
@@ -67,13 +67,13 @@ def backward(
         SCALARS[q.dtype],
         isa,
         torch.get_num_threads(),
-        tuple(map(address, (grad_out, out, lse, *grads))),
+        tuple(map(address, (grad_out, out, stats, *grads))),
         *grad_out.stride()[:2],
     )
     return grads
 
 
-def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, lse, batch, num_prefixes, causal, scale, needs):
+def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs):
     """Outputs of backward, unfilled."""
     inputs = (q, k, v, prefix_k, prefix_v)
     return tuple(x.new_empty(x.shape) if need else q.new_empty(0) for x, need in zip(inputs, needs))
@@ -82,14 +82,14 @@ def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, lse, batch, 
 class _PromptAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, work, *numbers):
-        out, lse = below_autograd(
+        out, stats = below_autograd(
             torch.ops.pcl_ext.prompt_attention.default, q, k, v, prefix_k, prefix_v, work, *numbers
         )
-        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, work, out, lse)
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, work, out, stats)
         ctx.numbers = numbers
-        ctx.mark_non_differentiable(lse)
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, stats
 
     @staticmethod
     @once_differentiable
@@ -104,7 +104,7 @@ class _PromptAttention(torch.autograd.Function):
 
 define(
     "prompt_attention_backward",
-    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_NUMBERS}, bool[] needs)"
+    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor stats, {_NUMBERS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
     backward_fake,
