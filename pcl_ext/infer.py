@@ -48,6 +48,8 @@ def evaluate(
         for batch, output in outputs(model, dataset, name, fold=fold, batch_tokens=batch_tokens):
             digest.update(output.cpu().contiguous().numpy().tobytes())
             metrics.update(output, task.columns(batch.target), batch.target_row)
+        if not metrics.count:
+            raise ValueError(f"{dataset.path} has no {fold} users with a target of task {name!r}: nothing to measure")
         scores[name] = Score(metrics.compute(), metrics.standard_error(), metrics.count, digest.hexdigest())
     return scores
 

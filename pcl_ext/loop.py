@@ -25,6 +25,7 @@ class LoopConfig:
         epochs: at most this many passes over the training users
         patience: stop after so many epochs without a better validation metric; the best epoch's weights are kept
         batch_tokens: packed rows a step
+        epoch_tokens: packed rows an epoch at most; of a larger dataset each epoch takes another part, drawn by seed
         learning_rate: of AdamW
         weight_decay: of AdamW
         precision: float32, or bfloat16 (mixed: weights and optimiser stay float32)
@@ -34,7 +35,8 @@ class LoopConfig:
 
     epochs: int = 60
     patience: int = 8
-    batch_tokens: int = 16_384
+    batch_tokens: int = 4096
+    epoch_tokens: int = 1_000_000
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     precision: str = "float32"
@@ -42,9 +44,12 @@ class LoopConfig:
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self):
-        for name, low in (("epochs", 1), ("patience", 1), ("batch_tokens", 1), ("seed", 0), ("checkpoint_seconds", 0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("epochs", "patience", "batch_tokens", "epoch_tokens", "seed"):
+            value, low = getattr(self, name), int(name != "seed")
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
+        if not self.checkpoint_seconds >= 0:
+            raise ValueError(f"checkpoint_seconds must be at least 0, got {self.checkpoint_seconds}")
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise ValueError(
                 f"learning_rate must be above 0 and weight_decay at least 0, got {self.learning_rate} and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pcl_ext import infer
 from pcl_ext.batch import PackedBatch
-from pcl_ext.data import FOLDS, Dataset, iterate, plan
+from pcl_ext.data import FOLDS, Dataset, ExampleBatch, Examples, make_batch, plan
 from pcl_ext.loop import LoopConfig, Problem, fit
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel, task_loss
 from pcl_ext.model.softmax import catalogue_cross_entropy
@@ -30,8 +31,8 @@ class PretrainConfig(LoopConfig):
         negatives: larger ones a sampled softmax with logQ correction, with so many items drawn for each step
     """
 
-    epochs: int = 100
-    learning_rate: float = 2e-3
+    epochs: int = 30
+    learning_rate: float = 5e-3
     full_softmax: int = 20_000
     negatives: int = 4096
 
@@ -44,8 +45,10 @@ class LearnConfig(LoopConfig):
         head_rate: learning rate of the head
     """
 
-    learning_rate: float = 1e-2
-    head_rate: float = 3e-3
+    epochs: int = 40
+    learning_rate: float = 5e-3
+    weight_decay: float = 1.0
+    head_rate: float = 2e-3
 
 
 def pretrain(
@@ -57,6 +60,7 @@ def pretrain(
     item of the valid users.
     """
     config = config or PretrainConfig()
+    _check_catalogue(dataset, backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = UserModel(Backbone(backbone))
@@ -65,13 +69,11 @@ def pretrain(
         examples = dataset.sequences("train", backbone.max_len)
 
         def batches(epoch: int, start: int):
-            options = {"max_tokens": config.batch_tokens, "max_len": backbone.max_len + 1, "seed": config.seed + epoch}
-            steps = len(plan(examples, **options))
-            return steps, iterate(dataset, examples, start=start, **options)
+            return epoch_batches(dataset, examples, config, backbone.max_len + 1, epoch, start)
 
         identity = {"dataset": dataset.sha256, "backbone": asdict(backbone), "config": asdict(config)}
         problem = Problem("next", batches, loss, lambda: validate(model, dataset, "next"), task.spec.metric, identity)
-        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = adamw([(list(model.parameters()), config.learning_rate)], config)
         curve = fit(model, optimizer, problem, config, checkpoint)
     model.backbone.trained_items[loss.counts > 0] = True
     model.freeze_backbone()
@@ -91,6 +93,7 @@ def learn_task(
     config = config or LearnConfig()
     if not model.backbone_frozen:
         raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
+    _check_catalogue(dataset, model.backbone.config)
     max_len = model.backbone.config.max_len
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -98,8 +101,7 @@ def learn_task(
         examples = dataset.examples(name, "train")
 
         def batches(epoch: int, start: int):
-            options = {"max_tokens": config.batch_tokens, "max_len": max_len, "seed": config.seed + epoch}
-            return len(plan(examples, **options)), iterate(dataset, examples, start=start, **options)
+            return epoch_batches(dataset, examples, config, max_len, epoch, start)
 
         def loss(batch) -> Tensor:
             output = model(batch.history, name)
@@ -110,14 +112,37 @@ def learn_task(
         identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
         identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
         problem = Problem(name, batches, loss, lambda: validate(model, dataset, name), task.spec.metric, identity)
-        groups = [
-            {"params": task.memory_parameters(), "lr": config.learning_rate},
-            {"params": list(task.head.parameters()), "lr": config.head_rate},
-        ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        head = list(task.head.parameters())
+        optimizer = adamw([(task.memory_parameters(), config.learning_rate), (head, config.head_rate)], config)
         curve = fit(model, optimizer, problem, config, checkpoint)
     model.freeze_task(name)
     return curve
+
+
+def adamw(groups: list[tuple[list[Tensor], float]], config: LoopConfig) -> torch.optim.AdamW:
+    """AdamW over (parameters, learning rate) groups; biases and norms do not decay."""
+    parts = []
+    for parameters, rate in groups:
+        for decays in (True, False):
+            chosen = [p for p in parameters if (p.dim() > 1) == decays]
+            parts.append({"params": chosen, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0})
+    return torch.optim.AdamW([part for part in parts if part["params"]])
+
+
+def epoch_batches(
+    dataset: Dataset, examples: Examples, config: LoopConfig, max_len: int, epoch: int, start: int
+) -> tuple[int, Iterator[ExampleBatch]]:
+    """(steps of an epoch, its batches from number `start` on): another order each epoch, the same for the same seed."""
+    groups = plan(examples, max_tokens=config.batch_tokens, max_len=max_len, seed=config.seed + epoch)
+    groups = groups[: max(1, config.epoch_tokens // config.batch_tokens)]
+    return len(groups), (make_batch(dataset, examples, rows, max_len) for rows in groups[start:])
+
+
+def _check_catalogue(dataset: Dataset, backbone: BackboneConfig) -> None:
+    if dataset.num_items != backbone.num_items:
+        raise ValueError(
+            f"num_items of the backbone must be that of the dataset, got {backbone.num_items} and {dataset.num_items}"
+        )
 
 
 def validate(model: UserModel, dataset: Dataset, name: str) -> dict[str, float]:

@@ -59,7 +59,7 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Of name, number of items and histories. Task tables have their own (`task_sha256`): tasks may be added later."""
+        """Of name, number of items and histories. Task tables have their own, `task_sha256`: tasks may come later."""
         return sha256(repr((self.name, self.num_items, self._histories_sha256)).encode()).hexdigest()
 
     def task_sha256(self, name: str) -> str:

@@ -9,11 +9,18 @@ READOUTS = ("last", "mean", "item_memory")
 CONTEXTS = ("none", "texts", "prompts")
 
 
-def _at_least(owner: object, **minimum: float) -> None:
+def _check_whole(owner: object, **minimum: int) -> None:
     for name, low in minimum.items():
         value = getattr(owner, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= low:
-            raise ValueError(f"{name} must be at least {low}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
+
+
+def _check_share(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,13 @@ class BackboneConfig:
     dropout: float = 0.2
 
     def __post_init__(self):
-        _at_least(self, num_items=1, dim=1, num_heads=1, num_layers=1, max_len=1, dropout=0)
+        _check_whole(self, num_items=1, dim=1, num_heads=1, num_layers=1, max_len=1)
+        _check_share(self, "dropout")
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {self.dim} and {self.num_heads}")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout must be below 1, got {self.dropout}")
         if self.ffn_dim is None:
             object.__setattr__(self, "ffn_dim", 4 * self.dim)
+        _check_whole(self, ffn_dim=1)
 
 
 @dataclass(frozen=True)
@@ -56,25 +63,32 @@ class MemoryConfig:
         placement: where its prompt goes: tail (added to the last embeddings, Eq. 1), prefix, both or none
         prompt_len: t, rows of each prompt
         readout: what the head reads: any of last (newest state), mean (means of every layer's states), item_memory
-            (a table of the task's own with item_width numbers an item, averaged over the history); null is last for
-            an items task, all three for labels
-        item_width: width of the item memory
+            (a table of the task's own with item_width numbers an item, pooled over the history); null is last for
+            an items task that is tied, last and item_memory for one with a table of its own, all three for labels
+        item_width: width of the item memory; null is 16 for labels and D for items
+        item_dropout: share of the events that the item memory leaves out at random while the task learns
         contextual: what the task takes from others: none, texts (their descriptions) or prompts (their stored rows)
         tied: items only, score against the frozen item table; null ties where every item of the catalogue was
             trained in pretraining, and gives the task an output table of its own elsewhere
-        dropout: on the head's input, while the task learns
+        dropout: on what the head reads of the backbone's states, while the task learns
     """
 
     placement: str = "tail"
     prompt_len: int = 20
     readout: tuple[str, ...] | None = None
-    item_width: int = 16
+    item_width: int | None = None
+    item_dropout: float = 0.5
     contextual: str = "none"
     tied: bool | None = None
-    dropout: float = 0.2
+    dropout: float = 0.8
 
     def __post_init__(self):
-        _at_least(self, prompt_len=0, item_width=1, dropout=0)
+        _check_whole(self, prompt_len=0)
+        _check_share(self, "dropout", "item_dropout")
+        if self.item_width is not None:
+            _check_whole(self, item_width=1)
+        if self.tied not in (None, True, False):
+            raise ValueError(f"tied must be true, false or null, got {self.tied!r}")
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
         if self.contextual not in CONTEXTS:
@@ -82,7 +96,8 @@ class MemoryConfig:
         if self.contextual != "none" and self.placement == "none":
             raise ValueError(f"contextual {self.contextual!r} needs a prompt to act on, got placement 'none'")
         if self.readout is not None:
-            object.__setattr__(self, "readout", tuple(self.readout))
+            names = (self.readout,) if isinstance(self.readout, str) else self.readout
+            object.__setattr__(self, "readout", tuple(names))
             unknown = [name for name in self.readout if name not in READOUTS]
             if unknown or not self.readout or len(set(self.readout)) != len(self.readout):
                 raise ValueError(f"readout must name one or more of {', '.join(READOUTS)} once, got {self.readout}")

@@ -25,23 +25,26 @@ class TiedItemsHead(nn.Module):
 
 
 class ItemsHead(nn.Module):
-    """Scores items with rows of the task's own, (f + A f) . r_c + b_c, for a catalogue that the backbone need not know.
+    """Scores items with rows of the task's own, A f . r_c + b_c, for a catalogue that the backbone need not know.
 
     table [C, D] and trained [C] bool: rows the backbone has trained start there, the others near zero.
+    started [F] bool: A starts at zero but for these features, the task's own.
     """
 
-    def __init__(self, num_features: int, table: Tensor, trained: Tensor):
+    def __init__(self, table: Tensor, trained: Tensor, started: Tensor):
         super().__init__()
-        self.project = nn.Linear(num_features, table.shape[1])
-        nn.init.zeros_(self.project.weight)
+        self.project = nn.Linear(len(started), table.shape[1])
+        nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
+        with torch.no_grad():
+            self.project.weight *= started
         cold = torch.randn_like(table) * 0.02
         self.rows = nn.Parameter(torch.where(trained[:, None], table, cold))
         self.bias = nn.Parameter(torch.zeros(len(table)))
 
     def queries(self, features: Tensor, newest: Tensor) -> Tensor:
-        """features [b, F], newest [b, D] -> [b, D], to be multiplied with item rows."""
-        return newest + self.project(features)
+        """features [b, F], newest [b, D] (not read) -> [b, D], to be multiplied with item rows."""
+        return self.project(features)
 
 
 class RepeatScores(nn.Module):
@@ -65,16 +68,13 @@ class RepeatScores(nn.Module):
 
 
 class LabelHead(nn.Module):
-    """A linear layer on standardised features; one column for binary and regression, C for classes.
+    """A linear layer; one column for binary and regression, C for classes.
 
-    `shift` and `scale` [F] are measured on the first training examples (`fit_features`), `unit` [2] holds mean and
-    standard deviation of a regression target.
+    unit [2]: mean and standard deviation of a regression target, measured on the training data.
     """
 
     def __init__(self, num_features: int, columns: int):
         super().__init__()
-        self.register_buffer("shift", torch.zeros(num_features))
-        self.register_buffer("scale", torch.ones(num_features))
         self.register_buffer("unit", torch.tensor([0.0, 1.0]))
         self.linear = nn.Linear(num_features, columns)
         nn.init.zeros_(self.linear.weight)
@@ -82,7 +82,7 @@ class LabelHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[b, F] -> [b, columns]."""
-        return self.linear((features - self.shift) * self.scale)
+        return self.linear(features)
 
 
 def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> Tensor:

@@ -36,10 +36,15 @@ class Encoded:
         rows = self.states[-1].index_select(0, (self.offsets[1:] - 1).clamp_min(0))
         return rows.masked_fill(empty[:, None], 0.0)
 
-    def mean(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
-        """rows [T, F], or [N, F] with index [T] into them -> [B, F], averaged over each history, 0 if empty."""
-        index = torch.arange(self.items.numel(), device=rows.device) if index is None else index.to(torch.int64)
-        return F.embedding_bag(index, rows, self.offsets, mode="mean", include_last_offset=True)
+    def mean(self, rows: Tensor) -> Tensor:
+        """rows [T, F] -> [B, F], averaged over each history; 0 where it is empty."""
+        lengths = self.offsets.diff().clamp_min(1)[:, None].to(rows.dtype)
+        return self.pool(rows, torch.arange(self.items.numel(), device=rows.device)) / lengths
+
+    def pool(self, rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
+        """rows [N, F], index [T] into them, weights [T] -> [B, F], summed over each history."""
+        bags = {"mode": "sum", "include_last_offset": True, "per_sample_weights": weights}
+        return F.embedding_bag(index.to(torch.int64), rows, self.offsets, **bags)
 
     def log_lengths(self) -> Tensor:
         """[B, 1] log(1 + n)."""
@@ -122,17 +127,23 @@ class MeanStates(Memory):
 
 
 class ItemMemory(Memory):
-    """A table of the task's own, [V + 1, width], averaged over the history: memory indexed by item."""
+    """A table of the task's own, [V + 1, width], summed over the history and divided by sqrt(n): memory by item.
+
+    While the task learns, each event is left out with probability `dropout`: the bag of items must not be learned by
+    heart.
+    """
 
     standardise = False
 
-    def __init__(self, config: BackboneConfig, width: int):
+    def __init__(self, config: BackboneConfig, width: int, dropout: float):
         super().__init__()
-        self.num_features = width
+        self.num_features, self.dropout = width, dropout
         self.table = nn.Parameter(torch.randn(config.num_items + 1, width) * 0.1)
 
     def features(self, encoded: Encoded) -> Tensor:
-        return encoded.mean(self.table, encoded.items)
+        scale = encoded.offsets.diff().clamp_min(1).to(self.table.dtype).rsqrt()
+        weights = F.dropout(scale[encoded.users()], self.dropout, self.training)
+        return encoded.pool(self.table, encoded.items, weights)
 
 
 class ContextualPrompt(nn.Module):

@@ -7,9 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze
-from pcl_ext.model.config import MemoryConfig
+from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
-from pcl_ext.model.memory import ContextualPrompt, Encoded, ItemMemory, LastState, MeanStates, PrefixPrompt, TailPrompt
+from pcl_ext.model.memory import (
+    ContextualPrompt,
+    Encoded,
+    ItemMemory,
+    LastState,
+    MeanStates,
+    Memory,
+    PrefixPrompt,
+    TailPrompt,
+)
 from pcl_ext.task import TaskSpec
 
 SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
@@ -32,41 +41,55 @@ class Task(nn.Module):
             self.memories["tail"] = TailPrompt(config.prompt_len, shape.dim)
         if config.placement in ("prefix", "both"):
             self.memories["prefix"] = PrefixPrompt(config.prompt_len, shape.dim)
-        readouts = {
-            "last": lambda: LastState(shape),
-            "mean": lambda: MeanStates(shape),
-            "item_memory": lambda: ItemMemory(shape, config.item_width),
-        }
-        default = ("last",) if spec.kind == "items" else ("last", "mean", "item_memory")
-        for name in config.readout or default:
-            self.memories[name] = readouts[name]()
+        self.tied = spec.kind == "items" and self._is_tied(backbone)
+        for name in config.readout or self._default_readout():
+            self.memories[name] = self._readout(name, shape)
         self.context = context
         self.repeats = RepeatScores(shape.dim) if spec.repeats else None
         self.dropout = nn.Dropout(config.dropout)
-        self._build_head(backbone)
+        fixed = [memory.standardise for memory in self.memories.values() for _ in range(memory.num_features)]
+        self.register_buffer("fixed", torch.tensor(fixed, dtype=torch.bool), persistent=False)
+        self.register_buffer("shift", torch.zeros(len(fixed)))
+        self.register_buffer("scale", torch.ones(len(fixed)))
+        self.head = self._build_head(backbone)
 
-    def _build_head(self, backbone: Backbone) -> None:
-        num_features = sum(memory.num_features for memory in self.memories.values())
-        columns = self.spec.num_outputs(backbone.config.num_items)
+    def _default_readout(self) -> tuple[str, ...]:
         if self.spec.kind != "items":
-            self.head = LabelHead(num_features, columns)
-            return
+            return ("last", "mean", "item_memory")
+        return ("last",) if self.tied else ("last", "item_memory")
+
+    def _readout(self, name: str, shape: BackboneConfig) -> Memory:
+        if name == "last":
+            return LastState(shape)
+        if name == "mean":
+            return MeanStates(shape)
+        width = self.config.item_width or (shape.dim if self.spec.kind == "items" else 16)
+        return ItemMemory(shape, width, self.config.item_dropout)
+
+    def _is_tied(self, backbone: Backbone) -> bool:
+        """Whether items are scored against the frozen table; lists the catalogue and its columns."""
+        num_items = backbone.config.num_items
+        columns = self.spec.num_outputs(num_items)
         ids = range(1, columns + 1) if self.spec.catalogue is None else self.spec.catalogue
         self.register_buffer("catalogue", torch.tensor(list(ids), dtype=torch.int64), persistent=False)
-        if int(self.catalogue.max()) > backbone.config.num_items:
+        if int(self.catalogue.max()) > num_items:
             raise ValueError(
                 f"catalogue of task {self.spec.name!r} names item {int(self.catalogue.max())}, the backbone knows "
-                f"items 1..{backbone.config.num_items}"
+                f"items 1..{num_items}"
             )
-        column_of = torch.full((backbone.config.num_items + 1,), -1, dtype=torch.int64)
+        column_of = torch.full((num_items + 1,), -1, dtype=torch.int64)
         column_of[self.catalogue] = torch.arange(columns)
         self.register_buffer("column_of", column_of, persistent=False)
-        trained = backbone.trained_items[self.catalogue]
-        self.tied = bool(trained.all()) if self.config.tied is None else self.config.tied
+        return bool(backbone.trained_items[self.catalogue].all()) if self.config.tied is None else self.config.tied
+
+    def _build_head(self, backbone: Backbone) -> nn.Module:
+        num_features = len(self.fixed)
+        if self.spec.kind != "items":
+            return LabelHead(num_features, self.spec.num_outputs(backbone.config.num_items))
         if self.tied:
-            self.head = TiedItemsHead(num_features, backbone.config.dim, columns)
-        else:
-            self.head = ItemsHead(num_features, backbone.table.detach()[self.catalogue], trained)
+            return TiedItemsHead(num_features, backbone.config.dim, len(self.catalogue))
+        trained = backbone.trained_items[self.catalogue]
+        return ItemsHead(backbone.table.detach()[self.catalogue], trained, ~self.fixed)
 
     def tail(self) -> Tensor | None:
         """[P, D] added to the newest embeddings, the contextual prompt included while the task is open."""
@@ -107,7 +130,8 @@ class Task(nn.Module):
 
         Where targets are new items (`spec.repeats` is False), what the history holds already scores SEEN_SCORE.
         """
-        features = self.dropout(self.features(encoded))
+        features = (self.features(encoded) - self.shift) * self.scale
+        features = torch.where(self.fixed, self.dropout(features), features)
         if self.spec.kind == "items":
             rows = table[self.catalogue] if self.tied else self.head.rows
             scores = F.linear(self.head.queries(features, encoded.newest()), rows, self.head.bias)
@@ -127,15 +151,13 @@ class Task(nn.Module):
 
         features [n, F] of some training histories, target [m], target_row [m].
         """
+        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        self.shift.copy_(torch.where(self.fixed, mean, 0.0))
+        self.scale.copy_(torch.where(self.fixed, 1.0 / deviation.clamp_min(1e-3), 1.0))
         if self.spec.kind == "items":
             counts = torch.bincount(target, minlength=self.head.bias.numel()).double() + 1.0
             self.head.bias.copy_((counts / counts.mean()).log())
             return
-        fixed = [memory.standardise for memory in self.memories.values() for _ in range(memory.num_features)]
-        fixed = torch.tensor(fixed)
-        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
-        self.head.shift.copy_(torch.where(fixed, mean, 0.0))
-        self.head.scale.copy_(torch.where(fixed, 1.0 / deviation.clamp_min(1e-3), 1.0))
         if self.spec.kind == "regression":
             deviation, mean = torch.std_mean(target.double(), correction=0)
             self.head.unit.copy_(torch.stack([mean, deviation.clamp_min(1e-12)]))

@@ -67,7 +67,7 @@ class UserModel(nn.Module):
         if closed:
             task.depends_on = list(depends_on)
             task.close()
-        self.tasks[spec.name] = task.to(self.device)
+        self.tasks[spec.name] = task.to(self.device).train(self.training and not closed)
         return task
 
     def _context_sources(self, config: MemoryConfig) -> list[str]:

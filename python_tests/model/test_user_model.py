@@ -90,7 +90,7 @@ def test_task_index_must_fit(model, index):
 
 
 def test_a_zero_tail_prompt_is_the_frozen_backbone(model):
-    model.add_task(SPECS["rank"], MemoryConfig(placement="tail"))
+    model.add_task(SPECS["rank"], MemoryConfig(placement="tail", readout=("last",)))
     batch = pack(histories())
     states = model.backbone(batch)
     assert torch.equal(model.encode(batch, ["rank"])["rank"][2], states[-1][batch.last_rows[2]])
