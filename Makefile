@@ -1,6 +1,6 @@
 # One virtual environment for everything, made on first use and refreshed only when what it holds has changed.
 #   make dev        create it and install the package with its extras
-#   make demo       and run the demonstration; DATA=folder takes a data folder of one's own, CUDA=1 builds the CUDA kernels
+#   make demo       and run the demonstration; DATA=folder takes a data folder of one's own, CUDA=1 turns PCL_CUDA on (no CUDA kernels yet)
 #   make test       and run the tests; make test-all runs those that take minutes too
 #   make lint       check style;  make bench  measure every op
 PYTHON ?= python3

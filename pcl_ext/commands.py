@@ -176,8 +176,8 @@ def demo(args) -> int:
     dataset = Dataset(args.data) if args.data else _demo_dataset(args.out / "dataset")
     folder = args.out / "run"
     print(f"users {len(dataset.user_id):,}, items {dataset.num_items:,}, tasks {', '.join(dataset.task_names)}")
-    run.pretrain(dataset, folder, DEMO_BACKBONE, PretrainConfig(epochs=DEMO_EPOCHS))
-    learn_all(folder, dataset, dataset.task_names[1:], LearnConfig(epochs=DEMO_EPOCHS), None)
+    run.pretrain(dataset, folder)
+    learn_all(folder, dataset, dataset.task_names[1:], None, None)
     _print_matrix(folder)
     found = run.verify_unchanged(folder, dataset)
     if any(state != "equal" for state in found["tasks"].values()) or found["not_checked"]:
@@ -190,8 +190,6 @@ def demo(args) -> int:
     return 0
 
 
-DEMO_BACKBONE: dict[str, Any] = {"dim": 32, "max_len": 50}
-DEMO_EPOCHS = 12
 
 
 def _demo_dataset(path: Path) -> Dataset:
