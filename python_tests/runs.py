@@ -31,7 +31,7 @@ def learn(dataset, out):
 
 
 def contents(out):
-    """Everything of a run that must be the same bits: hashes of all tensors, results, learning curves without clocks."""
+    """Everything of a run that must be the same bits: hashes of all tensors, results, curves without clocks."""
     manifest = store.read_manifest(out)
     curves = manifest["record"]["curves"]
     for curve in curves.values():
