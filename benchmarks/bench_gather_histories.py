@@ -1,0 +1,38 @@
+"""gather_histories against numpy fancy indexing, and against a plain copy of the same bytes."""
+
+import numpy as np
+import torch
+from measure import Report, lengths_of, median_ms, to_offsets
+
+from pcl_ext import ops
+
+SHAPES = [(100_000, 20, 4096), (100_000, 64, 512), (100_000, 64, 8192)]  # stored users, mean length, picked
+
+
+def bench(report: Report, users: int, mean: int, picked: int) -> None:
+    lengths = lengths_of(users, mean)
+    offsets, rows = to_offsets(lengths), torch.randint(0, users, (picked,))
+    values = torch.randint(1, 10_000, (int(lengths.sum()),), dtype=torch.int32)
+    flat, longest = values.numpy(), 2 * mean
+
+    def fused():
+        return ops.gather_histories(values, offsets, rows, longest, impl="fused")
+
+    def theirs():
+        last, kept = offsets[rows + 1].numpy(), lengths[rows].clamp(max=longest).numpy()
+        ends = np.cumsum(kept)
+        index = np.arange(ends[-1]) + np.repeat(last - ends, kept)
+        return torch.from_numpy(flat[index]), torch.from_numpy(np.concatenate([[0], ends]))
+
+    torch.testing.assert_close(fused(), theirs(), rtol=0, atol=0)  # no speed without truth
+    ours, other = median_ms(fused), median_ms(theirs)
+    share = 100 * 2 * fused()[0].nbytes / ours / 1e6 / report.copy
+    report.row(f"{users} users, mean {mean}, {picked} picked", other / ours, ours, other, share)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    report = Report("gather_histories, int32; milliseconds", ["what", "ratio", "fused", "numpy", "% of copy"])
+    for shape in SHAPES:
+        bench(report, *shape)
+    report.close()

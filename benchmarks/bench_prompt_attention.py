@@ -1,0 +1,112 @@
+"""prompt_attention in float32 against the ways PyTorch has: padding, length buckets, a loop over histories.
+
+PyTorch's ways get their inputs padded, with the prompts already in place, outside the clock.
+"""
+
+import torch
+import torch.nn.functional as F
+from measure import Report, lengths_of, median_ms, to_offsets
+from torch import Tensor
+
+from pcl_ext import ops
+
+ROWS, PROMPTS, HEADS = 16_384, 16, 4
+SHAPES = [(20, 64), (64, 32), (64, 64), (64, 128), (400, 64)]  # mean length, head width
+BUCKETS = [8, 16, 32, 64]
+
+
+class Tokens:
+    """Prompts as the first tokens of every history, in groups padded to their longest: [b, H, P + L, d], is_causal."""
+
+    def __init__(self, rows: list[Tensor], prefix: list[Tensor], lengths: Tensor, groups: int):
+        order = torch.argsort(lengths) if groups > 1 else torch.arange(len(lengths))
+        offsets = to_offsets(lengths)
+        self.members = [part for part in order.chunk(groups) if len(part)]
+        self.inputs = []
+        for part in self.members:
+            padded = []
+            for x, p in zip(rows, prefix):
+                packed = torch.cat([x[offsets[b] : offsets[b + 1]] for b in part])
+                own = ops.to_padded(packed, to_offsets(lengths[part]), int(lengths[part].max()))
+                both = torch.cat([p.expand(len(part), *p.shape), own], 1).transpose(1, 2).contiguous()
+                padded.append(both.requires_grad_())
+            self.inputs.append(padded)
+        self.lengths = lengths
+
+    def forward(self) -> list[Tensor]:
+        """One call of PyTorch's attention a group."""
+        return [F.scaled_dot_product_attention(*group, is_causal=True) for group in self.inputs]
+
+    def backward(self) -> None:
+        """Gradients of everything."""
+        for group, out in zip(self.inputs, self.forward()):
+            torch.autograd.grad(out, group, torch.ones_like(out))
+
+    def packed(self) -> Tensor:
+        """The real rows, in the order of the users."""
+        rows = [None] * len(self.lengths)
+        for part, out in zip(self.members, self.forward()):
+            for b, user in zip(part.tolist(), out):
+                rows[b] = user[:, PROMPTS : PROMPTS + int(self.lengths[b])].transpose(0, 1)
+        return torch.cat(rows)
+
+
+def fused_ways(rows, prefix, offsets):
+    """forward() and backward(gradients asked for) of prompt_attention."""
+    prefix_offsets = torch.tensor([0, PROMPTS])
+    plan = ops.attention_plan(offsets, prefix_offsets)
+    grad_out = torch.ones_like(rows[0])
+
+    def run(inputs):
+        q, k, v, prefix_k, prefix_v = inputs
+        return ops.prompt_attention(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, plan=plan, impl="fused")
+
+    def forward():
+        with torch.no_grad():
+            return run([*rows, *prefix])
+
+    def backward(*asked):
+        inputs = [x.detach().requires_grad_(i in asked) for i, x in enumerate([*rows, *prefix])]
+        torch.autograd.grad(run(inputs), [inputs[i] for i in asked], grad_out)
+
+    return forward, backward
+
+
+def bench(report: Report, mean: int, dim: int) -> None:
+    lengths = lengths_of(ROWS // mean, mean)
+    total, offsets = int(lengths.sum()), to_offsets(lengths)
+    rows, prefix = list(torch.randn(3, total, HEADS, dim)), list(torch.randn(2, PROMPTS, HEADS, dim))
+    forward, backward = fused_ways(rows, prefix, offsets)
+    blank = torch.zeros(PROMPTS, HEADS, dim)  # prompts ask nothing
+    ways = {groups: Tokens(rows, [blank, *prefix], lengths, groups) for groups in [1, *BUCKETS, len(lengths)]}
+    for way in ways.values():
+        with torch.no_grad():
+            torch.testing.assert_close(forward(), way.packed())  # no speed without truth
+    with torch.no_grad():
+        theirs = {groups: median_ms(way.forward) for groups, way in ways.items()}
+    theirs_both = {groups: median_ms(ways[groups].backward) for groups in [1, *BUCKETS]}
+    ours, both, prefix_only = (median_ms(run) for run in (forward, lambda: backward(*range(5)), lambda: backward(3, 4)))
+    flops = 4 * dim * HEADS * int((lengths * PROMPTS + lengths * (lengths + 1) // 2).sum())
+    buckets, buckets_both = (min(t[g] for g in BUCKETS) for t in (theirs, theirs_both))
+    loop, name = theirs[len(lengths)], f"mean {mean}, d {dim}"
+
+    def share(gflops: float, ms: float) -> float:
+        return 100 * gflops / ms / 1e6 / report.matmul
+
+    best = min(buckets, loop, theirs[1])
+    report.row(f"{name}, forward", best / ours, ours, theirs[1], buckets, loop, share(flops, ours))
+    best, everything = min(buckets_both, theirs_both[1]), share(3.5 * flops, both)
+    report.row(f"{name}, forward and backward", best / both, both, theirs_both[1], buckets_both, "", everything)
+    full, alone = both - ours, prefix_only - ours
+    report.row(f"{name}, backward: all against prefix only", full / alone, alone, "", "", "", "")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    report = Report(
+        f"prompt_attention, float32, {ROWS} rows, {PROMPTS} prompts, {HEADS} heads; milliseconds",
+        ["what", "ratio to the best", "fused", "padded", "best of 8 to 64 buckets", "loop", "% of matrix product"],
+    )
+    for shape in SHAPES:
+        bench(report, *shape)
+    report.close()

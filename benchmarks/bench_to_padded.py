@@ -1,0 +1,39 @@
+"""to_padded against PyTorch's boolean mask, and against a plain copy of the same bytes."""
+
+import torch
+from measure import Report, lengths_of, median_ms, to_offsets
+
+from pcl_ext import ops
+
+USERS = 512
+SHAPES = [(20, 64), (64, 64), (64, 256), (200, 64)]  # mean length, width
+
+
+def bench(report: Report, mean: int, dim: int) -> None:
+    lengths = lengths_of(USERS, mean)
+    offsets, total, longest = to_offsets(lengths), int(lengths.sum()), int(lengths.max())
+    packed = torch.randn(total, dim)
+    mask = torch.arange(longest) < lengths[:, None]
+    padded = ops.to_padded(packed, offsets, longest, impl="reference")
+    moved = packed.nbytes + padded.nbytes  # read, written
+
+    def fused():
+        return ops.to_padded(packed, offsets, longest, impl="fused")
+
+    def theirs():
+        out = packed.new_zeros(USERS, longest, dim)
+        out[mask] = packed
+        return out
+
+    torch.testing.assert_close(fused(), theirs(), rtol=0, atol=0)  # no speed without truth
+    ours, other = median_ms(fused), median_ms(theirs)
+    share = 100 * moved / ours / 1e6 / report.copy
+    report.row(f"mean {mean}, D {dim}", other / ours, ours, other, share)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    report = Report(f"to_padded, {USERS} users; milliseconds", ["what", "ratio", "fused", "mask", "% of copy"])
+    for shape in SHAPES:
+        bench(report, *shape)
+    report.close()
