@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -20,6 +20,10 @@ from pcl_ext.report import report as write_report
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 PREDICT_LINES = 512
+# small and quick: a demonstration takes about a minute
+DEMO_BACKBONE = {"dim": 32, "max_len": 50}
+DEMO_PRETRAIN = PretrainConfig(epochs=15, learning_rate=1e-2)
+DEMO_LEARN = LearnConfig(epochs=12, patience=4, learning_rate=1e-2, head_rate=5e-3)
 
 
 def prepare(args) -> int:
@@ -176,8 +180,8 @@ def demo(args) -> int:
     dataset = Dataset(args.data) if args.data else _demo_dataset(args.out / "dataset")
     folder = args.out / "run"
     print(f"users {len(dataset.user_id):,}, items {dataset.num_items:,}, tasks {', '.join(dataset.task_names)}")
-    run.pretrain(dataset, folder)
-    learn_all(folder, dataset, dataset.task_names[1:], None, None)
+    run.pretrain(dataset, folder, DEMO_BACKBONE, DEMO_PRETRAIN)
+    learn_all(folder, dataset, dataset.task_names[1:], DEMO_LEARN, None)
     _print_matrix(folder)
     found = run.verify_unchanged(folder, dataset)
     if any(state != "equal" for state in found["tasks"].values()) or found["not_checked"]:
@@ -188,8 +192,6 @@ def demo(args) -> int:
     _print_sizes(folder)
     print(f"report: {write_report(folder)}")
     return 0
-
-
 
 
 def _demo_dataset(path: Path) -> Dataset:
