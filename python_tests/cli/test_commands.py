@@ -9,6 +9,7 @@ from pcl_ext import commands, store
 from pcl_ext.cli import main
 from pcl_ext.data import Dataset
 from pcl_ext.run import PROTOCOL
+from pcl_ext.train import LearnConfig, PretrainConfig
 
 TASKS = ["click", "segment", "spend", "range"]
 HISTORIES = [[1, 2, 3], [], [4] * 30, [7, 999, -1, 8]]
@@ -171,7 +172,8 @@ def test_info(pcl):
 
 
 def test_demo_on_a_folder(made, pcl, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "DEMO_EPOCHS", 1)
+    monkeypatch.setattr(commands, "DEMO_PRETRAIN", PretrainConfig(epochs=1))
+    monkeypatch.setattr(commands, "DEMO_LEARN", LearnConfig(epochs=1))
     status, out, err = pcl("demo", "--data", made.data, "--out", tmp_path / "demo")
     assert (status, err) == (0, [])
     assert "forgetting 0 (bitwise: all outputs of 6 tasks compared)" in out
