@@ -83,7 +83,10 @@ def test_what_is_not_there_yet_says_so(refused, argv):
         (["learn", "DATA", "--data", "DATA"], "manifest.json is missing"),
         (["learn", "RUN", "churn", "--data", "DATA"], "TASK must be one of next, click, loyal, .*, got churn"),
         (["learn", "RUN", "loyal", "--data", "DATA", "--placement", "top"], "invalid choice: 'top'"),
-        (["learn", "RUN", "loyal", "--data", "DATA", "--prompt-len", "-1"], "prompt_len must be a whole number from 0 up, got -1"),
+        (
+            ["learn", "RUN", "loyal", "--data", "DATA", "--prompt-len", "-1"],
+            "prompt_len must be a whole number from 0 up, got -1",
+        ),
         (["evaluate", "RUN"], "data"),
         (["evaluate", "nowhere", "--data", "DATA"], "manifest.json is missing"),
         (["evaluate", "RUN", "--data", "DATA", "--fold", "all"], "invalid choice: 'all'"),
