@@ -27,7 +27,7 @@ class LoopConfig:
         batch_tokens: packed rows a step
         epoch_tokens: packed rows an epoch at most; of a larger dataset each epoch takes another part, drawn by seed
         learning_rate: of AdamW
-        weight_decay: of AdamW
+        weight_decay: of AdamW, for a run of 1,000 steps; longer ones have less, by the root of their length
         precision: float32, or bfloat16 (mixed: weights and optimiser stay float32)
         seed: of everything random
         checkpoint_seconds: how often a step is followed by a checkpoint, where there is a place for one

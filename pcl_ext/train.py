@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,14 +67,16 @@ def pretrain(
         model = UserModel(Backbone(backbone))
         task = model.add_task(dataset.task("next").spec, NEXT)
         loss = NextItemLoss(model.backbone, task, dataset, config)
-        examples = dataset.sequences("train", backbone.max_len)
+        sequences = dataset.sequences("train", backbone.max_len)
+        examples = _some(sequences, f"{dataset.path} has no train users with two events or more")
 
         def batches(epoch: int, start: int):
             return epoch_batches(dataset, examples, config, backbone.max_len + 1, epoch, start)
 
         identity = {"dataset": dataset.sha256, "backbone": asdict(backbone), "config": asdict(config)}
         problem = Problem("next", batches, loss, lambda: validate(model, dataset, "next"), task.spec.metric, identity)
-        optimizer = adamw([(list(model.parameters()), config.learning_rate)], config)
+        steps = config.epochs * batches(0, 0)[0]
+        optimizer = adamw([(list(model.parameters()), config.learning_rate)], config, steps)
         curve = fit(model, optimizer, problem, config, checkpoint)
     model.backbone.trained_items[loss.counts > 0] = True
     model.freeze_backbone()
@@ -97,8 +100,10 @@ def learn_task(
     max_len = model.backbone.config.max_len
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        examples = _some(
+            dataset.examples(name, "train"), f"{dataset.path} has no train users with a target of {name!r}"
+        )
         task = model.add_task(dataset.task(name).spec, memory)
-        examples = dataset.examples(name, "train")
 
         def batches(epoch: int, start: int):
             return epoch_batches(dataset, examples, config, max_len, epoch, start)
@@ -113,19 +118,24 @@ def learn_task(
         identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
         problem = Problem(name, batches, loss, lambda: validate(model, dataset, name), task.spec.metric, identity)
         head = list(task.head.parameters())
-        optimizer = adamw([(task.memory_parameters(), config.learning_rate), (head, config.head_rate)], config)
+        rates = [(task.memory_parameters(), config.learning_rate), (head, config.head_rate)]
+        optimizer = adamw(rates, config, config.epochs * batches(0, 0)[0])
         curve = fit(model, optimizer, problem, config, checkpoint)
     model.freeze_task(name)
     return curve
 
 
-def adamw(groups: list[tuple[list[Tensor], float]], config: LoopConfig) -> torch.optim.AdamW:
-    """AdamW over (parameters, learning rate) groups; biases and norms do not decay."""
-    parts = []
+def adamw(groups: list[tuple[list[Tensor], float]], config: LoopConfig, steps: int) -> torch.optim.AdamW:
+    """AdamW over (parameters, learning rate) groups for a run of `steps` steps at most; biases and norms do not decay.
+
+    Weight decay is normalised to 1,000 steps by sqrt(1000 / steps) (Loshchilov and Hutter, 2019, appendix B.1): one
+    setting for small datasets and large ones.
+    """
+    decay, parts = config.weight_decay * math.sqrt(1000 / steps), []
     for parameters, rate in groups:
         for decays in (True, False):
             chosen = [p for p in parameters if (p.dim() > 1) == decays]
-            parts.append({"params": chosen, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0})
+            parts.append({"params": chosen, "lr": rate, "weight_decay": decay if decays else 0.0})
     return torch.optim.AdamW([part for part in parts if part["params"]])
 
 
@@ -136,6 +146,12 @@ def epoch_batches(
     groups = plan(examples, max_tokens=config.batch_tokens, max_len=max_len, seed=config.seed + epoch)
     groups = groups[: max(1, config.epoch_tokens // config.batch_tokens)]
     return len(groups), (make_batch(dataset, examples, rows, max_len) for rows in groups[start:])
+
+
+def _some(examples: Examples, otherwise: str) -> Examples:
+    if not len(examples):
+        raise ValueError(f"{otherwise}: nothing to learn from")
+    return examples
 
 
 def _check_catalogue(dataset: Dataset, backbone: BackboneConfig) -> None:
@@ -171,13 +187,16 @@ class NextItemLoss:
         return catalogue_cross_entropy(queries, self.backbone.table[1:], self.task.head.bias, target.long() - 1, seen)
 
     def _sampled(self, queries: Tensor, target: Tensor) -> Tensor:
-        """Sampled softmax with logQ correction (Bengio and Senecal, 2008); draws by smoothed frequency."""
+        """Sampled softmax; items are drawn by smoothed frequency, a draw counts 1 / (its expected number) (logQ).
+
+        The target is always there, so it alone is not corrected: the sum under the softmax is unbiased.
+        """
         weights = (self.counts[1:].double() + 1.0).pow(0.75)
         drawn = torch.multinomial(weights, self.negatives, replacement=True)
         log_q = (weights / weights.sum() * self.negatives).log().to(queries)
         column = target.long() - 1
         table, bias = self.backbone.table[1:], self.task.head.bias
-        hit = (queries * table[column]).sum(1) + bias[column] - log_q[column]
+        hit = (queries * table[column]).sum(1) + bias[column]
         rest = F.linear(queries, table[drawn], bias[drawn] - log_q[drawn])
         rest = rest.masked_fill(drawn[None, :] == column[:, None], -torch.inf)
         return F.cross_entropy(torch.cat([hit[:, None], rest], 1).float(), torch.zeros_like(column))

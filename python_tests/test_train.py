@@ -1,0 +1,108 @@
+"""What training needs before it starts, and what decays."""
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import BACKBONE, write_dataset
+
+from pcl_ext.data import Dataset
+from pcl_ext.model import Backbone, BackboneConfig, UserModel
+from pcl_ext.task import TaskSpec
+from pcl_ext.train import (
+    NEXT,
+    LearnConfig,
+    NextItemLoss,
+    PretrainConfig,
+    adamw,
+    epoch_batches,
+    item_counts,
+    learn_task,
+    pretrain,
+    shift,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return Dataset(write_dataset(tmp_path_factory.mktemp("train") / "dataset"))
+
+
+def without_train_users(dataset, path):
+    shutil.copytree(dataset.path, path, ignore=shutil.ignore_patterns(".cache"))
+    table = pq.read_table(path / "histories.parquet")
+    fold = pa.array(["test" if value == "train" else value for value in table["fold"].to_pylist()])
+    place = table.schema.get_field_index("fold")
+    pq.write_table(table.set_column(place, "fold", fold), path / "histories.parquet")
+    header = (path / "dataset.json").read_text().replace('"sha256"', '"was"')
+    (path / "dataset.json").write_text(header)
+    return Dataset(path)
+
+
+def test_a_dataset_without_train_users_is_refused(dataset, tmp_path):
+    torch.set_num_threads(1)
+    model, _ = pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1))
+    empty = without_train_users(dataset, tmp_path / "empty")
+    with pytest.raises(ValueError, match="has no train users with two events"):
+        pretrain(empty, BackboneConfig(dataset.num_items, **BACKBONE))
+    with pytest.raises(ValueError, match="has no train users with a target of 'click'"):
+        learn_task(model, empty, "click")
+    assert model.task_names == ["next"]
+
+
+def test_a_backbone_of_another_catalogue_is_refused(dataset):
+    with pytest.raises(ValueError, match="must be that of the dataset, got 7 and 50"):
+        pretrain(dataset, BackboneConfig(7, **BACKBONE))
+
+
+def test_biases_do_not_decay_and_long_runs_decay_less(dataset):
+    weight, bias = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+    groups = adamw([([weight, bias], 0.1)], LearnConfig(weight_decay=0.5), 4000).param_groups
+    assert [(g["params"], g["weight_decay"]) for g in groups] == [([weight], 0.25), ([bias], 0.0)]
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_an_epoch_is_bounded_and_starts_anywhere(dataset, start):
+    examples, config = dataset.sequences("train", 20), LearnConfig(batch_tokens=100, epoch_tokens=400)
+    steps, batches = epoch_batches(dataset, examples, config, 20, 3, start)
+    whole = list(epoch_batches(dataset, examples, config, 20, 3, 0)[1])
+    assert (steps, len(whole)) == (4, 4)
+    for got, want in zip(list(batches), whole[start:], strict=True):
+        assert torch.equal(got.index, want.index)
+    other = epoch_batches(dataset, examples, config, 20, 4, 0)[1]
+    assert not torch.equal(next(other).index, whole[0].index)
+
+
+def test_shift_pairs_each_event_with_the_next(dataset):
+    batch = next(iter(epoch_batches(dataset, dataset.sequences("train", 20), LearnConfig(), 21, 0, 0)[1])).history
+    history, target = shift(batch)
+    for user in range(len(batch)):
+        items = batch.items[batch.offsets[user] : batch.offsets[user + 1]]
+        rows = slice(int(history.offsets[user]), int(history.offsets[user + 1]))
+        assert torch.equal(history.items[rows], items[:-1])
+        assert torch.equal(target[rows], items[1:])
+
+
+def test_item_counts_are_of_train_users(dataset):
+    train = np.flatnonzero(dataset.fold == 0)
+    items = np.concatenate([dataset.items[dataset.offsets[u] : dataset.offsets[u + 1]] for u in train])
+    want = np.bincount(items, minlength=dataset.num_items + 1)
+    assert item_counts(dataset).tolist() == want.tolist()
+
+
+def test_the_sampled_softmax_with_many_draws_is_the_exact_one(dataset):
+    """Loss and gradient: the estimate under the softmax is unbiased, so 200,000 draws come within a percent."""
+    torch.manual_seed(0)
+    model = UserModel(Backbone(BackboneConfig(dataset.num_items, dropout=0.0, **BACKBONE)))
+    task = model.add_task(TaskSpec("next", "items", repeats=True), NEXT)
+    batch = next(epoch_batches(dataset, dataset.sequences("train", 20), LearnConfig(batch_tokens=60), 21, 0, 0)[1])
+    results = []
+    for config in (PretrainConfig(), PretrainConfig(full_softmax=1, negatives=200_000)):
+        loss = NextItemLoss(model.backbone, task, dataset, config)(batch)
+        results.append((loss.item(), torch.autograd.grad(loss, model.backbone.table)[0]))
+    (exact, exact_gradient), (sampled, gradient) = results
+    assert abs(sampled - exact) < 0.01 * exact
+    assert (gradient - exact_gradient).norm() < 0.03 * exact_gradient.norm()
