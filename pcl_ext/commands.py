@@ -43,10 +43,10 @@ def prepare(args) -> int:
 
 
 def _show_dataset(dataset: Dataset) -> None:
-    facts = dataset.describe()
-    print(f"{dataset.path}: {len(dataset.user_id):,} users, {dataset.num_items:,} items")
-    for name in dataset.task_names:
-        print(f"  {name}: {facts['tasks'][name]}" if name in facts.get("tasks", {}) else f"  {name}")
+    print(f"{dataset.path}: {dataset.num_users:,} users, {dataset.num_items:,} items")
+    for name, facts in dataset.describe()["tasks"].items():
+        ranked = f" of {facts['catalogue']:,} items" if "catalogue" in facts else ""
+        print(f"  {name}: {facts['kind']}{ranked}, {facts['metric']}, {facts['rows']:,} rows")
 
 
 def pretrain(args) -> int:
