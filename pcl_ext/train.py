@@ -20,6 +20,7 @@ from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserMode
 from pcl_ext.model.softmax import catalogue_cross_entropy
 from pcl_ext.store import hash_tensor
 
+RARE_EPS = 2e-4
 NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
 
 
@@ -117,26 +118,41 @@ def learn_task(
         identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
         identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
         problem = Problem(name, batches, loss, lambda: validate(model, dataset, name), task.spec.metric, identity)
-        head = list(task.head.parameters())
-        rates = [(task.memory_parameters(), config.learning_rate), (head, config.head_rate)]
-        optimizer = adamw(rates, config, config.epochs * batches(0, 0)[0])
+        optimizer = adamw(_rates(task, config), config, config.epochs * batches(0, 0)[0])
         curve = fit(model, optimizer, problem, config, checkpoint)
     model.freeze_task(name)
     return curve
 
 
-def adamw(groups: list[tuple[list[Tensor], float]], config: LoopConfig, steps: int) -> torch.optim.AdamW:
-    """AdamW over (parameters, learning rate) groups for a run of `steps` steps at most; biases and norms do not decay.
+def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> torch.optim.AdamW:
+    """AdamW for a run of `steps` steps at most, over (parameters, learning rate) groups, or (parameters, learning rate,
+    eps); biases and norms do not decay.
 
     Weight decay is normalised to 1,000 steps by sqrt(1000 / steps) (Loshchilov and Hutter, 2019, appendix B.1): one
     setting for small datasets and large ones.
     """
     decay, parts = config.weight_decay * math.sqrt(1000 / steps), []
-    for parameters, rate in groups:
+    for parameters, rate, *eps in groups:
         for decays in (True, False):
             chosen = [p for p in parameters if (p.dim() > 1) == decays]
-            parts.append({"params": chosen, "lr": rate, "weight_decay": decay if decays else 0.0})
+            part = {"params": chosen, "lr": rate, "weight_decay": decay if decays else 0.0}
+            parts.append(part | ({"eps": eps[0]} if eps else {}))
     return torch.optim.AdamW([part for part in parts if part["params"]])
+
+
+def _rates(task: Task, config: LearnConfig) -> list[tuple]:
+    """Groups of a task's parameters for `adamw`.
+
+    A label is one number a user, so a rare item has few and small gradients. Adam would move its row as far as that of a
+    common item; with RARE_EPS it moves in proportion to its gradient.
+    """
+    table = task.memories["item_memory"].table if "item_memory" in task.memories else None
+    rest = [p for p in task.memory_parameters() if p is not table]
+    groups = [(rest, config.learning_rate), (list(task.head.parameters()), config.head_rate)]
+    if table is not None:
+        eps = (RARE_EPS,) if task.spec.kind != "items" else ()
+        groups.append(([table], config.learning_rate, *eps))
+    return groups
 
 
 def epoch_batches(
