@@ -143,8 +143,8 @@ def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> torch.optim.Ad
 def _rates(task: Task, config: LearnConfig) -> list[tuple]:
     """Groups of a task's parameters for `adamw`.
 
-    A label is one number a user, so a rare item has few and small gradients. Adam would move its row as far as that of a
-    common item; with RARE_EPS it moves in proportion to its gradient.
+    A label is one number a user, so a rare item has few and small gradients. Adam would move its row as far as a common
+    item's; with RARE_EPS it moves in proportion to its gradient.
     """
     table = task.memories["item_memory"].table if "item_memory" in task.memories else None
     rest = [p for p in task.memory_parameters() if p is not table]
