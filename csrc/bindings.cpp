@@ -1,11 +1,16 @@
 // The only file that knows Python. Addresses and sizes come in; nothing is converted, allocated or checked here: the
 // one caller is the op that has just checked.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+
+#include <tuple>
 
 #include "attention_plan.h"
 #include "embed.h"
+#include "feed_forward.h"
 #include "gather_histories.h"
 #include "isa.h"
+#include "linear.h"
 #include "plan_batches.h"
 #include "prompt_attention.h"
 #include "to_packed.h"
@@ -129,6 +134,50 @@ bool to_padded(uintptr_t packed, uintptr_t offsets, uintptr_t padding, uintptr_t
   return true;
 }
 
+// A tensor of rows: address, row stride, number of its dtype.
+using Rows = std::tuple<uintptr_t, int64_t, int>;
+
+pcl::Matrix matrix(const Rows& rows) {
+  return {at(std::get<0>(rows)), std::get<1>(rows), static_cast<pcl::Scalar>(std::get<2>(rows))};
+}
+
+void linear_fwd(Rows x, Rows weight, Rows residual, uintptr_t norm_weight, uintptr_t norm_bias, double eps,
+                uintptr_t bias, int64_t rows, int64_t in_dim, int64_t out_dim, uintptr_t out, int out_dtype, int isa,
+                int threads) {
+  const nb::gil_scoped_release release;
+  const pcl::LayerNorm norm{at(norm_weight), at(norm_bias), eps};
+  pcl::linear_fwd_cpu({matrix(x), matrix(weight), matrix(residual), norm, at(bias), rows, in_dim, out_dim}, at(out),
+                      static_cast<pcl::Scalar>(out_dtype), choose(isa), threads);
+}
+
+void linear_bwd(Rows grad_out, Rows x, Rows weight_t, uintptr_t norm_weight, uintptr_t norm_bias, double eps,
+                int64_t rows, int64_t in_dim, int64_t out_dim, uintptr_t grad_x, int isa, int threads) {
+  const nb::gil_scoped_release release;
+  const pcl::LayerNorm norm{at(norm_weight), at(norm_bias), eps};
+  pcl::linear_bwd_cpu({matrix(x), matrix(weight_t), {}, norm, nullptr, rows, in_dim, out_dim}, matrix(grad_out),
+                      at(grad_x), choose(isa), threads);
+}
+
+void feed_forward_fwd(Rows x, Rows weight_in, Rows weight_out, uintptr_t norm_weight, uintptr_t norm_bias, double eps,
+                      uintptr_t bias_in, uintptr_t bias_out, int64_t rows, int64_t dim, int64_t hidden, uintptr_t out,
+                      int isa, int threads) {
+  const nb::gil_scoped_release release;
+  const pcl::LayerNorm norm{at(norm_weight), at(norm_bias), eps};
+  pcl::feed_forward_fwd_cpu(
+      {matrix(x), matrix(weight_in), matrix(weight_out), {}, norm, at(bias_in), at(bias_out), rows, dim, hidden},
+      at(out), choose(isa), threads);
+}
+
+void feed_forward_bwd(Rows grad_out, Rows x, Rows weight_in, Rows weight_out_t, Rows weight_in_t, uintptr_t norm_weight,
+                      uintptr_t norm_bias, double eps, uintptr_t bias_in, int64_t rows, int64_t dim, int64_t hidden,
+                      uintptr_t grad_x, int isa, int threads) {
+  const nb::gil_scoped_release release;
+  const pcl::LayerNorm norm{at(norm_weight), at(norm_bias), eps};
+  pcl::feed_forward_bwd_cpu({matrix(x), matrix(weight_in), matrix(weight_out_t), matrix(weight_in_t), norm, at(bias_in),
+                             nullptr, rows, dim, hidden},
+                            matrix(grad_out), at(grad_x), choose(isa), threads);
+}
+
 pcl::StoredHistories stored_histories(uintptr_t values, uintptr_t offsets, int64_t num_values, int64_t num_histories,
                                       int64_t value_bytes) {
   return {at<const char>(values), at<const int64_t>(offsets), num_values, num_histories, value_bytes};
@@ -171,6 +220,10 @@ NB_MODULE(_C, m) {
   m.def("prompt_attention_bwd", &prompt_attention_bwd);
   m.def("embed_fwd", &embed_fwd);
   m.def("embed_bwd", &embed_bwd);
+  m.def("linear_fwd", &linear_fwd);
+  m.def("linear_bwd", &linear_bwd);
+  m.def("feed_forward_fwd", &feed_forward_fwd);
+  m.def("feed_forward_bwd", &feed_forward_bwd);
   m.def("to_packed", &to_packed);
   m.def("to_padded", &to_padded);
   m.def("gather_offsets", &gather_offsets);

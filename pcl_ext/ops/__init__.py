@@ -4,7 +4,9 @@ from pcl_ext.ops import reference
 from pcl_ext.ops._native import has_fused, native_status
 from pcl_ext.ops.attention_plan import AttentionPlan, attention_plan
 from pcl_ext.ops.embed import embed
+from pcl_ext.ops.feed_forward import feed_forward
 from pcl_ext.ops.gather_histories import gather_histories
+from pcl_ext.ops.linear import linear
 from pcl_ext.ops.plan_batches import plan_batches
 from pcl_ext.ops.prompt_attention import prompt_attention
 from pcl_ext.ops.to_packed import to_packed
@@ -14,8 +16,10 @@ __all__ = [
     "AttentionPlan",
     "attention_plan",
     "embed",
+    "feed_forward",
     "gather_histories",
     "has_fused",
+    "linear",
     "native_status",
     "plan_batches",
     "prompt_attention",

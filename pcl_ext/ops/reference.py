@@ -91,6 +91,20 @@ def embed(items, offsets, table, position=None, prompt=None, prompt_index=None) 
     return out
 
 
+def linear(x, weight, bias, norm_weight, norm_bias, residual, eps: float) -> Tensor:
+    """x [T, D], weight [N, D], bias [N], norm [D], residual [T, N] -> [T, N]."""
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, eps)
+    out = F.linear(x, weight, bias)
+    return out if residual is None else residual + out
+
+
+def feed_forward(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps: float) -> Tensor:
+    """x [T, D], norm [D], weight_in [F, D], bias_in [F], weight_out [D, F], bias_out [D] -> [T, D]."""
+    hidden = F.gelu(linear(x, weight_in, bias_in, norm_weight, norm_bias, None, eps))
+    return linear(hidden, weight_out, bias_out, None, None, x, eps)
+
+
 def _user_of_row(offsets: Tensor, total: int) -> Tensor:
     """offsets [B + 1] -> [T], the user each packed row belongs to."""
     users = torch.arange(offsets.shape[0] - 1, device=offsets.device)

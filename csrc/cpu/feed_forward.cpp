@@ -1,0 +1,40 @@
+#include "../feed_forward.h"
+
+#include "../parallel.h"
+#include "feed_forward_tasks.h"
+#include "scratch.h"
+
+namespace pcl {
+namespace {
+
+FeedForwardKernels kernels_of(Scalar dtype, Isa isa) {
+#ifdef PCL_X86
+  if (dtype != Scalar::kDouble && isa == Isa::kAvx512) return feed_forward_kernels_avx512();
+  if (dtype != Scalar::kDouble && isa == Isa::kAvx2) return feed_forward_kernels_avx2();
+#endif
+  static_cast<void>(isa);
+  return feed_forward_kernels_baseline(dtype == Scalar::kDouble);
+}
+
+template <class Body>
+void for_blocks(const FeedForwardArgs& args, int64_t block_rows, int threads, Body body) {
+  const int64_t bytes = (args.x.dtype == Scalar::kDouble ? 8 : 4) * feed_forward_scratch(args.dim);
+  threads = threads_for(args.rows * args.dim * args.hidden / 4, threads);
+  parallel_for((args.rows + block_rows - 1) / block_rows, threads, [&](int64_t b) { body(b, scratch(bytes)); });
+}
+
+}  // namespace
+
+void feed_forward_fwd_cpu(const FeedForwardArgs& args, void* out, Isa isa, int threads) {
+  const FeedForwardKernels kernels = kernels_of(args.x.dtype, isa);
+  for_blocks(args, kernels.block_rows, threads,
+             [&](int64_t block, void* memory) { kernels.fwd(args, out, block, memory); });
+}
+
+void feed_forward_bwd_cpu(const FeedForwardArgs& args, const Matrix& grad_out, void* grad_x, Isa isa, int threads) {
+  const FeedForwardKernels kernels = kernels_of(args.x.dtype, isa);
+  for_blocks(args, kernels.block_rows, threads,
+             [&](int64_t block, void* memory) { kernels.bwd(args, grad_out, grad_x, block, memory); });
+}
+
+}  // namespace pcl

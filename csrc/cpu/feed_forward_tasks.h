@@ -1,0 +1,22 @@
+// What one instruction set's copy of feed_forward offers: the work of one block of rows. The driver shares blocks out.
+#pragma once
+
+#include "../feed_forward.h"
+
+namespace pcl {
+
+struct FeedForwardKernels {
+  void (*fwd)(const FeedForwardArgs& args, void* out, int64_t block, void* scratch);
+  void (*bwd)(const FeedForwardArgs& args, const Matrix& grad_out, void* grad_x, int64_t block, void* scratch);
+  int64_t block_rows;
+};
+
+// wide: double, else float
+FeedForwardKernels feed_forward_kernels_baseline(bool wide);
+FeedForwardKernels feed_forward_kernels_avx2();
+FeedForwardKernels feed_forward_kernels_avx512();
+
+// Elements of scratch for a block.
+constexpr int64_t feed_forward_scratch(int64_t dim) { return (4 * dim + 272) * 64 + 16 * (dim + 32); }
+
+}  // namespace pcl

@@ -1,0 +1,38 @@
+"""feed_forward: a pre-norm feed-forward block added to the rows it reads."""
+
+import torch
+from torch import Tensor
+
+from pcl_ext.ops import feed_forward_op, reference  # noqa: F401  (the first registers the op)
+from pcl_ext.ops._check import FLOATS, check_tensor
+from pcl_ext.ops._native import call
+from pcl_ext.ops.linear import check_weights, norm_parts, product_dtype, use_frozen
+
+
+def feed_forward(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    *,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """x + gelu(layer_norm(x) @ weight_in.T + bias_in) @ weight_out.T + bias_out: x [T, D] -> [T, D].
+
+    norm is the layer norm's weight and bias, [D] each; weight_in [F, D], bias_in [F], weight_out [D, F], bias_out [D].
+    The hidden rows [T, F] are never held. As `linear`, the fused path is for frozen weights and gives the gradient of
+    x; dtypes, autocast and errors are those of `linear`.
+    """
+    check_tensor("x", x, 2, FLOATS)
+    parts = norm_parts(norm) | {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out}
+    parts |= {"bias_out": bias_out}
+    hidden, dim = weight_in.shape[0], x.shape[1]
+    shapes = {"weight_in": ((hidden, dim), "[F, D]"), "bias_in": ((hidden,), "[F]")}
+    check_weights(x, parts, shapes | {"weight_out": ((dim, hidden), "[D, F]")})
+    if use_frozen(impl, x, parts):
+        weights = (product_dtype(weight_in), bias_in, product_dtype(weight_out), bias_out)
+        return call(torch.ops.pcl_ext.feed_forward.default, x, *norm, *weights, eps)
+    return reference.feed_forward(x, *norm, weight_in, bias_in, weight_out, bias_out, eps)

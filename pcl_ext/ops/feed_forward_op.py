@@ -1,0 +1,70 @@
+"""pcl_ext::feed_forward and its backward for frozen weights: schema, kernel, fake, autograd."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from pcl_ext.ops._native import BEST_ISA, C, address, below_autograd, define
+from pcl_ext.ops.linear_op import matrix, readable, wide
+
+_INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight_in, Tensor bias_in, Tensor weight_out"
+
+
+def forward(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps, *, isa=BEST_ISA):
+    """out [T, D]."""
+    out = forward_fake(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps)
+    x, weight_in, weight_out = map(readable, (x, wide(weight_in), wide(weight_out)))
+    norm_weight, norm_bias, bias_in, bias_out = map(wide, (norm_weight, norm_bias, bias_in, bias_out))
+    C.feed_forward_fwd(
+        *map(matrix, (x, weight_in, weight_out)),
+        *map(address, (norm_weight, norm_bias)),
+        eps,
+        *map(address, (bias_in, bias_out)),
+        *(*x.shape, weight_in.shape[0]),
+        *(out.data_ptr(), isa, torch.get_num_threads()),
+    )
+    return out
+
+
+def forward_fake(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps):
+    """Output of forward, unfilled."""
+    return x.new_empty(x.shape)
+
+
+def backward(grad_out, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, eps, *, isa=BEST_ISA):
+    """grad_x [T, D]."""
+    grad_x = backward_fake(grad_out, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, eps)
+    grad_out, x, weight_in_t, weight_out_t = readable(grad_out), readable(x), wide(weight_in.t()), wide(weight_out.t())
+    norm_weight, norm_bias, weight_in, bias_in = map(wide, (norm_weight, norm_bias, weight_in, bias_in))
+    C.feed_forward_bwd(
+        *map(matrix, (grad_out, x, weight_in, weight_out_t, weight_in_t)),
+        *map(address, (norm_weight, norm_bias)),
+        eps,
+        address(bias_in),
+        *(*x.shape, weight_in.shape[0]),
+        *(grad_x.data_ptr(), isa, torch.get_num_threads()),
+    )
+    return grad_x
+
+
+def backward_fake(grad_out, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, eps):
+    """Output of backward, unfilled."""
+    return x.new_empty(x.shape)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps):
+        weights = (norm_weight, norm_bias, weight_in, bias_in, weight_out)
+        ctx.save_for_backward(x, *weights)
+        ctx.eps = eps
+        return below_autograd(torch.ops.pcl_ext.feed_forward.default, x, *weights, bias_out, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        grad_x = torch.ops.pcl_ext.feed_forward_backward.default(grad_out, *ctx.saved_tensors, ctx.eps)
+        return grad_x, *(None,) * 7
+
+
+define("feed_forward_backward", f"(Tensor grad_out, {_INPUTS}, float eps) -> Tensor", backward, backward_fake)
+define("feed_forward", f"({_INPUTS}, Tensor bias_out, float eps) -> Tensor", forward, forward_fake, _FeedForward)

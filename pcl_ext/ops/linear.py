@@ -1,0 +1,77 @@
+"""linear: rows times a weight matrix, normalised before and added to others after."""
+
+import torch
+from torch import Tensor
+
+from pcl_ext.ops import linear_op, reference  # noqa: F401  (the first registers the op)
+from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor
+from pcl_ext.ops._native import SCALARS, call, use_fused
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """residual + layer_norm(x) @ weight.T + bias: x [T, D], weight [N, D], bias [N], residual [T, N] -> [T, N].
+
+    norm is the layer norm's weight and bias, [D] each; bias, norm and residual may be left out. The fused path is for
+    frozen weights: it gives gradients of x and residual, and where another tensor asks for one, impl="auto" takes the
+    PyTorch path. There a row's result has the same bits in any company. All tensors share dtype and device; under
+    autocast the product is in its dtype, with sums in float32, and a residual keeps its own. Raises ValueError or
+    TypeError naming what is wrong.
+    """
+    check_tensor("x", x, 2, FLOATS)
+    parts = {"weight": weight, "bias": bias} | norm_parts(norm)
+    shapes = {"weight": ((weight.shape[0], x.shape[1]), "[N, D]"), "bias": (weight.shape[:1], "[N]")}
+    check_weights(x, parts, shapes)
+    if residual is not None:
+        check_tensor("residual", residual, 2, FLOATS)
+        check_shape("residual", residual, (x.shape[0], weight.shape[0]), "[T, N]")
+        check_like("residual", residual, "x", x, dtype=not torch.is_autocast_enabled(x.device.type))
+    norm_weight, norm_bias = norm or (None, None)
+    if use_frozen(impl, x, parts):
+        weight = product_dtype(weight)
+        return call(torch.ops.pcl_ext.linear.default, x, weight, bias, norm_weight, norm_bias, residual, eps)
+    return reference.linear(x, weight, bias, norm_weight, norm_bias, residual, eps)
+
+
+def norm_parts(norm) -> dict[str, Tensor]:
+    """A norm's tensors by name; none for None."""
+    if norm is None:
+        return {}
+    if not isinstance(norm, (tuple, list)) or len(norm) != 2:
+        raise TypeError(f"norm must be the pair (weight, bias) of a layer norm, got {type(norm).__name__}")
+    return dict(zip(("norm weight", "norm bias"), norm))
+
+
+def check_weights(x: Tensor, parts: dict[str, Tensor | None], shapes: dict[str, tuple]) -> None:
+    """Shapes (a norm's are [D]), dtypes and devices of what rows x [T, D] are multiplied with."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, value in parts.items():
+        if value is None:
+            continue
+        check_tensor(name, value, None, FLOATS)
+        check_shape(name, value, *shapes.get(name, (x.shape[1:], "[D]")))
+        check_like(name, value, "x", x, dtype=not autocast)
+
+
+def use_frozen(impl: str, x: Tensor, parts: dict[str, Tensor | None]) -> bool:
+    """Whether the fused path runs: where it can, and none of parts asks for a gradient."""
+    trained = [name for name, t in parts.items() if t is not None and t.requires_grad and torch.is_grad_enabled()]
+    if impl == "fused" and trained:
+        raise ValueError(f"impl='fused' takes frozen weights, got {trained[0]} that asks for a gradient")
+    return use_fused(impl, x) and not trained and all(t is None or t.dtype in SCALARS for t in parts.values())
+
+
+def product_dtype(weight: Tensor) -> Tensor:
+    """weight in the dtype of its product: autocast's inside autocast."""
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype == torch.float32:
+        return weight.to(torch.get_autocast_dtype(kind))
+    return weight

@@ -1,0 +1,99 @@
+"""pcl_ext::linear and its backward for frozen weights: schema, kernel, fake, autograd."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
+
+_NORM = "Tensor? norm_weight, Tensor? norm_bias"
+
+
+def matrix(rows: Tensor | None) -> tuple[int, int, int]:
+    """Address, row stride and dtype number of rows [T, D], whose last dimension is contiguous."""
+    return (0, 0, 0) if rows is None else (rows.data_ptr(), rows.stride(0), SCALARS[rows.dtype])
+
+
+def readable(rows: Tensor | None) -> Tensor | None:
+    """rows [T, D] themselves where their last dimension is contiguous, else a copy."""
+    return None if rows is None else packed_rows(rows, 1)
+
+
+def wide(x: Tensor | None) -> Tensor | None:
+    """A bias or a norm's weight in the dtype of the sums."""
+    return None if x is None else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def forward(x, weight, bias, norm_weight, norm_bias, residual, eps, *, isa=BEST_ISA):
+    """out [T, N]."""
+    out = forward_fake(x, weight, bias, norm_weight, norm_bias, residual, eps)
+    x, weight, residual = readable(x), readable(wide(weight)), readable(residual)
+    norm_weight, norm_bias, bias = wide(norm_weight), wide(norm_bias), wide(bias)
+    C.linear_fwd(
+        *map(matrix, (x, weight, residual)),
+        *map(address, (norm_weight, norm_bias)),
+        eps,
+        address(bias),
+        *(x.shape[0], x.shape[1], weight.shape[0]),
+        *(out.data_ptr(), SCALARS[out.dtype], isa, torch.get_num_threads()),
+    )
+    return out
+
+
+def forward_fake(x, weight, bias, norm_weight, norm_bias, residual, eps):
+    """Output of forward, unfilled: of the residual's dtype, else of the weight's."""
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=(weight if residual is None else residual).dtype)
+
+
+def backward(grad_out, x, weight, norm_weight, norm_bias, eps, *, isa=BEST_ISA):
+    """grad_x [T, D]."""
+    grad_x = backward_fake(grad_out, x, weight, norm_weight, norm_bias, eps)
+    grad_out, x, weight_t = readable(grad_out), readable(x), wide(weight.t())
+    norm_weight, norm_bias = wide(norm_weight), wide(norm_bias)
+    C.linear_bwd(
+        *map(matrix, (grad_out, x, weight_t)),
+        *map(address, (norm_weight, norm_bias)),
+        eps,
+        *(x.shape[0], x.shape[1], weight.shape[0]),
+        *(grad_x.data_ptr(), isa, torch.get_num_threads()),
+    )
+    return grad_x
+
+
+def backward_fake(grad_out, x, weight, norm_weight, norm_bias, eps):
+    """Output of backward, unfilled."""
+    return x.new_empty(x.shape)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm_weight, norm_bias, residual, eps):
+        ctx.save_for_backward(x, weight, norm_weight, norm_bias)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return below_autograd(torch.ops.pcl_ext.linear.default, x, weight, bias, norm_weight, norm_bias, residual, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        if grad_out is None:
+            return (None,) * 7
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.pcl_ext.linear_backward.default(grad_out, *ctx.saved_tensors, ctx.eps)
+        return grad_x, None, None, None, None, grad_out if ctx.needs_input_grad[5] else None, None
+
+
+define(
+    "linear_backward",
+    f"(Tensor grad_out, Tensor x, Tensor weight, {_NORM}, float eps) -> Tensor",
+    backward,
+    backward_fake,
+)
+define(
+    "linear",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_NORM}, Tensor? residual, float eps) -> Tensor",
+    forward,
+    forward_fake,
+    _Linear,
+)

@@ -1,0 +1,171 @@
+"""linear and feed_forward against their twins and against float64, on every instruction set."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layer_cases import make_feed_forward, make_linear, normal, run_with_grads, to
+from test_prompt_attention import assert_as_right_as
+
+from pcl_ext import ops
+from pcl_ext.ops import _native
+
+ISAS = range(len(_native.C.isas())) if ops.has_fused() else []
+CASES = {
+    "qkv": lambda: make_linear(70, 64, 192, residual=False),
+    "out": lambda: make_linear(70, 64, 64, norm=False),
+    "wide": lambda: make_linear(130, 256, 100),
+    "odd widths": lambda: make_linear(33, 37, 51),
+    "narrow": lambda: make_linear(9, 1, 1, bias=False),
+    "plain": lambda: make_linear(20, 16, 7, bias=False, norm=False, residual=False),
+    "one row": lambda: make_linear(1, 32, 96),
+    "no rows": lambda: make_linear(0, 32, 96),
+    "feed-forward": lambda: make_feed_forward(70, 64, 256),
+    "feed-forward, odd widths": lambda: make_feed_forward(33, 37, 151),
+    "feed-forward, narrow": lambda: make_feed_forward(9, 2, 3),
+    "feed-forward, one row": lambda: make_feed_forward(1, 32, 128),
+    "feed-forward, no rows": lambda: make_feed_forward(0, 32, 128),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def grad_for(case, dtype):
+    return torch.randn_like(case.run(impl="reference")).to(dtype)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_fused_is_as_right_as_the_twin(name, dtype):
+    exact = CASES[name]()
+    grad_out, case = grad_for(exact, dtype), to(exact, dtype)
+    got, want = (run_with_grads(case, grad_out, impl=impl) for impl in ("fused", "reference"))
+    if dtype == torch.float64:
+        return torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    return assert_as_right_as(got, want, run_with_grads(to(case, torch.float64), grad_out, impl="reference"))
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["qkv", "odd widths", "feed-forward", "feed-forward, odd widths"])
+def test_every_instruction_set(name, isa):
+    exact = CASES[name]()
+    grad_out, case = grad_for(exact, torch.float32), to(exact, torch.float32)
+    want = run_with_grads(case, grad_out, impl="reference")
+    exact = run_with_grads(to(case, torch.float64), grad_out, impl="reference")
+    exact.pop("residual", None)  # that gradient is grad_out itself
+    assert_as_right_as(case.run_isa(grad_out, isa), want, exact)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["wide", "feed-forward"])
+def test_neither_threads_nor_company_change_bits(name, isa, dtype):
+    case = to(CASES[name](), dtype)
+    grad_out = grad_for(case, dtype)
+    torch.set_num_threads(1)
+    want = case.run_isa(grad_out, isa)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(case.run_isa(grad_out, isa), want, rtol=0, atol=0)
+    for rows in (slice(3, 4), slice(1, 40), slice(65, 70)):
+        part = {n: x[rows] for n, x in vars(case).items() if n in ("x", "residual") and x is not None}
+        got = replace(case, **part).run_isa(grad_out[rows], isa)
+        torch.testing.assert_close(got, {n: x[rows] for n, x in want.items()}, rtol=0, atol=0)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("size", [0.0, 0.5, 1.4, 3.0, 5.6, 30.0, 1e4])
+@pytest.mark.parametrize("isa", ISAS)
+def test_gelu_is_right_near_its_edges(size, isa):
+    steps = size + torch.linspace(-1e-3, 1e-3, 64)
+    case = to(make_feed_forward(1, 128, 128), torch.float32)
+    case.bias_in[:] = torch.cat([steps, -steps])
+    identity = replace(case, weight_in=0 * case.weight_in, weight_out=torch.eye(128), bias_out=0 * case.bias_out)
+    got = replace(identity, x=torch.zeros(1, 128)).run_isa(torch.zeros(1, 128), isa)["out"][0]
+    want = torch.nn.functional.gelu(case.bias_in.double())
+    assert ((got - want).abs() <= 2e-7 * case.bias_in.abs().clamp(min=1)).all()
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("name", ["odd widths", "plain", "feed-forward, odd widths"])
+def test_gradcheck(name):
+    case = CASES[name]()
+
+    def run(x):
+        return replace(case, x=x).run(impl="fused")
+
+    assert torch.autograd.gradcheck(run, [case.x])
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    case = to(CASES[name](), torch.float32)
+    if name.startswith("feed-forward"):
+        args = (case.x, *case.norm, case.weight_in, case.bias_in, case.weight_out, case.bias_out, 1e-5)
+        torch.library.opcheck(torch.ops.pcl_ext.feed_forward.default, args)
+    else:
+        args = (case.x, case.weight, case.bias, *(case.norm or (None, None)), case.residual, 1e-5)
+        torch.library.opcheck(torch.ops.pcl_ext.linear.default, args)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)])
+@pytest.mark.parametrize("name", ["wide", "feed-forward"])
+def test_compiles_whole(name, impl):
+    case = to(CASES[name](), torch.float32)
+    compiled = torch.compile(lambda x: replace(case, x=x).run(impl=impl), fullgraph=True)
+    torch.testing.assert_close(compiled(case.x), case.run(impl=impl))
+    grads = [torch.autograd.grad(f.square().sum(), case.x)[0] for f in (compiled(case.x), case.run(impl=impl))]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("name", ["qkv", "wide", "feed-forward"])
+def test_autocast_multiplies_in_bfloat16_and_keeps_the_residual(name):
+    exact = CASES[name]()
+    case = to(exact, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = case.run(impl="fused"), case.run(impl="reference")
+    assert got.dtype == want.dtype
+    assert_as_right_as({"out": got}, {"out": want}, {"out": exact.run(impl="reference")})
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("name", ["wide", "feed-forward"])
+def test_strided_rows_give_the_same_bits(name):
+    case = to(CASES[name](), torch.float32)
+    for x in (torch.cat([case.x, case.x], 1)[:, : case.x.shape[1]], case.x.t().contiguous().t()):
+        assert torch.equal(replace(case, x=x).run(), case.run())
+
+
+@pytest.mark.parametrize("name", ["wide", "feed-forward"])
+def test_trained_weights_take_the_twin(name):
+    case = to(CASES[name](), torch.float32)
+    weight = "weight" if name == "wide" else "weight_in"
+    trained = replace(case, **{weight: normal(*getattr(case, weight).shape).float().requires_grad_()})
+    trained.run().sum().backward()
+    assert getattr(trained, weight).grad is not None
+    if ops.has_fused():
+        with pytest.raises(ValueError, match="impl='fused' takes frozen weights, got weight"):
+            trained.run(impl="fused")
+
+
+WRONG = {
+    "x must have 2 dimensions": {"x": torch.zeros(3)},
+    r"weight must be \[N, D\]": {"weight": torch.zeros(100, 7)},
+    r"bias must be \[N\]": {"bias": torch.zeros(7)},
+    r"norm weight must be \[D\]": {"norm": (torch.zeros(7), torch.zeros(256))},
+    r"norm must be the pair": {"norm": torch.zeros(256)},
+    r"residual must be \[T, N\]": {"residual": torch.zeros(3, 100)},
+    "weight must have the dtype of x": {"weight": torch.zeros(100, 256, dtype=torch.float64)},
+    "residual must have the dtype of x": {"residual": torch.zeros(130, 100, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_mistakes_are_named(message):
+    case = to(CASES["wide"](), torch.float32)
+    with pytest.raises((ValueError, TypeError), match=message):
+        replace(case, **WRONG[message]).run()
