@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
-        self.heads = (3, config.num_heads, config.dim // config.num_heads)
+        self.heads = (config.num_heads, config.dim // config.num_heads)
         self.norm_attention = nn.LayerNorm(config.dim)
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
@@ -42,12 +42,30 @@ class Layer(nn.Module):
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> x [T, D] and this layer's keys and values [T, H, d]."""
-        q, k, v = self.qkv(self.norm_attention(x)).unflatten(1, self.heads).unbind(1)
-        x = x + self.dropout(self.out(attend(q, k, v).flatten(1)))
-        hidden = F.gelu(self.ffn_in(self.norm_ffn(x)))
-        return x + self.dropout(self.ffn_out(hidden)), k, v
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [T, D] -> what its rows ask, and what they answer: three tensors [T, H, d]."""
+        rows = _normed_linear(x, self.norm_attention, self.qkv.weight, self.qkv.bias)
+        return rows.unflatten(1, (3, *self.heads)).unbind(1)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [T, D] -> keys and values alone."""
+        dim = x.shape[1]
+        rows = _normed_linear(x, self.norm_attention, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        return rows.unflatten(1, (2, *self.heads)).unbind(1)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [T, D] and what its rows found [T, H, d] -> the layer's output [T, D]."""
+        attended, norm = attended.flatten(1), self.norm_ffn
+        if self.training and self.dropout.p:
+            x = x + self.dropout(self.out(attended))
+            return x + self.dropout(self.ffn_out(F.gelu(self.ffn_in(norm(x)))))
+        x = ops.linear(attended, self.out.weight, self.out.bias, residual=x)
+        weights = (self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias)
+        return ops.feed_forward(x, (norm.weight, norm.bias), *weights, eps=norm.eps)
+
+
+def _normed_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.linear(x, weight, bias, norm=(norm.weight, norm.bias), eps=norm.eps)
 
 
 class Backbone(nn.Module):
@@ -66,29 +84,50 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("trained_items", torch.zeros(config.num_items + 1, dtype=torch.bool))
 
-    def embed(self, batch: PackedBatch, prompt: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        """Rows [T, D] of a batch; prompt [K, P, D] is added to the newest rows, index [B] chooses (-1 none)."""
-        rows = ops.embed(batch.items, batch.offsets, self.table, self.position, prompt, index)
-        return self.dropout(rows)
+    def embed(
+        self,
+        items: Tensor,
+        offsets: Tensor,
+        prompt: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        from_end: int = 0,
+    ) -> Tensor:
+        """Rows [T, D] of items [T] by offsets [B + 1], the newest one from_end steps before its history's end.
+
+        prompt [K, P, D] is added to the newest rows, index [B] chooses (-1 none).
+        """
+        return self.dropout(ops.embed(items, offsets, self.table, self.position[from_end:], prompt, index))
 
     def run(
-        self, x: Tensor, offsets: Tensor, plan: ops.AttentionPlan | None = None, prefix: LayerPrefix | None = None
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        plan: ops.AttentionPlan | None = None,
+        prefix: LayerPrefix | None = None,
+        read: Tensor | None = None,
     ) -> tuple[list[Tensor], LayerPrefix]:
         """All layers over embedded rows.
 
         x [T, D], offsets [B + 1] -> states (the rows as they came in, then each layer's; the last one normalised) and
-        the keys and values of these rows, to serve as the prefix of others.
+        the keys and values of these rows, to serve as the prefix of others. read [m] int64: rows whose last state is
+        wanted, all by default; the last layer is computed for them alone, its states are [m, D].
         """
         if plan is None:
             plan = ops.attention_plan(offsets, *((prefix.offsets, prefix.index) if prefix else ()))
         states, keys, values = [x], [], []
         for depth, layer in enumerate(self.layers):
-            shared = (prefix.keys[depth], prefix.values[depth], prefix.offsets, prefix.index) if prefix else ()
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, shared=shared) -> Tensor:
-                return ops.prompt_attention(q, k, v, offsets, *shared, plan=plan)
-
-            x, k, v = layer(x, attend)
+            chosen = read if depth == len(self.layers) - 1 else None
+            if chosen is not None and not len(chosen):
+                k, v = layer.keys_values(x)
+                x = x[:0]
+            else:
+                q, k, v = layer.queries_keys_values(x)
+                shared = (prefix.keys[depth], prefix.values[depth], prefix.offsets, prefix.index) if prefix else ()
+                attended = ops.prompt_attention(q, k, v, offsets, *shared, plan=plan)
+                if chosen is not None:
+                    x, attended = x.index_select(0, chosen), attended.index_select(0, chosen)
+                x = layer.finish(x, attended)
             states.append(x)
             keys.append(k)
             values.append(v)
@@ -108,10 +147,11 @@ class Backbone(nn.Module):
         prompt: Tensor | None = None,
         prompt_index: Tensor | None = None,
         prefix: LayerPrefix | None = None,
+        read: Tensor | None = None,
     ) -> list[Tensor]:
-        """States of every layer, num_layers + 1 tensors [T, D]; the last one is normalised."""
-        rows = self.embed(batch, prompt, prompt_index)
-        return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix)[0]
+        """States of every layer, num_layers + 1 tensors [T, D]; the last one is normalised, and [m, D] where read."""
+        rows = self.embed(batch.items, batch.offsets, prompt, prompt_index)
+        return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix, read)[0]
 
 
 def freeze(module: nn.Module) -> None:

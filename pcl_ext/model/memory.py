@@ -4,63 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcl_ext.model.config import BackboneConfig
+from pcl_ext.model.encoded import Encoded, pool
 
 TEXT_DIM = 256
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a readout sees of some histories, all of them read for one task.
-
-    states   num_layers + 1 tensors [T, D], the last one normalised
-    items    [T] ids
-    offsets  [B + 1] int64
-    """
-
-    states: list[Tensor]
-    items: Tensor
-    offsets: Tensor
-
-    def newest(self) -> Tensor:
-        """[B, D] last state of each history; 0 where it is empty."""
-        empty = self.offsets.diff() == 0
-        if not self.items.numel():
-            return self.states[-1].new_zeros(empty.numel(), self.states[-1].shape[1])
-        rows = self.states[-1].index_select(0, (self.offsets[1:] - 1).clamp_min(0))
-        return rows.masked_fill(empty[:, None], 0.0)
-
-    def mean(self, rows: Tensor) -> Tensor:
-        """rows [T, F] -> [B, F], averaged over each history; 0 where it is empty."""
-        lengths = self.offsets.diff().clamp_min(1)[:, None].to(rows.dtype)
-        return self.pool(rows, torch.arange(self.items.numel(), device=rows.device)) / lengths
-
-    def pool(self, rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
-        """rows [N, F], index [T] into them, weights [T] -> [B, F], summed over each history."""
-        bags = {"mode": "sum", "include_last_offset": True, "per_sample_weights": weights}
-        return F.embedding_bag(index.to(torch.int64), rows, self.offsets, **bags)
-
-    def log_lengths(self) -> Tensor:
-        """[B, 1] log(1 + n)."""
-        return self.offsets.diff().to(self.states[-1].dtype).log1p()[:, None]
-
-    def users(self) -> Tensor:
-        """[T] int64, which history each row belongs to."""
-        return torch.repeat_interleave(self.offsets.diff(), output_size=self.items.numel())
-
-    def select(self, users: Tensor) -> Encoded:
-        """The same for some of the users [b] int64."""
-        lengths = self.offsets.diff()[users]
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        first = torch.repeat_interleave(self.offsets[users] - offsets[:-1], lengths)
-        rows = first + torch.arange(first.numel(), device=first.device)
-        return Encoded([state[rows] for state in self.states], self.items[rows], offsets)
 
 
 class Memory(nn.Module):
@@ -68,6 +20,7 @@ class Memory(nn.Module):
 
     num_features = 0
     standardise = True  # whether the head scales these features to mean 0, deviation 1 before the task learns
+    every_state = False  # whether features() reads the states of all rows, not the newest ones alone
 
     def tail(self) -> Tensor | None:
         """[P, D], added to the P newest embeddings of a history, row P - 1 to the newest."""
@@ -112,18 +65,21 @@ class LastState(Memory):
         self.num_features = config.dim
 
     def features(self, encoded: Encoded) -> Tensor:
-        return encoded.newest()
+        return encoded.newest
 
 
 class MeanStates(Memory):
     """Reads the means over time of the embeddings and of every layer's states, and the history's length."""
 
+    every_state = True
+
     def __init__(self, config: BackboneConfig):
         super().__init__()
-        self.num_features = (config.num_layers + 1) * config.dim + 1
+        self.depths = range(config.num_layers + 1)
+        self.num_features = len(self.depths) * config.dim + 1
 
     def features(self, encoded: Encoded) -> Tensor:
-        return torch.cat([encoded.mean(state) for state in encoded.states] + [encoded.log_lengths()], dim=1)
+        return torch.cat([encoded.mean(depth) for depth in self.depths] + [encoded.log_lengths()], dim=1)
 
 
 class ItemMemory(Memory):
@@ -143,7 +99,7 @@ class ItemMemory(Memory):
     def features(self, encoded: Encoded) -> Tensor:
         scale = encoded.offsets.diff().clamp_min(1).to(self.table.dtype).rsqrt()
         weights = F.dropout(scale[encoded.users()], self.dropout, self.training)
-        return encoded.pool(self.table, encoded.items, weights)
+        return pool(self.table, encoded.items, encoded.offsets, weights)
 
 
 class ContextualPrompt(nn.Module):

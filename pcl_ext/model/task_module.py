@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.config import BackboneConfig, MemoryConfig
+from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
 from pcl_ext.model.memory import (
     ContextualPrompt,
-    Encoded,
     ItemMemory,
     LastState,
     MeanStates,
@@ -120,6 +120,11 @@ class Task(nn.Module):
         head = {id(p) for p in self.head.parameters()}
         return [p for p in self.parameters() if id(p) not in head]
 
+    @property
+    def every_state(self) -> bool:
+        """Whether this task reads the states of all rows of a history, not the newest ones alone."""
+        return self.repeats is not None or any(memory.every_state for memory in self.memories.values())
+
     def features(self, encoded: Encoded) -> Tensor:
         """[B, F], what the head reads."""
         parts = [memory.features(encoded) for memory in self.memories.values() if memory.num_features]
@@ -134,10 +139,12 @@ class Task(nn.Module):
         features = torch.where(self.fixed, self.dropout(features), features)
         if self.spec.kind == "items":
             rows = table[self.catalogue] if self.tied else self.head.rows
-            scores = F.linear(self.head.queries(features, encoded.newest()), rows, self.head.bias)
-            columns = self.column_of[encoded.items]
+            scores = F.linear(self.head.queries(features, encoded.newest), rows, self.head.bias)
             if self.repeats is not None:
-                return self.repeats(scores, encoded.states[-1], encoded.users(), columns)
+                for piece in encoded.pieces:
+                    scores = self.repeats(scores, piece.states[-1], piece.users(), self.column_of[piece.items])
+                return scores
+            columns = self.column_of[encoded.items]
             listed = columns >= 0
             return scores.index_put((encoded.users()[listed], columns[listed]), scores.new_tensor(SEEN_SCORE))
         output = self.head(features)

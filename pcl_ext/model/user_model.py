@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model.backbone import Backbone, LayerPrefix, NamedModules, freeze
 from pcl_ext.model.config import MemoryConfig
-from pcl_ext.model.memory import ContextualPrompt, Encoded, hashed_text_vector
+from pcl_ext.model.encoded import Encoded, encode, encode_on_trunk
+from pcl_ext.model.memory import ContextualPrompt, hashed_text_vector
 from pcl_ext.model.task_module import Task
-from pcl_ext.model.trunk import encode_on_shared_trunk
 from pcl_ext.task import TaskSpec
 
 
@@ -146,10 +146,17 @@ class UserModel(nn.Module):
         return index.to(self.device)
 
     def _encode(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> Encoded:
-        """The trunk with each row's own prompts. index [B] int64 into tasks; None: all rows are of tasks[0]."""
+        """Histories with each row's own prompts. index [B] int64 into tasks; None: all rows are of tasks[0].
+
+        While a tail prompt learns on a frozen backbone, what lies before it needs no gradient.
+        """
         prompt, prompt_index = _stack_tails(tasks, index)
         prefix = self._prefix(batch, tasks, index)
-        return Encoded(self.backbone(batch, prompt, prompt_index, prefix), batch.items, batch.offsets)
+        every_state = any(task.every_state for task in tasks)
+        learns = prompt is not None and prompt.requires_grad and torch.is_grad_enabled()
+        if learns and prefix is None and self.backbone_frozen:
+            return encode_on_trunk(self.backbone, batch, prompt, prompt_index, every_state=every_state)[0]
+        return encode(self.backbone, batch, prompt, prompt_index, prefix, every_state=every_state)
 
     def _prefix(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> LayerPrefix | None:
         rows = [task.prefix() for task in tasks]
@@ -174,8 +181,15 @@ class UserModel(nn.Module):
         shared = [name for name, part in parts.items() if part.prefix() is None]
         encoded = {}
         if len(shared) > 1:
-            tails = [parts[name].tail() for name in shared]
-            encoded = dict(zip(shared, encode_on_shared_trunk(self.backbone, batch, tails)))
+            tasks = [parts[name] for name in shared]
+            ways = torch.arange(len(tasks), device=self.device).repeat_interleave(len(batch))
+            prompt, index = _stack_tails(tasks, ways)
+            every_state = any(task.every_state for task in tasks)
+            if prompt is not None:
+                together = encode_on_trunk(self.backbone, batch, prompt, index, every_state=every_state)
+            else:
+                together = [encode(self.backbone, batch, None, None, None, every_state=every_state)] * len(tasks)
+            encoded = dict(zip(shared, together))
         return {
             name: part.features(encoded[name] if name in encoded else self._encode(batch, [part], None))
             for name, part in parts.items()

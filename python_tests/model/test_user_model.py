@@ -5,6 +5,7 @@ import torch
 
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.model.encoded import encode
 from pcl_ext.task import TaskSpec
 
 V, LENGTHS = 40, [5, 0, 1, 12, 30, 3]
@@ -99,8 +100,8 @@ def test_a_zero_tail_prompt_is_the_frozen_backbone(model):
 def test_shared_prefix_equals_prompts_as_tokens_of_every_user(model):
     """Design: attention use 1. Naive: the prompt rows in front of every history, one long causal sequence each."""
     task, batch = add(model, "click", "prefix", 4), pack(histories())
-    shared = model._encode(batch, [task], None).states
-    rows = model.backbone.embed(batch)
+    shared = model.backbone(batch, prefix=model._prefix(batch, [task], None))
+    rows = model.backbone.embed(batch.items, batch.offsets)
     pieces, lengths = [], []
     for user in range(len(batch)):
         own = rows[batch.offsets[user] : batch.offsets[user + 1]]
@@ -121,6 +122,24 @@ def test_shared_trunk_equals_every_task_alone(model):
     together = model.encode(batch)
     for name in SPECS:
         torch.testing.assert_close(together[name], model.encode(batch, [name])[name])
+
+
+@pytest.mark.parametrize("readout", [("last",), ("last", "mean", "item_memory")], ids=str)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_computing_only_what_is_read_changes_nothing(model, placement, readout):
+    """The last layer for the newest rows alone, and gradients through the tails alone, against a whole pass."""
+    task, batch = add(model, "click", placement, 4, readout=readout), pack(histories())
+    got = model(batch, "click")
+    got.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in task.named_parameters()}
+    model.zero_grad()
+    prompt = None if task.tail() is None else task.tail()[None]
+    whole = encode(model.backbone, batch, prompt, None, model._prefix(batch, [task], None), every_state=True)
+    want = task(whole, model.backbone.table)
+    torch.testing.assert_close(got, want)
+    want.square().sum().backward()
+    for name, parameter in task.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("contextual", ["texts", "prompts"])
@@ -194,7 +213,7 @@ def test_each_row_of_a_history_votes_for_its_own_item_where_targets_repeat(model
     plain = model(batch, "again")
     with torch.no_grad():
         task.repeats.vote.weight.normal_()
-    states = model._encode(batch, [task], None).states[-1]
+    states = model.backbone(batch)[-1]  # its prompt is 0
     votes = task.repeats.vote(states)[:, 0]
     want = plain.clone()
     want[0, 0] += votes[0] + votes[2]  # item 5 is column 0; item 30 is not in the catalogue

@@ -1,0 +1,171 @@
+"""Histories as their readers see them, and the ways to compute them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model.backbone import Backbone, LayerPrefix
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of every history, oldest first.
+
+    states   num_layers + 1 tensors [T, D], the last one normalised
+    items    [T] ids
+    offsets  [B + 1] int64
+    """
+
+    states: list[Tensor]
+    items: Tensor
+    offsets: Tensor
+
+    def pool(self, rows: Tensor) -> Tensor:
+        """rows [T, F] -> [B, F], summed over each history."""
+        return pool(rows, torch.arange(len(rows), device=rows.device), self.offsets)
+
+    def users(self) -> Tensor:
+        """[T] int64, which history each row belongs to."""
+        return users_of(self.offsets, len(self.items))
+
+    def select(self, users: Tensor) -> Piece:
+        """The same for some of the users [b] int64."""
+        rows, offsets = _rows_of(self.offsets, users)
+        return Piece([state[rows] for state in self.states], self.items[rows], offsets)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a readout sees of some histories, all of them read for one task.
+
+    items    [T] ids
+    offsets  [B + 1] int64
+    newest   [B, D] last state of each history; 0 where it is empty
+    pieces   together all rows of every history with their states; none where only the newest are read
+    """
+
+    items: Tensor
+    offsets: Tensor
+    newest: Tensor
+    pieces: list[Piece]
+
+    def mean(self, depth: int) -> Tensor:
+        """[B, D], the states of a layer (0: the embeddings) averaged over each history; 0 where it is empty."""
+        total = sum(piece.pool(piece.states[depth]) for piece in self.pieces)
+        return total / self.offsets.diff().clamp_min(1)[:, None].to(total.dtype)
+
+    def log_lengths(self) -> Tensor:
+        """[B, 1] log(1 + n)."""
+        return self.offsets.diff().to(self.newest.dtype).log1p()[:, None]
+
+    def users(self) -> Tensor:
+        """[T] int64, which history each row belongs to."""
+        return users_of(self.offsets, len(self.items))
+
+    def select(self, users: Tensor) -> Encoded:
+        """The same for some of the users [b] int64."""
+        rows, offsets = _rows_of(self.offsets, users)
+        pieces = [piece.select(users) for piece in self.pieces]
+        return Encoded(self.items[rows], offsets, self.newest[users], pieces)
+
+
+def pool(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """rows [N, F], index [T] into them, weights [T] -> [B, F], summed over each of the histories of offsets [B + 1]."""
+    bags = {"mode": "sum", "include_last_offset": True, "per_sample_weights": weights}
+    return F.embedding_bag(index.to(torch.int64), rows, offsets, **bags)
+
+
+def users_of(offsets: Tensor, total: int) -> Tensor:
+    """offsets [B + 1] -> [total] int64, which history each row belongs to."""
+    return torch.repeat_interleave(offsets.diff(), output_size=total)
+
+
+def encode(
+    backbone: Backbone,
+    batch: PackedBatch,
+    prompt: Tensor | None,
+    index: Tensor | None,
+    prefix: LayerPrefix | None,
+    *,
+    every_state: bool,
+) -> Encoded:
+    """One pass over a batch. every_state: all rows' states are read, not the newest ones alone.
+
+    prompt [K, P, D] and index [B] as in `ops.embed`.
+    """
+    newest = _newest_rows(batch.offsets, len(batch.items))
+    states = backbone(batch, prompt, index, prefix, None if every_state else newest)
+    pieces = [Piece(states, batch.items, batch.offsets)] if every_state else []
+    top = states[-1].index_select(0, newest) if every_state else states[-1]
+    return Encoded(batch.items, batch.offsets, _zero_empty(top, batch.offsets), pieces)
+
+
+def encode_on_trunk(
+    backbone: Backbone, batch: PackedBatch, prompt: Tensor, index: Tensor | None, *, every_state: bool
+) -> list[Encoded]:
+    """A batch read in one or more ways that differ by their tail prompts alone: the shared trunk once, then the tails.
+
+    prompt [K, P, D], index [C * B]: which prompt each user has in each of C ways, -1 none; left out for one way and
+    one prompt. Under a causal mask everything before the last P positions is the same for all: T + C B P rows are
+    computed instead of C T, equal up to rounding, and a gradient of the prompts passes through the tails alone.
+    """
+    length = prompt.shape[1]
+    ways = 1 if index is None else len(index) // max(len(batch), 1)
+    trunk_items, trunk_offsets, tail_items, tail_offsets = _cut(batch, length)
+    rows = backbone.embed(trunk_items, trunk_offsets, from_end=length)
+    none = trunk_offsets[:0]
+    trunk, kept = backbone.run(rows, trunk_offsets, read=None if every_state else none)
+
+    items, offsets = tail_items.repeat(ways), _offsets(tail_offsets.diff().repeat(ways))
+    prefix = replace(kept, index=torch.arange(len(batch), device=items.device).repeat(ways))
+    newest = _newest_rows(offsets, len(items))
+    states, _ = backbone.run(
+        backbone.embed(items, offsets, prompt, index), offsets, prefix=prefix, read=None if every_state else newest
+    )
+    top = _zero_empty(states[-1].index_select(0, newest) if every_state else states[-1], offsets)
+    tops = top.split(len(batch)) if len(batch) else [top] * ways
+    if not every_state:
+        return [Encoded(batch.items, batch.offsets, top, []) for top in tops]
+    parts = zip(*(state.split(len(tail_items)) for state in states)) if len(tail_items) else [states] * ways
+    first = Piece(trunk, trunk_items, trunk_offsets)
+    return [
+        Encoded(batch.items, batch.offsets, top, [first, Piece(list(part), tail_items, tail_offsets)])
+        for top, part in zip(tops, parts)
+    ]
+
+
+def _cut(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Items and offsets of what lies before the newest `length` rows of each history, and of these."""
+    kept = batch.lengths.clamp_max(length)
+    row = torch.arange(len(batch.items), device=batch.items.device)
+    in_tail = row >= (batch.offsets[1:] - kept)[batch.users]
+    return batch.items[~in_tail], _offsets(batch.lengths - kept), batch.items[in_tail], _offsets(kept)
+
+
+def _newest_rows(offsets: Tensor, total: int) -> Tensor:
+    """[B] int64, the row of each history's newest item, any where it is empty; none where there are no rows."""
+    return (offsets[1:] - 1).clamp_min(0) if total else offsets[:0]
+
+
+def _zero_empty(newest: Tensor, offsets: Tensor) -> Tensor:
+    """newest [B, D] with 0 where a history is empty; [0, D] where all are."""
+    empty = offsets.diff() == 0
+    if len(newest) < len(empty):
+        return newest.new_zeros(len(empty), newest.shape[1])
+    return newest.masked_fill(empty[:, None], 0.0)
+
+
+def _rows_of(offsets: Tensor, users: Tensor) -> tuple[Tensor, Tensor]:
+    """The packed rows of some users [b], and their offsets [b + 1]."""
+    picked = _offsets(offsets.diff()[users])
+    first = torch.repeat_interleave(offsets[users] - picked[:-1], picked.diff())
+    return first + torch.arange(len(first), device=first.device), picked
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
