@@ -105,28 +105,33 @@ class Backbone(nn.Module):
         offsets: Tensor,
         plan: ops.AttentionPlan | None = None,
         prefix: LayerPrefix | None = None,
-        read: Tensor | None = None,
+        read: str = "every",
     ) -> tuple[list[Tensor], LayerPrefix]:
         """All layers over embedded rows.
 
         x [T, D], offsets [B + 1] -> states (the rows as they came in, then each layer's; the last one normalised) and
-        the keys and values of these rows, to serve as the prefix of others. read [m] int64: rows whose last state is
-        wanted, all by default; the last layer is computed for them alone, its states are [m, D].
+        the keys and values of these rows, to serve as the prefix of others. read says whose last state is wanted:
+        "every" row's; the "newest" of each history that is not empty, [m, D] for m such histories; or "none", [0, D].
         """
         if plan is None:
             plan = ops.attention_plan(offsets, *((prefix.offsets, prefix.index) if prefix else ()))
         states, keys, values = [x], [], []
         for depth, layer in enumerate(self.layers):
-            chosen = read if depth == len(self.layers) - 1 else None
-            if chosen is not None and not len(chosen):
+            shared = (prefix.keys[depth], prefix.values[depth], prefix.offsets, prefix.index) if prefix else ()
+            last = depth == len(self.layers) - 1
+            if last and read == "none":
                 k, v = layer.keys_values(x)
                 x = x[:0]
+            elif last and read == "newest" and not prefix:
+                k, v = layer.keys_values(x)
+                x = x.index_select(0, newest_rows(offsets))
+                x = layer.finish(x, _attend_newest(*layer.queries_keys_values(x), offsets, k, v))
             else:
                 q, k, v = layer.queries_keys_values(x)
-                shared = (prefix.keys[depth], prefix.values[depth], prefix.offsets, prefix.index) if prefix else ()
                 attended = ops.prompt_attention(q, k, v, offsets, *shared, plan=plan)
-                if chosen is not None:
-                    x, attended = x.index_select(0, chosen), attended.index_select(0, chosen)
+                if last and read == "newest":
+                    newest = newest_rows(offsets)
+                    x, attended = x.index_select(0, newest), attended.index_select(0, newest)
                 x = layer.finish(x, attended)
             states.append(x)
             keys.append(k)
@@ -147,11 +152,27 @@ class Backbone(nn.Module):
         prompt: Tensor | None = None,
         prompt_index: Tensor | None = None,
         prefix: LayerPrefix | None = None,
-        read: Tensor | None = None,
+        read: str = "every",
     ) -> list[Tensor]:
-        """States of every layer, num_layers + 1 tensors [T, D]; the last one is normalised, and [m, D] where read."""
+        """States of every layer, num_layers + 1 tensors [T, D]; the last one is normalised, of the rows `run` says."""
         rows = self.embed(batch.items, batch.offsets, prompt, prompt_index)
         return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix, read)[0]
+
+
+def newest_rows(offsets: Tensor) -> Tensor:
+    """offsets [B + 1] -> [m] int64, the newest row of each history that is not empty."""
+    return offsets[1:][offsets.diff() > 0] - 1
+
+
+def _attend_newest(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, all_k: Tensor, all_v: Tensor) -> Tensor:
+    """The newest rows q, k, v [m, H, d] of the histories, each attending to its own history all_k, all_v [T, H, d].
+
+    What lies before a newest row is its prefix; the newest rows in between are prefixes that nobody sees.
+    """
+    ends = newest_rows(offsets)
+    prefix_offsets = torch.stack([ends, ends + 1], 1).flatten()
+    own = torch.arange(len(ends) + 1, device=ends.device)
+    return ops.prompt_attention(q, k, v, own, all_k, all_v, torch.cat([own[:1], prefix_offsets]), 2 * own[:-1])
 
 
 def freeze(module: nn.Module) -> None:

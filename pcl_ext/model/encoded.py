@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcl_ext.batch import PackedBatch
-from pcl_ext.model.backbone import Backbone, LayerPrefix
+from pcl_ext.model.backbone import Backbone, LayerPrefix, newest_rows
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,9 @@ def encode(
 
     prompt [K, P, D] and index [B] as in `ops.embed`.
     """
-    newest = _newest_rows(batch.offsets, len(batch.items))
-    states = backbone(batch, prompt, index, prefix, None if every_state else newest)
+    states = backbone(batch, prompt, index, prefix, "every" if every_state else "newest")
     pieces = [Piece(states, batch.items, batch.offsets)] if every_state else []
-    top = states[-1].index_select(0, newest) if every_state else states[-1]
-    return Encoded(batch.items, batch.offsets, _zero_empty(top, batch.offsets), pieces)
+    return Encoded(batch.items, batch.offsets, _newest(states[-1], batch.offsets, every_state), pieces)
 
 
 def encode_on_trunk(
@@ -118,16 +116,13 @@ def encode_on_trunk(
     ways = 1 if index is None else len(index) // max(len(batch), 1)
     trunk_items, trunk_offsets, tail_items, tail_offsets = _cut(batch, length)
     rows = backbone.embed(trunk_items, trunk_offsets, from_end=length)
-    none = trunk_offsets[:0]
-    trunk, kept = backbone.run(rows, trunk_offsets, read=None if every_state else none)
+    trunk, kept = backbone.run(rows, trunk_offsets, read="every" if every_state else "none")
 
     items, offsets = tail_items.repeat(ways), _offsets(tail_offsets.diff().repeat(ways))
     prefix = replace(kept, index=torch.arange(len(batch), device=items.device).repeat(ways))
-    newest = _newest_rows(offsets, len(items))
-    states, _ = backbone.run(
-        backbone.embed(items, offsets, prompt, index), offsets, prefix=prefix, read=None if every_state else newest
-    )
-    top = _zero_empty(states[-1].index_select(0, newest) if every_state else states[-1], offsets)
+    rows = backbone.embed(items, offsets, prompt, index)
+    states, _ = backbone.run(rows, offsets, prefix=prefix, read="every" if every_state else "newest")
+    top = _newest(states[-1], offsets, every_state)
     tops = top.split(len(batch)) if len(batch) else [top] * ways
     if not every_state:
         return [Encoded(batch.items, batch.offsets, top, []) for top in tops]
@@ -147,17 +142,13 @@ def _cut(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return batch.items[~in_tail], _offsets(batch.lengths - kept), batch.items[in_tail], _offsets(kept)
 
 
-def _newest_rows(offsets: Tensor, total: int) -> Tensor:
-    """[B] int64, the row of each history's newest item, any where it is empty; none where there are no rows."""
-    return (offsets[1:] - 1).clamp_min(0) if total else offsets[:0]
-
-
-def _zero_empty(newest: Tensor, offsets: Tensor) -> Tensor:
-    """newest [B, D] with 0 where a history is empty; [0, D] where all are."""
-    empty = offsets.diff() == 0
-    if len(newest) < len(empty):
-        return newest.new_zeros(len(empty), newest.shape[1])
-    return newest.masked_fill(empty[:, None], 0.0)
+def _newest(states: Tensor, offsets: Tensor, every_state: bool) -> Tensor:
+    """[B, D], the newest states among every one [T, D] or given as they are [m, D]; 0 where a history is empty."""
+    rows = states.index_select(0, newest_rows(offsets)) if every_state else states
+    filled = offsets.diff() > 0
+    if len(rows) == len(filled):
+        return rows
+    return rows.new_zeros(len(filled), rows.shape[1]).index_copy(0, filled.nonzero()[:, 0], rows)
 
 
 def _rows_of(offsets: Tensor, users: Tensor) -> tuple[Tensor, Tensor]:
