@@ -7,6 +7,7 @@
 
 #include "../linear.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace pcl {
 namespace {
@@ -22,7 +23,9 @@ void load_rows(const T* from, int64_t stride, int64_t rows, int64_t dim, typenam
   for (int64_t i = 0; i < rows; i += S::kLanes) {
     const int64_t count = rows - i < S::kLanes ? rows - i : S::kLanes;
     const Rows<typename S::A> some = as_rows<S>(from + i * stride, stride, count, dim, staging);
-    transpose<S>(some.data, some.stride, count, S::round_up(dim), to + i, kBlockRows<S>);
+    for (int64_t c = 0; c < dim; c += S::kLanes) {
+      transpose_square<S>(some.data + c, some.stride, count, to + c * kBlockRows<S> + i, kBlockRows<S>);
+    }
   }
 }
 
@@ -56,7 +59,7 @@ void store_rows(const typename S::A* from, int64_t rows, int64_t features, const
   for (int64_t i = 0; i < rows; i += W) {
     for (int64_t f = 0; f < features; f += W) {
       const int64_t wanted = features - f < W ? features - f : W;
-      transpose_block<S>(from + f * kBlockRows<S> + i, kBlockRows<S>, wanted, square, W);
+      transpose_square<S>(from + f * kBlockRows<S> + i, kBlockRows<S>, wanted, square, W);
       for (int64_t r = 0; r < W && i + r < rows; ++r) {
         const T* more = residual ? residual + (i + r) * residual_row + f : nullptr;
         store_vector<S>(square + r * W, more, wanted, to + (i + r) * to_row + f);
