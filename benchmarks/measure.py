@@ -1,15 +1,36 @@
-"""What benchmarks share: users of realistic lengths, medians, a header of what the machine can do, --json."""
+"""What benchmarks share: users of realistic lengths, medians, a header of what the machine can do, --json.
+
+Memory given back to the system comes back page by page, which a training loop that holds on to its memory does not
+pay for; glibc maps every large block anew. Importing this module makes it keep what it has: the header says so.
+"""
 
 import argparse
+import ctypes
 import json
 import platform
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pcl_ext import ops
+
+
+def keep_memory() -> str:
+    """Have the C library reuse memory instead of mapping it anew; says whether it does."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return "as the C library gives it"
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    done = mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0)
+    return "reused" if done else "as the C library gives it"
+
+
+MEMORY = keep_memory()
 
 
 def lengths_of(users: int, mean: float, *, seed: int = 0) -> Tensor:
@@ -24,59 +45,100 @@ def to_offsets(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def median_ms(run: Callable, *, seconds: float = 0.3, least: int = 3) -> float:
-    """Median wall-clock milliseconds of a call, after one that is not counted."""
-    run()
-    times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[len(times) // 2] * 1e3
+def medians_ms(ways: dict[str, Callable], *, seconds: float = 0.3, least: int = 5) -> dict[str, float]:
+    """Median wall-clock milliseconds of each way, called in turn (A B C A B C ...): what disturbs the machine for a
+    while disturbs all of them. Rounds go on for `seconds` a way, after one that is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    rounds, spent = -1, 0.0
+    while rounds < least or spent < seconds * len(ways):
+        for name, run in ways.items():
+            begin = time.perf_counter()
+            run()
+            if rounds >= 0:
+                times[name].append(time.perf_counter() - begin)
+                spent += times[name][-1]
+        rounds += 1
+    return {name: sorted(t)[len(t) // 2] * 1e3 for name, t in times.items()}
 
 
-def matmul_gflops() -> float:
-    """The float32 matrix-product rate of this run, 2 * n^3 for n = 1024."""
+def median_ms(run: Callable, *, seconds: float = 0.3, least: int = 5) -> float:
+    """medians_ms of a single way."""
+    return medians_ms({"": run}, seconds=seconds, least=least)[""]
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.machine()
+
+
+def machine_rates() -> dict[str, float]:
+    """Of this run: products of 1024 x 1024 matrices (GFLOP/s), a copy of 64 MB (GB/s, bytes read and written)."""
     a, b = torch.randn(2, 1024, 1024)
-    return 2 * 1024**3 / median_ms(lambda: a @ b) / 1e6
+    short_a, short_b = a.bfloat16(), b.bfloat16()
+    source, target = torch.randn(2, 16 << 20)
+    ways = {"float32": lambda: a @ b, "bfloat16": lambda: short_a @ short_b, "copy": lambda: target.copy_(source)}
+    work = {"float32": 2 * 1024**3, "bfloat16": 2 * 1024**3, "copy": 2 * source.nbytes}
+    return {name: work[name] / ms / 1e6 for name, ms in medians_ms(ways).items()}
 
 
-def copy_gbytes() -> float:
-    """The rate of this run's plain copy of 256 MB, bytes read or written once each."""
-    source, target = torch.randn(2, 32 << 20)
-    return 4 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
+def as_markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """The lines of a table; without rows only its head."""
+    shown = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in [columns, *shown]]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
 class Report:
-    """A Markdown table with a header of versions and machine rates; ratio first; --json FILE keeps the numbers."""
+    """A Markdown table with a header of versions and machine rates; ratio first; --json FILE keeps the numbers.
+
+    quick  sizes that show that the benchmark runs, not how fast (--quick)
+    """
 
     def __init__(self, title: str, columns: list[str]):
         parser = argparse.ArgumentParser(description=title)
         parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
         parser.add_argument("--threads", type=int, default=2)
+        parser.add_argument("--quick", action="store_true", help="the smallest shapes only: does it run?")
         self.arguments = parser.parse_args()
         torch.set_num_threads(self.arguments.threads)
-        self.columns, self.rows = columns, []
-        self.matmul, self.copy = matmul_gflops(), copy_gbytes()
+        self.title, self.columns, self.quick = title, columns, self.arguments.quick
+        self.rows: list[tuple] = []
+        self.rates = machine_rates()
+        self.matmul, self.matmul_bfloat16, self.copy = self.rates.values()
         self.machine = {
+            "processor": processor(),
+            "date": date.today().isoformat(),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "processor": platform.machine(),
-            "native": ops.native_status(),
+            "native": ops.native_status().split(".so, ")[-1],
             "threads": torch.get_num_threads(),
-            "matmul_gflops": round(self.matmul, 1),
-            "copy_gbytes": round(self.copy, 2),
+            "memory": MEMORY,
         }
-        print(f"# {title}\n\n{json.dumps(self.machine)}\n")
-        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        print(f"# {title}\n\n{json.dumps(self.machine)}\n\n{describe_rates(self.rates)}\n\n{as_markdown(columns, [])}")
+
+    def shapes(self, shapes: list, quick: list | None = None) -> list:
+        """What to measure: `shapes`, or with --quick `quick`, the first of `shapes` where that is left out."""
+        return (quick or shapes[:1]) if self.quick else shapes
 
     def row(self, *values) -> None:
         """Print one row at once, and keep it."""
-        self.rows.append(dict(zip(self.columns, values)))
-        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values) + " |", flush=True)
+        self.rows.append(values)
+        print(as_markdown(self.columns, [values]).splitlines()[-1], flush=True)
 
     def close(self) -> None:
         """Write the JSON file when one was asked for."""
         if self.arguments.json:
-            with open(self.arguments.json, "w") as file:
-                json.dump({"machine": self.machine, "rows": self.rows}, file, indent=1)
+            kept = {"title": self.title, "machine": self.machine, "rates": self.rates}
+            rows = [dict(zip(self.columns, row)) for row in self.rows]
+            Path(self.arguments.json).write_text(json.dumps({**kept, "rows": rows}, indent=1))
+
+
+def describe_rates(rates: dict[str, float]) -> str:
+    """machine_rates in words."""
+    return (
+        f"Matrix product {rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bfloat16;"
+        f" copy {rates['copy']:.1f} GB/s."
+    )
