@@ -1,0 +1,57 @@
+"""UserModel.encode, no gradient, against a padded PyTorch forward of the same weights, and against length buckets.
+
+All ways get their histories as tensors of ids, padded or packed, with every index made outside the clock. The share of
+the matrix-product rate counts all layers on all real rows.
+"""
+
+import torch
+from measure import Report
+from padded_model import (
+    COLUMNS,
+    QUICK,
+    SHAPES,
+    TASKS,
+    PaddedModel,
+    assert_as_right_as,
+    forward_gflop,
+    make_batch,
+    make_model,
+    padded_ways,
+    report_ways,
+)
+
+
+def bench(report: Report, users: int, dim: int, num_heads: int) -> None:
+    model, batch = make_model(dim, num_heads).eval(), make_batch(users)
+    groups_of, gflop = padded_ways(batch), sum(forward_gflop(batch, dim))
+
+    def ways_of(task: str, twin: PaddedModel) -> dict:
+        prompt, readout = model.task(task).tail().detach().to(twin.dtype), TASKS[task][1]
+        ways = {"fused": lambda: model.encode(batch, [task])[task]}
+        for way, groups in groups_of.items():
+            ways[way] = lambda groups=groups: twin.vectors(groups, prompt, readout)[0]
+        return ways
+
+    for task, (_, readout) in TASKS.items():
+        name = f"D {dim}, {'last state' if readout == ('last',) else 'last state and means'}"
+        ways, exact = (
+            ways_of(task, PaddedModel(model.backbone)),
+            ways_of(task, PaddedModel(model.backbone, torch.double)),
+        )
+        padded = ways["padded"]()
+        for way in ways.values():
+            torch.testing.assert_close(way(), padded)  # no speed without truth
+        report_ways(report, f"{name}, float32", ways, gflop, report.matmul)
+        want, ways = exact["padded"](), ways_of(task, PaddedModel(model.backbone, linear_dtype=torch.bfloat16))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_as_right_as([ways["fused"]()], [ways["padded"]()], [want])
+            report_ways(report, f"{name}, bfloat16", ways, gflop, report.matmul_bfloat16)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    report = Report("encode, users of mean length 64, no gradient, 2 layers; milliseconds", COLUMNS)
+    with torch.no_grad():
+        for shape in report.shapes(SHAPES, QUICK):
+            bench(report, *shape)
+    report.close()

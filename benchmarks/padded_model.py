@@ -1,0 +1,159 @@
+"""The user model in plain PyTorch on padded histories, all together or in length buckets: how it is written elsewhere.
+
+Also what bench_encode.py and bench_train_step.py share: users, models, and how right a result must be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from measure import Report, lengths_of, medians_ms, to_offsets
+from torch import Tensor
+
+from pcl_ext import BackboneConfig, MemoryConfig, TaskSpec, UserModel, ops
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model import Backbone
+
+ITEMS, CLASSES, PROMPTS, MAX_LEN = 4000, 5, 20, 200
+BUCKETS = [8, 16, 32]
+TASKS = {  # what the head reads: the newest state; that and the means of every layer's states
+    "items": (TaskSpec("items", "items"), ("last",)),
+    "label": (TaskSpec("label", "classes", num_classes=CLASSES), ("last", "mean")),
+}
+SHAPES = [(512, 64, 2), (512, 256, 4)]  # users, D, H
+QUICK = [(9, 32, 2)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some of the users [b], padded to the longest of them, and all indices that the model needs.
+
+    items, distance, prompt_row  [b, L], 0 where there is no event; distance from the newest event; PROMPTS: no prompt
+    weights                      [b, 1, L], one over the length, 0 where there is no event
+    """
+
+    users: Tensor
+    items: Tensor
+    distance: Tensor
+    prompt_row: Tensor
+    weights: Tensor
+    lengths: Tensor
+
+
+def in_groups(batch: PackedBatch, groups: int) -> list[Group]:
+    """The users of a batch sorted by length and cut into so many groups; one group keeps them all."""
+    return [_group(batch, users) for users in torch.argsort(batch.lengths).chunk(groups)]
+
+
+def _group(batch: PackedBatch, users: Tensor) -> Group:
+    lengths = batch.lengths[users]
+    items = torch.cat([batch.items[batch.offsets[b] : batch.offsets[b + 1]] for b in users])
+    items = ops.to_padded(items, to_offsets(lengths), int(lengths.max()))
+    distance = lengths[:, None] - 1 - torch.arange(items.shape[1])
+    real = distance >= 0
+    prompt_row = torch.where(real & (distance < PROMPTS), PROMPTS - 1 - distance, PROMPTS)
+    weights = (real / lengths[:, None])[:, None]
+    return Group(users, items, distance.clamp_min(0), prompt_row, weights, lengths)
+
+
+class PaddedModel:
+    """The same weights on padded groups. The top layer is computed for every row, as a model that reads all does.
+
+    dtype         of what is added, normalised and read
+    linear_dtype  of the linear layers' weights: bfloat16 for use under autocast, which then has nothing to cast
+    """
+
+    def __init__(self, backbone: Backbone, dtype=torch.float32, linear_dtype: torch.dtype | None = None):
+        self.config, self.dtype, self.weights = backbone.config, dtype, {}
+        for name, x in backbone.state_dict().items():
+            linear = name.startswith("layers.") and ".norm" not in name
+            self.weights[name] = x.to(linear_dtype if linear and linear_dtype else dtype)
+
+    def states(self, group: Group, prompt: Tensor) -> list[Tensor]:
+        """Embeddings, then each layer's rows [b, L, D], the last ones normalised. prompt [P, D]."""
+        rows = torch.cat([prompt, prompt.new_zeros(1, prompt.shape[1])])
+        x = F.embedding(group.items, self.weights["table"]) + F.embedding(group.distance, self.weights["position"])
+        states = [x + F.embedding(group.prompt_row, rows)]
+        for depth in range(self.config.num_layers):
+            states.append(self._layer(states[-1], f"layers.{depth}."))
+        return [*states[:-1], self._norm(states[-1], "norm")]
+
+    def _layer(self, x: Tensor, layer: str) -> Tensor:
+        heads = (3, self.config.num_heads, -1)
+        qkv = self._linear(self._norm(x, layer + "norm_attention"), layer + "qkv").unflatten(2, heads)
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+        x = x + self._linear(mixed.transpose(1, 2).flatten(2), layer + "out")
+        hidden = F.gelu(self._linear(self._norm(x, layer + "norm_ffn"), layer + "ffn_in"))
+        return x + self._linear(hidden, layer + "ffn_out")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.weights[name + ".weight"], self.weights[name + ".bias"])
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"])
+
+    def vectors(self, groups: list[Group], prompt: Tensor, readout: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """What the head reads [B, F], and the newest states [B, D], in the order of the batch."""
+        features, newest = [], []
+        for group in groups:
+            states = self.states(group, prompt)
+            last = states[-1][torch.arange(len(group.users)), group.lengths - 1]
+            parts = [last]
+            if "mean" in readout:
+                parts += [torch.bmm(group.weights.to(state.dtype), state)[:, 0] for state in states]
+                parts.append(group.lengths.to(self.dtype).log1p()[:, None])
+            newest.append(last)
+            features.append(torch.cat(parts, 1))
+        place = torch.argsort(torch.cat([group.users for group in groups]))
+        return torch.cat(features)[place], torch.cat(newest)[place]
+
+
+def make_model(dim: int, num_heads: int) -> UserModel:
+    """A frozen 2-layer backbone and the tasks, nothing of which is zero; no dropout, so that steps can be compared."""
+    model = UserModel(Backbone(BackboneConfig(ITEMS, dim, num_heads, max_len=MAX_LEN, dropout=0.0)))
+    model.freeze_backbone()
+    for spec, readout in TASKS.values():
+        tied = True if spec.kind == "items" else None
+        task = model.add_task(spec, MemoryConfig(prompt_len=PROMPTS, readout=readout, tied=tied, dropout=0.0))
+        with torch.no_grad():
+            for parameter in task.parameters():
+                parameter.normal_(std=0.05)
+    return model
+
+
+def padded_ways(batch: PackedBatch) -> dict:
+    """Groups of each PyTorch way: "padded", and the numbers of buckets."""
+    return {"padded": in_groups(batch, 1), **{groups: in_groups(batch, groups) for groups in BUCKETS}}
+
+
+def make_batch(users: int) -> PackedBatch:
+    """Lognormal lengths of mean 64, at most MAX_LEN; items of the lower half, so that the upper half is new to all."""
+    lengths = lengths_of(users, 64).clamp_max(MAX_LEN)
+    return PackedBatch.from_packed(torch.randint(1, ITEMS // 2, (int(lengths.sum()),)), to_offsets(lengths))
+
+
+def assert_as_right_as(got: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+    """Each tensor is at most twice as far from the float64 one as PyTorch's, root mean square."""
+    for ours, other, want in zip(got, theirs, exact, strict=True):
+        error, allowed = (ours.double() - want).norm(), 2 * (other.double() - want).norm()
+        if error > allowed:
+            raise AssertionError(f"error {error:.3e}, PyTorch's {allowed / 2:.3e}")
+
+
+def forward_gflop(batch: PackedBatch, dim: int, num_layers: int = 2) -> tuple[float, float]:
+    """Operations (1e9) of all linear layers and of all attention on the real rows; heads aside."""
+    linear = 24 * dim**2 * batch.items.numel()
+    attention = 4 * dim * int((batch.lengths * (batch.lengths + 1) // 2).sum())
+    return num_layers * linear / 1e9, num_layers * attention / 1e9
+
+
+def report_ways(report: Report, name: str, ways: dict, gflop: float, rate: float) -> None:
+    """Time "fused", "padded" and each number of buckets; one row. rate: GFLOP/s of the matrix product."""
+    ms = medians_ms(ways, least=3)
+    ours, padded, buckets = ms["fused"], ms["padded"], min(ms[groups] for groups in BUCKETS)
+    report.row(name, padded / ours, buckets / ours, ours, padded, buckets, 100 * gflop / ours * 1e3 / rate)
+
+
+COLUMNS = ["what", "padded / fused", "buckets / fused", "fused", "padded", "best of 8, 16, 32 buckets", "% of product"]
