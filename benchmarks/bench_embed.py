@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from measure import Report, lengths_of, median_ms, to_offsets
+from measure import Report, lengths_of, medians_ms, to_offsets
 
 from pcl_ext import ops
 
@@ -33,15 +33,16 @@ def bench(report: Report, mean: int, dim: int) -> None:
 
     torch.testing.assert_close(fused(position, prompt), theirs(position, prompt))  # no speed without truth
     torch.testing.assert_close(backward(fused), backward(theirs), rtol=1e-4, atol=1e-4)
-    ours, other = median_ms(lambda: fused(position, prompt)), median_ms(lambda: theirs(position, prompt))
+    ways = {"fused": fused, "theirs": theirs}
+    ours, other = medians_ms({name: lambda way=way: way(position, prompt) for name, way in ways.items()}).values()
     report.row(f"mean {mean}, D {dim}, forward", other / ours, ours, other)
-    ours, other = median_ms(lambda: backward(fused)), median_ms(lambda: backward(theirs))
+    ours, other = medians_ms({name: lambda way=way: backward(way) for name, way in ways.items()}).values()
     report.row(f"mean {mean}, D {dim}, forward and backward", other / ours, ours, other)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     report = Report(f"embed, float32, {USERS} users; milliseconds", ["what", "ratio", "fused", "gather + add + add"])
-    for shape in SHAPES:
+    for shape in report.shapes(SHAPES):
         bench(report, *shape)
     report.close()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from measure import Report, lengths_of, median_ms, to_offsets
+from measure import Report, lengths_of, medians_ms, to_offsets
 
 from pcl_ext import ops
 
@@ -25,7 +25,7 @@ def bench(report: Report, users: int, mean: int, picked: int) -> None:
         return torch.from_numpy(flat[index]), torch.from_numpy(np.concatenate([[0], ends]))
 
     torch.testing.assert_close(fused(), theirs(), rtol=0, atol=0)  # no speed without truth
-    ours, other = median_ms(fused), median_ms(theirs)
+    ours, other = medians_ms({"fused": fused, "theirs": theirs}).values()
     share = 100 * 2 * fused()[0].nbytes / ours / 1e6 / report.copy
     report.row(f"{users} users, mean {mean}, {picked} picked", other / ours, ours, other, share)
 
@@ -33,6 +33,6 @@ def bench(report: Report, users: int, mean: int, picked: int) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     report = Report("gather_histories, int32; milliseconds", ["what", "ratio", "fused", "numpy", "% of copy"])
-    for shape in SHAPES:
+    for shape in report.shapes(SHAPES):
         bench(report, *shape)
     report.close()

@@ -107,6 +107,6 @@ if __name__ == "__main__":
         f"prompt_attention, float32, {ROWS} rows, {PROMPTS} prompts, {HEADS} heads; milliseconds",
         ["what", "ratio to the best", "fused", "padded", "best of 8 to 64 buckets", "loop", "% of matrix product"],
     )
-    for shape in SHAPES:
+    for shape in report.shapes(SHAPES):
         bench(report, *shape)
     report.close()

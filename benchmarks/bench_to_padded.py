@@ -1,7 +1,7 @@
 """to_padded against PyTorch's boolean mask, and against a plain copy of the same bytes."""
 
 import torch
-from measure import Report, lengths_of, median_ms, to_offsets
+from measure import Report, lengths_of, medians_ms, to_offsets
 
 from pcl_ext import ops
 
@@ -26,7 +26,7 @@ def bench(report: Report, mean: int, dim: int) -> None:
         return out
 
     torch.testing.assert_close(fused(), theirs(), rtol=0, atol=0)  # no speed without truth
-    ours, other = median_ms(fused), median_ms(theirs)
+    ours, other = medians_ms({"fused": fused, "theirs": theirs}).values()
     share = 100 * moved / ours / 1e6 / report.copy
     report.row(f"mean {mean}, D {dim}", other / ours, ours, other, share)
 
@@ -34,6 +34,6 @@ def bench(report: Report, mean: int, dim: int) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     report = Report(f"to_padded, {USERS} users; milliseconds", ["what", "ratio", "fused", "mask", "% of copy"])
-    for shape in SHAPES:
+    for shape in report.shapes(SHAPES):
         bench(report, *shape)
     report.close()
