@@ -2,7 +2,8 @@
 #   make dev        create it and install the package with its extras
 #   make demo       and run the demonstration; DATA=folder takes a data folder of one's own, CUDA=1 turns PCL_CUDA on (no CUDA kernels yet)
 #   make test       and run the tests; make test-all runs those that take minutes too
-#   make lint       check style;  make bench  measure every op
+#   make sanitize   run the tests of the ops against a build that watches memory and arithmetic (gcc)
+#   make lint       check style;  make bench  measure everything, into benchmarks/results/
 PYTHON ?= python3
 VENV ?= .venv
 CUDA ?= 0
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find csrc pcl_ext -type f ! -name '*.so' ! -name '*.pyc')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: dev demo test test-all lint bench
+.PHONY: dev demo test test-all sanitize lint bench
 .DELETE_ON_ERROR:
 
 dev: $(INSTALLED)
@@ -31,13 +32,29 @@ test: $(INSTALLED)
 test-all: test
 	timeout 2400 $(BIN)/pytest -m slow || [ $$? -eq 5 ]
 
+# A build and a target folder of its own. The interpreter is not built with the sanitizers, so their libraries come first,
+# with the C++ library, whose exceptions they follow; torch and Python leak at exit by design; each object of Python's is
+# a block of its own.
+SANITIZE := $(CURDIR)/build/sanitize
+WATCH = LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZE)/site
+
+sanitize: $(SANITIZE)/.installed
+	$(WATCH) $(BIN)/pytest python_tests/ops
+
+$(SANITIZE)/.installed: $(SOURCES) $(INSTALLED)
+	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site \
+		--config-settings=build-dir=$(SANITIZE)/objects --config-settings=cmake.build-type=RelWithDebInfo \
+		--config-settings=cmake.define.PCL_SANITIZE=ON --config-settings=cmake.define.PCL_CUDA=OFF .
+	touch $@
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 bench: $(INSTALLED)
-	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file; done
+	$(BIN)/python benchmarks/run_all.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -15,6 +15,9 @@
 #include "prompt_attention.h"
 #include "to_packed.h"
 #include "to_padded.h"
+#ifdef PCL_SANITIZE
+#include "sanitize/bugs.h"
+#endif
 
 namespace nb = nanobind;
 
@@ -231,4 +234,8 @@ NB_MODULE(_C, m) {
   m.def("plan_batches", &plan_batches);
   m.def("isas", &isas);
   m.def("compiler", [] { return "g++ " __VERSION__; });
+#ifdef PCL_SANITIZE
+  m.def("read_past_the_end", [](uintptr_t p, int64_t count) { return pcl::read_past_the_end(at<float>(p), count); });
+  m.def("overflow_an_int", &pcl::overflow_an_int);
+#endif
 }
