@@ -41,11 +41,11 @@ def bench(report: Report, users: int, dim: int, num_heads: int) -> None:
         padded = ways["padded"]()
         for way in ways.values():
             torch.testing.assert_close(way(), padded)  # no speed without truth
-        report_ways(report, f"{name}, float32", ways, gflop, report.matmul)
+        report_ways(report, f"{name}, float32", ways, gflop, torch.float32)
         want, ways = exact["padded"](), ways_of(task, PaddedModel(model.backbone, linear_dtype=torch.bfloat16))
         with torch.autocast("cpu", torch.bfloat16):
             assert_as_right_as([ways["fused"]()], [ways["padded"]()], [want])
-            report_ways(report, f"{name}, bfloat16", ways, gflop, report.matmul_bfloat16)
+            report_ways(report, f"{name}, bfloat16", ways, gflop, torch.bfloat16)
 
 
 if __name__ == "__main__":

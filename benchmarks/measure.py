@@ -31,6 +31,7 @@ def keep_memory() -> str:
 
 
 MEMORY = keep_memory()
+PRODUCT_GFLOP = 2 * 1024**3 / 1e9
 
 
 def lengths_of(users: int, mean: float, *, seed: int = 0) -> Tensor:
@@ -45,9 +46,9 @@ def to_offsets(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def medians_ms(ways: dict[str, Callable], *, seconds: float = 0.3, least: int = 5) -> dict[str, float]:
-    """Median wall-clock milliseconds of each way, called in turn (A B C A B C ...): what disturbs the machine for a
-    while disturbs all of them. Rounds go on for `seconds` a way, after one that is not counted.
+def times_ms(ways: dict[str, Callable], *, seconds: float = 0.3, least: int = 5) -> dict[str, list[float]]:
+    """Wall-clock milliseconds of each call, shortest first. The ways are called in turn (A B C A B C ...), so that what
+    disturbs the machine for a while disturbs all of them. Rounds go on for `seconds` a way, after one not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     rounds, spent = -1, 0.0
@@ -56,10 +57,15 @@ def medians_ms(ways: dict[str, Callable], *, seconds: float = 0.3, least: int = 
             begin = time.perf_counter()
             run()
             if rounds >= 0:
-                times[name].append(time.perf_counter() - begin)
-                spent += times[name][-1]
+                times[name].append(1e3 * (time.perf_counter() - begin))
+                spent += times[name][-1] / 1e3
         rounds += 1
-    return {name: sorted(t)[len(t) // 2] * 1e3 for name, t in times.items()}
+    return {name: sorted(calls) for name, calls in times.items()}
+
+
+def medians_ms(ways: dict[str, Callable], *, seconds: float = 0.3, least: int = 5) -> dict[str, float]:
+    """Median wall-clock milliseconds of each way, called in turn."""
+    return {name: calls[len(calls) // 2] for name, calls in times_ms(ways, seconds=seconds, least=least).items()}
 
 
 def median_ms(run: Callable, *, seconds: float = 0.3, least: int = 5) -> float:
@@ -74,14 +80,22 @@ def processor() -> str:
     return found[1].strip() if found else platform.machine()
 
 
+def matrix_product(dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A product of PRODUCT_GFLOP operations, to be timed among what it is compared with."""
+    a, b = torch.randn(2, 1024, 1024).to(dtype)
+    return lambda: a @ b
+
+
 def machine_rates() -> dict[str, float]:
-    """Of this run: products of 1024 x 1024 matrices (GFLOP/s), a copy of 64 MB (GB/s, bytes read and written)."""
-    a, b = torch.randn(2, 1024, 1024)
-    short_a, short_b = a.bfloat16(), b.bfloat16()
+    """Of this run: matrix products (GFLOP/s), a copy of 64 MB (GB/s, bytes read and written).
+
+    From the shortest call: a machine disturbed just then must not make every share below look large.
+    """
     source, target = torch.randn(2, 16 << 20)
-    ways = {"float32": lambda: a @ b, "bfloat16": lambda: short_a @ short_b, "copy": lambda: target.copy_(source)}
-    work = {"float32": 2 * 1024**3, "bfloat16": 2 * 1024**3, "copy": 2 * source.nbytes}
-    return {name: work[name] / ms / 1e6 for name, ms in medians_ms(ways).items()}
+    products = {"float32": matrix_product(torch.float32), "bfloat16": matrix_product(torch.bfloat16)}
+    work = {"float32": PRODUCT_GFLOP, "bfloat16": PRODUCT_GFLOP, "copy": 2 * source.nbytes / 1e9}
+    times = times_ms({**products, "copy": lambda: target.copy_(source)})
+    return {name: 1e3 * work[name] / calls[0] for name, calls in times.items()}
 
 
 def as_markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
