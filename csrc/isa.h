@@ -5,9 +5,11 @@
 
 namespace pcl {
 
-enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+// The last two of processors are AVX-512 with products of bfloat16; other types keep the kernels of kAvx512 there.
+// kEmulatedTiles computes in plain C++ what AMX would, for tests of bfloat16 kernels; it is never chosen.
+enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kEmulatedTiles = 5 };
 
-// The widest that was compiled and that this processor and system can run.
+// The widest that was compiled and that this processor and system can run. The first call asks Linux for AMX's tiles.
 Isa best_isa();
 
 const char* isa_name(Isa isa);

@@ -38,8 +38,17 @@ void* scratch(int64_t bytes) {
 }
 
 AttentionKernels kernels_of(Scalar dtype, Isa isa) {
+  if (dtype == Scalar::kBfloat16) {
+    if (isa == Isa::kEmulatedTiles) return attention_kernels_emulated_tiles();
+#ifdef PCL_AMX
+    if (isa == Isa::kAmx) return attention_kernels_amx();
+#endif
+#ifdef PCL_AVX512_BF16
+    if (isa == Isa::kAvx512Bf16) return attention_kernels_avx512bf16();
+#endif
+  }
 #ifdef PCL_X86
-  if (dtype != Scalar::kDouble && isa == Isa::kAvx512) return attention_kernels_avx512(dtype);
+  if (dtype != Scalar::kDouble && isa >= Isa::kAvx512 && isa <= Isa::kAmx) return attention_kernels_avx512(dtype);
   if (dtype != Scalar::kDouble && isa == Isa::kAvx2) return attention_kernels_avx2(dtype);
 #endif
   static_cast<void>(isa);
@@ -147,7 +156,7 @@ void Partials::reduce_one(T* grad, int64_t r, int64_t head, void* PrefixSums::* 
 void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* stats, Scalar dtype, Isa isa, int threads) {
   const Sharing sharing(args, threads);
   const AttentionKernels kernels = kernels_of(dtype, isa);
-  const int64_t elements = fwd_scratch(sharing.length, sharing.shared, args.head_dim, sharing.heads);
+  const int64_t elements = kernels.fwd_scratch(sharing.length, sharing.shared, args.head_dim, sharing.heads);
   parallel_for(sharing.tasks, sharing.threads, [&](int64_t task) {
     kernels.fwd(args, out, stats, sharing.at(args, task, scratch(elements * accumulator_bytes(dtype))));
   });
@@ -159,7 +168,7 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
   const Sharing sharing(args, threads);
   const AttentionKernels kernels = kernels_of(dtype, isa);
   const Partials partials(args, grads, dtype);
-  const int64_t elements = bwd_scratch(sharing.length, sharing.shared, args.head_dim, sharing.heads);
+  const int64_t elements = kernels.bwd_scratch(sharing.length, sharing.shared, args.head_dim, sharing.heads);
   parallel_for(sharing.tasks, sharing.threads, [&](int64_t task) {
     const AttentionTask at = sharing.at(args, task, scratch(elements * accumulator_bytes(dtype)));
     PrefixSums sums[kTaskHeads];

@@ -253,7 +253,7 @@ void bwd_task(const AttentionArgs& args, const AttentionGrads& grads, const Pref
 
 template <class S, class T>
 AttentionKernels kernels_of() {
-  return {fwd_task<S, T>, bwd_task<S, T>};
+  return {fwd_task<S, T>, bwd_task<S, T>, fwd_scratch, bwd_scratch};
 }
 
 }  // namespace

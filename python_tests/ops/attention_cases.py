@@ -53,13 +53,13 @@ class Case:
         grads = torch.autograd.grad(out, list(given.values()), grad_out.to(out.dtype))
         return {"out": out.detach(), **dict(zip(given, grads))}
 
-    def run_isa(self, grad_out: Tensor, isa: int) -> dict[str, Tensor]:
-        """run_with_grads by one instruction set's kernels."""
+    def run_isa(self, grad_out: Tensor, isa: int, *, causal=True, scale=None, asked=INPUTS) -> dict[str, Tensor]:
+        """run_with_grads by one instruction set's kernels, for the gradients asked for."""
         plan = ops.attention_plan(self.offsets, self.prefix_offsets, self.prefix_index)
         rows = [None if x is None else x.detach() for x in self.rows.values()]
-        numbers = (plan.batch, plan.num_prefixes, True, rows[0].shape[2] ** -0.5)
+        numbers = (plan.batch, plan.num_prefixes, causal, rows[0].shape[2] ** -0.5 if scale is None else scale)
         out, lse = prompt_attention_op.forward(*rows, plan.work, *numbers, isa=isa)
-        needs = [x is not None for x in rows]
+        needs = [x is not None and name in asked for name, x in zip(INPUTS, rows)]
         grads = prompt_attention_op.backward(grad_out, *rows, plan.work, out, lse, *numbers, needs, isa=isa)
         return {"out": out, **{n: g for n, g, need in zip(INPUTS, grads, needs) if need}}
 

@@ -1,0 +1,173 @@
+// Forward of one chunk and its heads in bfloat16, on an engine of bf16_product.h. See ../prompt_attention.h for what is
+// computed.
+//
+// Keys and values of a head lie packed in one buffer: those of the prefix first, padded to whole panels, packed once for
+// all histories of the chunk, then a history's own. A row of scores runs over both.
+#pragma once
+
+#include "bf16_product.h"
+#include "prompt_attention_kernel.h"
+
+namespace pcl {
+namespace {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// Elements of 4 bytes for histories of at most `length` rows that see at most `shared` prefix rows.
+inline int64_t bf16_fwd_scratch(int64_t length, int64_t shared, int64_t dim, int64_t heads) {
+  const int64_t keys = round_up(length, kRowPad) + round_up(shared, kRowPad), wide = round_up(dim, kRowPad);
+  return heads * keys * wide + 2 * keys * wide + 64 * keys + 64 * kRowPad;
+}
+
+// The rows of one head from `begin` on, as pairs that an engine can read on the left of a product: in place where
+// possible.
+template <class E>
+PairRows left_rows(const AttentionRows& rows, int64_t begin, int64_t count, int64_t head, int64_t dim,
+                   Pieces<uint32_t>& pieces) {
+  const int64_t wide = round_up(dim, kRowPad);
+  uint32_t* scratch = pieces.take(round_up(count, kRowPad) * wide / 2);
+  const Bfloat16* from = row<Bfloat16>(rows, begin, head);
+  if constexpr (E::kRowPad > 1) return copy_pairs(from, rows.row_stride, count, dim, wide, scratch);
+  return as_pairs(from, rows.row_stride, count, dim, wide, scratch);
+}
+
+// Keys and values of a head: `prefix` keys in front, which take `own_begin` columns.
+struct PackedKeys {
+  int64_t prefix, own_begin;
+  uint32_t *key_panels, *value_pairs;
+};
+
+// Packs rows as columns column .. column + count - 1, a multiple of 16.
+inline void pack_keys(const AttentionRows& keys, const AttentionRows& values, int64_t begin, int64_t count, int64_t head,
+                      int64_t dim, int64_t column, const PackedKeys& to, Pieces<uint32_t> pieces) {
+  const int64_t wide = round_up(dim, kRowPad);
+  uint32_t* scratch = pieces.take(count * wide / 2);
+  const auto pairs = [&](const AttentionRows& rows) {
+    return as_pairs(row<Bfloat16>(rows, begin, head), rows.row_stride, count, dim, wide, scratch);
+  };
+  to_panels(pairs(keys), count, wide / 2, to.key_panels + column * wide / 2);
+  const int64_t padded = round_up(column + count, kRowPad) - column;
+  to_row_pairs(pairs(values), count, padded, wide, to.value_pairs + column / 2 * wide);
+}
+
+// Scores in units of log2, at [row, 16 * panel].
+struct StoreScores {
+  float* to;
+  int64_t stride;
+  Floats factor;
+
+  void operator()(int64_t row, int64_t panel, Floats sums) const {
+    Wide::store(to + row * stride + panel * kLanes, sums * factor);
+  }
+};
+
+// Rows of a result times a factor of their own, rounded.
+struct StoreOut {
+  Bfloat16* to;
+  int64_t stride, dim;
+  const float* factors;
+
+  void operator()(int64_t row, int64_t panel, Floats sums) const {
+    store_narrow(to + row * stride + panel * kLanes, sums * Wide::fill(factors[row]), dim - panel * kLanes);
+  }
+};
+
+// Calls step(column, seen keys from it on) for the vectors of [begin, begin + count).
+template <class Step>
+inline void for_vectors(int64_t begin, int64_t count, Step step) {
+  for (int64_t c = 0; c < count; c += kLanes) step(begin + c, count - c);
+}
+
+// Weights 2^(score - largest) of one row, rounded, up to column `end`; 0 where nothing is seen. The row sees `prefix`
+// columns and `own` from own_begin on. Returns one over the sum of the weights.
+inline float softmax_pairs(const float* scores, int64_t prefix, int64_t own_begin, int64_t own, int64_t end,
+                           uint16_t* weights, float* largest) {
+  const Floats lowest = Wide::fill(-__builtin_inff());
+  Floats high = lowest, total{};
+  const auto higher = [&](int64_t c, int64_t left) {
+    Floats x = Wide::load(scores + c);
+    if (left < kLanes) x = Wide::keep(left) ? x : lowest;
+    high = x > high ? x : high;
+  };
+  for_vectors(0, prefix, higher);
+  for_vectors(own_begin, own, higher);
+  const Floats shift = Wide::max(high);
+  const auto weigh = [&](int64_t c, int64_t left) {
+    Floats e = exp2_v(Wide::load(scores + c) - shift);
+    if (left < kLanes) e = Wide::keep(left) ? e : Floats{};
+    store_halves(weights + c, narrow(e));
+    total += e;
+  };
+  for_vectors(0, prefix, weigh);
+  for_vectors(own_begin, own, weigh);
+  for (int64_t c = own_begin + round_up(own, kLanes); c < end; c += kLanes) store_halves(weights + c, Halves{});
+  *largest = shift[0];
+  return 1 / Wide::sum(total)[0];
+}
+
+template <class E>
+void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t begin, int64_t length, int64_t head,
+                      Bfloat16* out, float* stats, Pieces<uint32_t> pieces, Ahead<Bfloat16>& ahead) {
+  const int64_t dim = args.head_dim, wide = round_up(dim, kRowPad), out_row = args.num_heads * dim;
+  pack_keys(args.k, args.v, begin, length, head, dim, keys.own_begin, keys, pieces);
+  const PairRows query = left_rows<E>(args.q, begin, length, head, dim, pieces);
+  const int64_t score_row = round_up(keys.own_begin + length, kRowPad);
+  float* scores = reinterpret_cast<float*>(pieces.take(E::kRows * score_row));
+  uint32_t* weights = pieces.take(E::kRows * score_row / 2);
+  const Floats factor = Wide::fill(static_cast<float>(args.scale) * kLog2E);
+  for (int64_t i = 0; i < length; i += E::kRows) {
+    const int64_t rows = least(E::kRows, length - i), seen = args.causal ? i + rows : length;
+    const int64_t columns = keys.own_begin + seen, depth = round_up(columns, 2 * E::kDepth) / 2;
+    ahead.step();
+    E::multiply({query.data + i * query.stride, query.stride, 1}, {keys.key_panels, kLanes, wide / 2 * kLanes},
+                round_up(dim, 2 * E::kDepth) / 2, rows, round_up(columns, kLanes) / kLanes,
+                StoreScores{scores, score_row, factor});
+    float inverse[E::kRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + head);
+      const int64_t own = args.causal ? i + r + 1 : length;
+      inverse[r] = row_stats[1] =
+          softmax_pairs(scores + r * score_row, keys.prefix, keys.own_begin, own, 2 * depth,
+                        reinterpret_cast<uint16_t*>(weights) + r * score_row, row_stats);
+      row_stats[0] *= kLn2;
+    }
+    E::multiply({weights, score_row / 2, 1}, {keys.value_pairs, wide, kLanes}, depth, rows,
+                round_up(dim, kLanes) / kLanes,
+                StoreOut{out + (begin + i) * out_row + head * dim, out_row, dim, inverse});
+  }
+}
+
+template <class E>
+void bf16_fwd_task(const AttentionArgs& args, void* out, void* stats, const AttentionTask& task) {
+  [[maybe_unused]] const typename E::Session session{};
+  const AttentionPlan& plan = args.plan;
+  const int64_t dim = args.head_dim, wide = round_up(dim, kRowPad);
+  const int64_t first = plan.chunk_begin[task.chunk], last = plan.chunk_begin[task.chunk + 1];
+  const int64_t index = plan.prefix_index[plan.members[first]];
+  const int64_t prefix_begin = index < 0 ? 0 : plan.prefix_offsets[index];
+  const int64_t prefix = index < 0 ? 0 : plan.prefix_offsets[index + 1] - prefix_begin;
+  int64_t longest = 0;
+  for (int64_t m = first; m < last; ++m) {
+    const int64_t length = plan.offsets[plan.members[m] + 1] - plan.offsets[plan.members[m]];
+    longest = length > longest ? length : longest;
+  }
+  Pieces<uint32_t> pieces{static_cast<uint32_t*>(task.scratch)};
+  PackedKeys heads[kTaskHeads];
+  for (int64_t h = 0; h < task.heads; ++h) {
+    const int64_t own_begin = round_up(prefix, kLanes), room = round_up(own_begin + longest, kRowPad);
+    heads[h] = {prefix, own_begin, pieces.take(room * wide / 2), pieces.take(room * wide / 2)};
+    if (prefix) pack_keys(args.prefix_k, args.prefix_v, prefix_begin, prefix, task.head + h, dim, 0, heads[h], pieces);
+  }
+  Ahead<Bfloat16> ahead(dim);
+  ahead.add(args.q);
+  ahead.add(args.k);
+  ahead.add(args.v);
+  ahead.add({out, args.num_heads * dim, dim});
+  for_histories<E::kRows, Bfloat16>(args, task, ahead, [&](int64_t begin, int64_t length, int64_t h) {
+    bf16_fwd_history<E>(args, heads[h], begin, length, task.head + h, static_cast<Bfloat16*>(out),
+                        static_cast<float*>(stats), pieces, ahead);
+  });
+}
+
+}  // namespace
+}  // namespace pcl
