@@ -1,4 +1,4 @@
-"""prompt_attention in float32 against the ways PyTorch has: padding, length buckets, a loop over histories.
+"""prompt_attention in float32 and bfloat16 against the ways PyTorch has: padding, length buckets, a loop over histories.
 
 PyTorch's ways get their inputs padded, with the prompts already in place, outside the clock.
 """
@@ -13,6 +13,18 @@ from pcl_ext import ops
 ROWS, PROMPTS, HEADS = 16_384, 16, 4
 SHAPES = [(20, 64), (64, 32), (64, 64), (64, 128), (400, 64)]  # mean length, head width
 BUCKETS = [8, 16, 32, 64]
+
+
+def matmul_gflops(dtype: torch.dtype) -> float:
+    """The matrix-product rate of this run in a dtype, 2 * n^3 for n = 1024."""
+    a, b = torch.randn(2, 1024, 1024).to(dtype)
+    return 2 * 1024**3 / median_ms(lambda: a @ b) / 1e6
+
+
+def check(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """No speed without truth: at most twice as far from the result in float64 as PyTorch is."""
+    error, allowed = ((x.double() - exact).norm() for x in (ours, theirs))
+    assert error <= 2 * allowed, f"error {error:.3e}, PyTorch's {allowed:.3e}"
 
 
 class Tokens:
@@ -72,26 +84,28 @@ def fused_ways(rows, prefix, offsets):
     return forward, backward
 
 
-def bench(report: Report, mean: int, dim: int) -> None:
+def bench(report: Report, dtype: torch.dtype, matmul: float, mean: int, dim: int) -> None:
     lengths = lengths_of(ROWS // mean, mean)
     total, offsets = int(lengths.sum()), to_offsets(lengths)
-    rows, prefix = list(torch.randn(3, total, HEADS, dim)), list(torch.randn(2, PROMPTS, HEADS, dim))
+    rows = list(torch.randn(3, total, HEADS, dim).to(dtype))
+    prefix = list(torch.randn(2, PROMPTS, HEADS, dim).to(dtype))
     forward, backward = fused_ways(rows, prefix, offsets)
-    blank = torch.zeros(PROMPTS, HEADS, dim)  # prompts ask nothing
+    blank = torch.zeros(PROMPTS, HEADS, dim, dtype=dtype)  # prompts ask nothing
     ways = {groups: Tokens(rows, [blank, *prefix], lengths, groups) for groups in [1, *BUCKETS, len(lengths)]}
-    for way in ways.values():
-        with torch.no_grad():
-            torch.testing.assert_close(forward(), way.packed())  # no speed without truth
+    exact = fused_ways([x.double() for x in rows], [x.double() for x in prefix], offsets)[0]()
+    with torch.no_grad():
+        for way in ways.values():
+            check(forward(), way.packed(), exact)
     with torch.no_grad():
         theirs = {groups: median_ms(way.forward) for groups, way in ways.items()}
     theirs_both = {groups: median_ms(ways[groups].backward) for groups in [1, *BUCKETS]}
     ours, both, prefix_only = (median_ms(run) for run in (forward, lambda: backward(*range(5)), lambda: backward(3, 4)))
     flops = 4 * dim * HEADS * int((lengths * PROMPTS + lengths * (lengths + 1) // 2).sum())
     buckets, buckets_both = (min(t[g] for g in BUCKETS) for t in (theirs, theirs_both))
-    loop, name = theirs[len(lengths)], f"mean {mean}, d {dim}"
+    loop, name = theirs[len(lengths)], f"{str(dtype)[6:]}, mean {mean}, d {dim}"
 
     def share(gflops: float, ms: float) -> float:
-        return 100 * gflops / ms / 1e6 / report.matmul
+        return 100 * gflops / ms / 1e6 / matmul
 
     best = min(buckets, loop, theirs[1])
     report.row(f"{name}, forward", best / ours, ours, theirs[1], buckets, loop, share(flops, ours))
@@ -104,9 +118,10 @@ def bench(report: Report, mean: int, dim: int) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     report = Report(
-        f"prompt_attention, float32, {ROWS} rows, {PROMPTS} prompts, {HEADS} heads; milliseconds",
+        f"prompt_attention, {ROWS} rows, {PROMPTS} prompts, {HEADS} heads; milliseconds",
         ["what", "ratio to the best", "fused", "padded", "best of 8 to 64 buckets", "loop", "% of matrix product"],
     )
-    for shape in report.shapes(SHAPES):
-        bench(report, *shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in report.shapes(SHAPES):
+            bench(report, dtype, *shape)
     report.close()

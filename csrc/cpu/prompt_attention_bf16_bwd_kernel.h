@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kKeyBlock = 96;     // a multiple of every engine's rows
 constexpr int64_t kQueryBlock = 128;  // scores of so many queries are at hand at once
-constexpr int64_t kSegment = 256;     // rows of a chunk that meet the prefix together
+constexpr int64_t kSegment = 128;     // rows of a chunk that meet the prefix together
 
 // Elements of 4 bytes for histories of at most `length` rows that see at most `shared` prefix rows.
 inline int64_t bf16_bwd_scratch(int64_t length, int64_t shared, int64_t dim, int64_t) {
@@ -112,7 +112,8 @@ inline void load_facts(const AttentionArgs& args, const AttentionGrads& grads, c
 
 // Fills the set with the rows of the runs, for the gradients asked for.
 inline void load_queries(const AttentionArgs& args, const AttentionGrads& grads, Asked asked, const Run* runs,
-                         int64_t num_runs, int64_t head, Queries& to, Pieces<uint32_t> pieces) {
+                         int64_t num_runs, int64_t head, Queries& to, Pieces<uint32_t> pieces,
+                         Ahead<Bfloat16>& ahead) {
   const int64_t dim = args.head_dim, wide = round_up(dim, kRowPad), pairs = wide / 2;
   to.count = 0;
   for (int64_t i = 0; i < num_runs; ++i) to.count += runs[i].count;
@@ -129,25 +130,27 @@ inline void load_queries(const AttentionArgs& args, const AttentionGrads& grads,
     }
     return PairRows{scratch, pairs};
   };
-  const auto as_columns = [&](PairRows from, uint32_t* panels) {
-    to_panels(from, to.count, pairs, panels);
-    const int64_t filled = round_up(to.count, kLanes);
-    std::memset(panels + filled * pairs, 0, (to.padded - filled) * pairs * sizeof *panels);
-  };
   const PairRows query = gather(args.q), grad_out = gather(grads.grad_out);
-  as_columns(query, to.query_panels);
-  if (asked.ds()) as_columns(grad_out, to.grad_panels);
-  if (asked.keys) to_row_pairs(query, to.count, to.padded, wide, to.query_pairs);
-  if (asked.values) to_row_pairs(grad_out, to.count, to.padded, wide, to.grad_pairs);
+  const PairRows out = asked.ds() ? gather(grads.out) : PairRows{};
   load_facts(args, grads, runs, num_runs, head, to);
-  if (!asked.ds()) return;
-  const PairRows out = gather(grads.out);
-  for (int64_t i = 0; i < to.padded; i += kLanes) {
-    const PairRows left{grad_out.data + i * grad_out.stride, grad_out.stride};
-    const PairRows right{out.data + i * out.stride, out.stride};
-    Wide::store(to.dot + i, dot_rows(left, right, least(kLanes, to.count - i), pairs));
+  const auto from = [](PairRows rows, int64_t i) { return PairRows{rows.data + i * rows.stride, rows.stride}; };
+  for (int64_t i = 0; i < to.count; i += kLanes) {
+    const int64_t count = least(kLanes, to.count - i), padded = least(kLanes, to.padded - i);
+    ahead.step();
+    to_panels(from(query, i), count, pairs, to.query_panels + i * pairs);
+    if (asked.keys) to_row_pairs(from(query, i), count, padded, wide, to.query_pairs + i * pairs);
+    if (asked.values) to_row_pairs(from(grad_out, i), count, padded, wide, to.grad_pairs + i * pairs);
+    if (!asked.ds()) continue;
+    to_panels(from(grad_out, i), count, pairs, to.grad_panels + i * pairs);
+    Wide::store(to.dot + i, dot_rows(from(grad_out, i), from(out, i), count, pairs));
   }
+  const int64_t filled = round_up(to.count, kLanes), rest = (to.padded - filled) * pairs * sizeof(uint32_t);
+  for (uint32_t* matrix : {to.query_panels, to.query_pairs, to.grad_panels, to.grad_pairs}) {
+    std::memset(matrix + filled * pairs, 0, rest);
+  }
+  std::memset(to.dot + filled, 0, (to.padded - filled) * sizeof *to.dot);
 }
+
 // Adds to or writes float rows.
 struct StoreSums {
   float* to;
@@ -177,7 +180,7 @@ struct StoreRows {
 // One vector of a pair of key rows: scores to P, grad_out v^T to dS / scale. The queries see the first of the keys from
 // lane `first` on, the second from the next; `odd`: there is no second.
 template <bool kMasked, bool kDs>
-inline void probabilities(const Queries& queries, const BlockMemory& memory, int64_t row, int64_t pair_row,
+inline __attribute__((always_inline)) void probabilities(const Queries& queries, const BlockMemory& memory, int64_t row, int64_t pair_row,
                           int64_t column, int64_t q, int64_t first, bool odd) {
   const Floats largest = Wide::load(queries.largest + q), inverse = Wide::load(queries.inverse + q);
   Floats ds[2] = {};
@@ -199,6 +202,21 @@ inline void probabilities(const Queries& queries, const BlockMemory& memory, int
   if constexpr (kDs) store_pairs(memory.ds_pairs + pair_row * memory.stride + q, narrow_pairs(ds[0], ds[1]));
 }
 
+// The columns of a pair of key rows; the first `masked` of them may not be seen.
+template <bool kDs>
+void probability_rows(const Queries& queries, const BlockMemory& memory, int64_t row, int64_t pair_row,
+                      int64_t columns, int64_t masked, int64_t q, int64_t first, bool odd) {
+  int64_t c = 0;
+  for (; c < masked; c += kLanes) {
+    probabilities<true, kDs>(queries, memory, row, pair_row, c, q + c, first - c, odd);
+  }
+  if (odd) {
+    for (; c < columns; c += kLanes) probabilities<false, kDs>(queries, memory, row, pair_row, c, q + c, 0, true);
+  } else {
+    for (; c < columns; c += kLanes) probabilities<false, kDs>(queries, memory, row, pair_row, c, q + c, 0, false);
+  }
+}
+
 // Queries that meet keys: what is the same for all key blocks of a pass.
 struct Pass {
   const AttentionArgs& args;
@@ -209,6 +227,7 @@ struct Pass {
   const BlockMemory& memory;
   float* grad_query;  // [queries, d padded to 16], added to where `add` says or after the first block
   bool add;
+  Ahead<Bfloat16>& ahead;
 };
 
 // P^T and dS^T of the keys j .. j + rows - 1 of a block that begins at j0, and the queries from `start` on.
@@ -229,15 +248,10 @@ void fill_tile(const Pass& pass, int64_t j0, int64_t j, int64_t rows, int64_t st
     product(pass.keys.keys, queries.query_panels, memory.scores, factor);
     if (pass.asked.ds()) product(pass.keys.values, queries.grad_panels, memory.grad_scores, one);
     for (int64_t r = 0; r < rows; r += 2) {
-      const int64_t pair_row = (j - j0 + r) / 2;
-      const bool odd = r + 1 == rows;
-      for (int64_t c = 0; c < columns; c += kLanes) {
-        const int64_t first = j + r - (q + c);
-        const bool masked = pass.causal && first + 1 > 0;
-        const auto step = pass.asked.ds() ? (masked ? probabilities<true, true> : probabilities<false, true>)
-                                          : (masked ? probabilities<true, false> : probabilities<false, false>);
-        step(queries, memory, r, pair_row, c, q + c, first, odd);
-      }
+      const int64_t pair_row = (j - j0 + r) / 2, first = j + r - q;  // the second row's last unseen column is `first`
+      const int64_t masked = pass.causal && first >= 0 ? least(columns, round_up(first + 1, kLanes)) : 0;
+      const auto fill = pass.asked.ds() ? probability_rows<true> : probability_rows<false>;
+      fill(queries, memory, r, pair_row, columns, masked, q, first, r + 1 == rows);
     }
   }
 }
@@ -273,6 +287,7 @@ void meet(const Pass& pass, ToKeys to_keys, ToValues to_values, uint32_t* turned
     const int64_t count = least(kKeyBlock, pass.keys.count - j0);
     for (int64_t j = j0; j < j0 + count; j += E::kRows) {
       const int64_t rows = least(E::kRows, j0 + count - j), start = pass.causal ? j / kStep * kStep : 0;
+      pass.ahead.step();
       fill_tile<E>(pass, j0, j, rows, start);
       const int64_t depth = (round_up(queries.count, 2 * E::kDepth) - start) / 2;
       const auto product = [&](const uint32_t* left, const uint32_t* pairs, auto store) {
@@ -295,21 +310,56 @@ void meet(const Pass& pass, ToKeys to_keys, ToValues to_values, uint32_t* turned
 template <class E>
 class Bf16Backward {
  public:
+  // `next`: the next head is worked on after this one.
   Bf16Backward(const AttentionArgs& args, const AttentionGrads& grads, PrefixSums sums, int64_t chunk, int64_t head,
-               void* scratch)
-      : args_(args), grads_(grads), sums_(sums), head_(head), pieces_{static_cast<uint32_t*>(scratch)} {
+               bool next, void* scratch)
+      : args_(args),
+        grads_(grads),
+        sums_(sums),
+        head_(head),
+        next_(next),
+        pieces_{static_cast<uint32_t*>(scratch)},
+        shared_ahead_(args.head_dim),
+        own_ahead_(args.head_dim) {
     const AttentionPlan& plan = args.plan;
     first_ = plan.chunk_begin[chunk];
     last_ = plan.chunk_begin[chunk + 1];
     const int64_t index = plan.prefix_index[plan.members[first_]];
     if (index >= 0) prefix_ = {plan.prefix_offsets[index], plan.prefix_offsets[index + 1] - plan.prefix_offsets[index]};
-    int64_t rows = 0, longest = 0;
+    int64_t longest = 0;
     for (int64_t m = first_; m < last_; ++m) {
       const int64_t length = history(m).count;
-      rows += length;
+      rows_ += length;
       longest = length > longest ? length : longest;
     }
-    const int64_t most = round_up(longest > kSegment ? longest : kSegment, kRowPad);
+    take_memory(round_up(longest > kSegment ? longest : kSegment, kRowPad));
+  }
+
+  void run() {
+    const Asked shared{grads_.grad_q != nullptr, sums_.k != nullptr, sums_.v != nullptr};
+    const Asked own{grads_.grad_q != nullptr, grads_.grad_k != nullptr, grads_.grad_v != nullptr};
+    const bool with_prefix = prefix_.count > 0 && (shared.ds() || shared.values);
+    const bool with_own = own.ds() || own.values;
+    look_ahead(with_prefix, with_own, own);
+    if (with_prefix) meet_prefix(shared, with_own);
+    if (!with_own) return;
+    int64_t at = 0;
+    for (int64_t m = first_; m < last_; ++m) {
+      const Run rows = history(m);
+      if (rows.count == 0) continue;
+      const int64_t steps = rows.count / kLanes + rows.count / E::kRows + 2;
+      if (m + 1 < last_) {
+        own_ahead_.aim(history(m + 1).begin, history(m + 1).count, head_, steps);
+      } else {
+        own_ahead_.aim(0, 0, 0, 0);
+      }
+      meet_itself(own, rows, grad_query_ + at * sum_row(), with_prefix);
+      at += rows.count;
+    }
+  }
+
+ private:
+  void take_memory(int64_t most) {
     memory_.stride = most + kLanes;
     memory_.p = pieces_.take(E::kRows * memory_.stride / 2);
     memory_.ds = pieces_.take(E::kRows * memory_.stride / 2);
@@ -317,24 +367,24 @@ class Bf16Backward {
     memory_.scores = reinterpret_cast<float*>(pieces_.take(E::kRows * kQueryBlock));
     memory_.grad_scores = reinterpret_cast<float*>(pieces_.take(E::kRows * kQueryBlock));
     turned_ = pieces_.take(E::kRows * kKeyBlock / 2);
-    queries_ = take_queries(most, round_up(args.head_dim, kRowPad), pieces_);
-    grad_query_ = reinterpret_cast<float*>(pieces_.take(grads.grad_q ? rows * sum_row() : 0));
+    queries_ = take_queries(most, round_up(args_.head_dim, kRowPad), pieces_);
+    grad_query_ = reinterpret_cast<float*>(pieces_.take(grads_.grad_q ? rows_ * sum_row() : 0));
   }
 
-  void run() {
-    const Asked shared{grads_.grad_q != nullptr, sums_.k != nullptr, sums_.v != nullptr};
-    const Asked own{grads_.grad_q != nullptr, grads_.grad_k != nullptr, grads_.grad_v != nullptr};
-    const bool with_prefix = prefix_.count > 0 && (shared.ds() || shared.values);
-    if (with_prefix) meet_prefix(shared);
-    if (!own.ds() && !own.values) return;
-    int64_t at = 0;
-    for (int64_t m = first_; m < last_; ++m) {
-      if (history(m).count) meet_itself(own, history(m), grad_query_ + at * sum_row(), with_prefix);
-      at += history(m).count;
+  // What is asked for while other rows are worked on.
+  void look_ahead(bool with_prefix, bool with_own, Asked own) {
+    Ahead<Bfloat16>& queries = with_prefix ? shared_ahead_ : own_ahead_;
+    queries.add(args_.q);
+    queries.add(grads_.grad_out);
+    queries.add(grads_.out);
+    if (!with_own) return;
+    own_ahead_.add(args_.k);
+    if (own.ds()) own_ahead_.add(args_.v);
+    for (void* grad : {grads_.grad_q, grads_.grad_k, grads_.grad_v}) {
+      if (grad) own_ahead_.add({grad, args_.num_heads * args_.head_dim, args_.head_dim});
     }
   }
 
- private:
   int64_t sum_row() const { return pad_up(args_.head_dim); }
 
   Run history(int64_t m) const {
@@ -342,15 +392,25 @@ class Bf16Backward {
     return {begin, args_.plan.offsets[b + 1] - begin};
   }
 
-  void meet_prefix(Asked asked) {
+  void meet_prefix(Asked asked, bool with_own) {
     Pieces<uint32_t> pieces = pieces_;
     const KeyRows keys = load_keys<E>(args_.prefix_k, args_.prefix_v, prefix_.begin, prefix_.count, head_,
                                       args_.head_dim, asked.query, pieces);
     Run runs[kSegment];
     int64_t num_runs = 0, waiting = 0, done = 0;
     const auto meet_segment = [&] {
-      load_queries(args_, grads_, asked, runs, num_runs, head_, queries_, pieces);
-      const Pass pass{args_, asked, false, queries_, keys, memory_, grad_query_ + done * sum_row(), false};
+      const int64_t steps = waiting / kLanes + prefix_.count / E::kRows + 2, left = rows_ - done - waiting;
+      const bool last = left == 0;
+      Ahead<Bfloat16>& ahead = last && with_own ? own_ahead_ : shared_ahead_;
+      if (!last) {
+        ahead.aim(runs[num_runs - 1].begin + runs[num_runs - 1].count, least(left, kSegment), head_, steps);
+      } else if (with_own) {
+        ahead.aim(history(first_).begin, history(first_).count, head_, steps);
+      } else {
+        ahead.aim(history(first_).begin, next_ ? least(rows_, kSegment) : 0, head_ + 1, steps);
+      }
+      load_queries(args_, grads_, asked, runs, num_runs, head_, queries_, pieces, ahead);
+      const Pass pass{args_, asked, false, queries_, keys, memory_, grad_query_ + done * sum_row(), false, ahead};
       const auto store = [&](void* sums, double factor) {
         return [=](int64_t j) {
           return StoreSums{static_cast<float*>(sums) + j * sum_row(), sum_row(), true,
@@ -377,8 +437,8 @@ class Bf16Backward {
     const int64_t dim = args_.head_dim, grad_row = args_.num_heads * dim, first = rows.begin * grad_row + head_ * dim;
     Pieces<uint32_t> pieces = pieces_;
     const KeyRows keys = load_keys<E>(args_.k, args_.v, rows.begin, rows.count, head_, dim, asked.query, pieces);
-    load_queries(args_, grads_, asked, &rows, 1, head_, queries_, pieces);
-    const Pass pass{args_, asked, args_.causal, queries_, keys, memory_, grad_query, add};
+    load_queries(args_, grads_, asked, &rows, 1, head_, queries_, pieces, own_ahead_);
+    const Pass pass{args_, asked, args_.causal, queries_, keys, memory_, grad_query, add, own_ahead_};
     const auto store = [&](void* grad, double factor) {
       return [=](int64_t j) {
         return StoreRows{static_cast<Bfloat16*>(grad) + first + j * grad_row, grad_row, dim,
@@ -396,13 +456,15 @@ class Bf16Backward {
   const AttentionArgs& args_;
   const AttentionGrads& grads_;
   PrefixSums sums_;
-  int64_t head_, first_, last_;
+  int64_t head_, first_, last_, rows_ = 0;
+  bool next_;
   Run prefix_{0, 0};
   Pieces<uint32_t> pieces_;
   BlockMemory memory_;
   uint32_t* turned_;
   Queries queries_;
   float* grad_query_;
+  Ahead<Bfloat16> shared_ahead_, own_ahead_;
 };
 
 template <class E>
@@ -415,7 +477,7 @@ void bf16_bwd_task(const AttentionArgs& args, const AttentionGrads& grads, const
     for (void* sum : {sums[h].k, sums[h].v}) {
       if (sum) std::memset(sum, 0, rows * pad_up(args.head_dim) * sizeof(float));
     }
-    Bf16Backward<E>(args, grads, sums[h], task.chunk, task.head + h, task.scratch).run();
+    Bf16Backward<E>(args, grads, sums[h], task.chunk, task.head + h, h + 1 < task.heads, task.scratch).run();
   }
 }
 
