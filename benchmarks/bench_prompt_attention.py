@@ -1,4 +1,4 @@
-"""prompt_attention in float32 and bfloat16 against the ways PyTorch has: padding, length buckets, a loop over histories.
+"""prompt_attention in float32 and bfloat16 against the ways PyTorch has: padding, length buckets, a loop of histories.
 
 PyTorch's ways get their inputs padded, with the prompts already in place, outside the clock.
 """

@@ -6,10 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "scalar.h"
 #include "simd.h"
 
@@ -18,9 +14,9 @@ namespace {
 
 using Wide = Simd<float, 64, 6, 4>;
 using Floats = Wide::V;
-typedef uint16_t Halves __attribute__((vector_size(32)));       // 16 bfloat16
-typedef uint16_t HalfPairs __attribute__((vector_size(64)));    // 16 pairs
-typedef uint32_t Pairs __attribute__((vector_size(64)));        // the same
+typedef uint16_t Halves __attribute__((vector_size(32)));     // 16 bfloat16
+typedef uint16_t HalfPairs __attribute__((vector_size(64)));  // 16 pairs
+typedef uint32_t Pairs __attribute__((vector_size(64)));      // the same
 typedef uint32_t LoosePairs __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2), may_alias));
 
@@ -34,11 +30,17 @@ inline void store_halves(uint16_t* p, Halves v) { *reinterpret_cast<LooseHalves*
 static constexpr inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 static constexpr inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+}  // namespace
+}  // namespace pcl
+
+#if defined(__AVX512BF16__)
+#include "bf16_pairs_avx512bf16.h"
+#else
+namespace pcl {
+namespace {
+
 // Rounds to nearest, ties to even.
 inline Halves narrow(Floats x) {
-#if defined(__AVX512BF16__)
-  return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
-#else
   Halves halves;
   for (int i = 0; i < kLanes; ++i) {
     Bfloat16 half;
@@ -46,36 +48,29 @@ inline Halves narrow(Floats x) {
     halves[i] = half.bits;
   }
   return halves;
-#endif
 }
 
 // Lane i of the result is the pair (first[i], second[i]), rounded.
 inline Pairs narrow_pairs(Floats first, Floats second) {
-#if defined(__AVX512BF16__)
-  const auto both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
-  const HalfPairs turn = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return reinterpret_cast<Pairs>(
-      _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(turn), reinterpret_cast<__m512i>(both)));
-#else
   const Halves low = narrow(first), high = narrow(second);
   Pairs pairs;
   for (int i = 0; i < kLanes; ++i) pairs[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
   return pairs;
-#endif
 }
 
 // sums + the products of both halves of every pair.
 inline Floats dot_pairs(Floats sums, Pairs a, Pairs b) {
-#if defined(__AVX512BF16__)
-  return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums), reinterpret_cast<__m512bh>(a),
-                                                   reinterpret_cast<__m512bh>(b)));
-#else
   const Pairs high = Pairs{} + 0xffff0000u;
   sums += reinterpret_cast<Floats>(a & high) * reinterpret_cast<Floats>(b & high);
   return sums + reinterpret_cast<Floats>(a << 16) * reinterpret_cast<Floats>(b << 16);
-#endif
 }
+
+}  // namespace
+}  // namespace pcl
+#endif
+
+namespace pcl {
+namespace {
 
 // 2^x for x up to 127; 2^-126 for whatever is below. Relative error 1e-7.
 inline Floats exp2_v(Floats x) {

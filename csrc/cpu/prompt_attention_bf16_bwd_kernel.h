@@ -1,5 +1,5 @@
-// Backward of one chunk and its heads in bfloat16, on an engine of bf16_product.h. See ../prompt_attention.h for what is
-// computed.
+// Backward of one chunk and its heads in bfloat16, on an engine of bf16_product.h. See ../prompt_attention.h for what
+// is computed.
 //
 // Scores are taken with keys as rows and queries as columns, kKeyBlock keys at a time, so that what belongs to a query
 // lies along the lanes and the gradients of keys and values are written once; those of queries are added up in float.
@@ -112,8 +112,7 @@ inline void load_facts(const AttentionArgs& args, const AttentionGrads& grads, c
 
 // Fills the set with the rows of the runs, for the gradients asked for.
 inline void load_queries(const AttentionArgs& args, const AttentionGrads& grads, Asked asked, const Run* runs,
-                         int64_t num_runs, int64_t head, Queries& to, Pieces<uint32_t> pieces,
-                         Ahead<Bfloat16>& ahead) {
+                         int64_t num_runs, int64_t head, Queries& to, Pieces<uint32_t> pieces, Ahead<Bfloat16>& ahead) {
   const int64_t dim = args.head_dim, wide = round_up(dim, kRowPad), pairs = wide / 2;
   to.count = 0;
   for (int64_t i = 0; i < num_runs; ++i) to.count += runs[i].count;
@@ -180,8 +179,9 @@ struct StoreRows {
 // One vector of a pair of key rows: scores to P, grad_out v^T to dS / scale. The queries see the first of the keys from
 // lane `first` on, the second from the next; `odd`: there is no second.
 template <bool kMasked, bool kDs>
-inline __attribute__((always_inline)) void probabilities(const Queries& queries, const BlockMemory& memory, int64_t row, int64_t pair_row,
-                          int64_t column, int64_t q, int64_t first, bool odd) {
+inline __attribute__((always_inline)) void probabilities(const Queries& queries, const BlockMemory& memory, int64_t row,
+                                                         int64_t pair_row, int64_t column, int64_t q, int64_t first,
+                                                         bool odd) {
   const Floats largest = Wide::load(queries.largest + q), inverse = Wide::load(queries.inverse + q);
   Floats ds[2] = {};
 #pragma GCC unroll 2
@@ -204,8 +204,8 @@ inline __attribute__((always_inline)) void probabilities(const Queries& queries,
 
 // The columns of a pair of key rows; the first `masked` of them may not be seen.
 template <bool kDs>
-void probability_rows(const Queries& queries, const BlockMemory& memory, int64_t row, int64_t pair_row,
-                      int64_t columns, int64_t masked, int64_t q, int64_t first, bool odd) {
+void probability_rows(const Queries& queries, const BlockMemory& memory, int64_t row, int64_t pair_row, int64_t columns,
+                      int64_t masked, int64_t q, int64_t first, bool odd) {
   int64_t c = 0;
   for (; c < masked; c += kLanes) {
     probabilities<true, kDs>(queries, memory, row, pair_row, c, q + c, first - c, odd);
@@ -263,7 +263,8 @@ void add_grad_query(const Pass& pass, int64_t j0, int64_t count, uint32_t* turne
   const int64_t dim = pass.args.head_dim, wide = round_up(dim, kRowPad), stride = round_up(dim, kLanes);
   const Right keys{pass.keys.key_pairs + j0 / 2 * wide, wide, kLanes};
   for (int64_t q = pass.causal ? j0 : 0; q < pass.queries.count; q += E::kRows) {
-    const int64_t rows = least(E::kRows, pass.queries.count - q), seen = pass.causal ? least(count, q + rows - j0) : count;
+    const int64_t rows = least(E::kRows, pass.queries.count - q),
+                  seen = pass.causal ? least(count, q + rows - j0) : count;
     const int64_t depth = round_up(seen, 2 * E::kDepth) / 2;
     const StoreSums store{pass.grad_query + q * stride, stride, pass.add || j0 > 0, Wide::fill(1.0f)};
     if constexpr (E::kRowPad > 1) {

@@ -1,8 +1,8 @@
 // Forward of one chunk and its heads in bfloat16, on an engine of bf16_product.h. See ../prompt_attention.h for what is
 // computed.
 //
-// Keys and values of a head lie packed in one buffer: those of the prefix first, padded to whole panels, packed once for
-// all histories of the chunk, then a history's own. A row of scores runs over both.
+// Keys and values of a head lie packed in one buffer: those of the prefix first, padded to whole panels, packed once
+// for all histories of the chunk, then a history's own. A row of scores runs over both.
 #pragma once
 
 #include "bf16_product.h"
@@ -38,8 +38,8 @@ struct PackedKeys {
 };
 
 // Packs rows as columns column .. column + count - 1, a multiple of 16.
-inline void pack_keys(const AttentionRows& keys, const AttentionRows& values, int64_t begin, int64_t count, int64_t head,
-                      int64_t dim, int64_t column, const PackedKeys& to, Pieces<uint32_t> pieces) {
+inline void pack_keys(const AttentionRows& keys, const AttentionRows& values, int64_t begin, int64_t count,
+                      int64_t head, int64_t dim, int64_t column, const PackedKeys& to, Pieces<uint32_t> pieces) {
   const int64_t wide = round_up(dim, kRowPad);
   uint32_t* scratch = pieces.take(count * wide / 2);
   const auto pairs = [&](const AttentionRows& rows) {
@@ -126,9 +126,8 @@ void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t
     for (int64_t r = 0; r < rows; ++r) {
       float* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + head);
       const int64_t own = args.causal ? i + r + 1 : length;
-      inverse[r] = row_stats[1] =
-          softmax_pairs(scores + r * score_row, keys.prefix, keys.own_begin, own, 2 * depth,
-                        reinterpret_cast<uint16_t*>(weights) + r * score_row, row_stats);
+      inverse[r] = row_stats[1] = softmax_pairs(scores + r * score_row, keys.prefix, keys.own_begin, own, 2 * depth,
+                                                reinterpret_cast<uint16_t*>(weights) + r * score_row, row_stats);
       row_stats[0] *= kLn2;
     }
     E::multiply({weights, score_row / 2, 1}, {keys.value_pairs, wide, kLanes}, depth, rows,

@@ -103,7 +103,7 @@ def test_only_what_is_asked_for(asked, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("heads, dim", [(3, 32), (3, 16), (5, 33)])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 32), (3, 16), (5, 33)])
 def test_strided_rows_give_the_same_bits(heads, dim, isa):
     case = make([5, 9], dtype=torch.bfloat16, heads=heads, dim=dim)
     grad_out = torch.randn(14, heads, dim).to(torch.bfloat16)
