@@ -8,7 +8,7 @@
 //   out         [T, D]   contiguous, of x's dtype
 // gelu(u) = u/2 (1 + erf(u / sqrt 2)). Backward, for frozen weights: grad_x of grad_out. It reads weight_in, and
 // weight_in_t [D, F] and weight_out_t [F, D] transposed.
-// dtypes, sums, bits and who checks: as linear.h says.
+// The weights' dtypes, sums, bits and who checks: as linear.h says.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,12 @@ FeedForwardKernels feed_forward_kernels_baseline(bool wide);
 FeedForwardKernels feed_forward_kernels_avx2();
 FeedForwardKernels feed_forward_kernels_avx512();
 
+// For bfloat16 weights whose dimensions are multiples of 32.
+FeedForwardKernels feed_forward_kernels_avx512bf16();
+FeedForwardKernels feed_forward_kernels_amx();
+FeedForwardKernels feed_forward_kernels_emulated_tiles();
+
 // Elements of scratch for a block.
-constexpr int64_t feed_forward_scratch(int64_t dim) { return (4 * dim + 272) * 64 + 16 * (dim + 32); }
+constexpr int64_t feed_forward_scratch(int64_t dim) { return (6 * dim + 400) * 64 + 16 * (dim + 32); }
 
 }  // namespace pcl

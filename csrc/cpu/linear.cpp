@@ -7,9 +7,18 @@
 namespace pcl {
 namespace {
 
-LinearKernels kernels_of(Scalar dtype, Isa isa) {
+LinearKernels kernels_of(Scalar dtype, Scalar weight, Isa isa) {
+  if (weight == Scalar::kBfloat16) {
+#ifdef PCL_AMX
+    if (isa == Isa::kAmx) return linear_kernels_amx();
+#endif
+#ifdef PCL_AVX512_BF16
+    if (isa == Isa::kAvx512Bf16) return linear_kernels_avx512bf16();
+#endif
+    return linear_kernels_emulated_tiles();
+  }
 #ifdef PCL_X86
-  if (dtype != Scalar::kDouble && isa == Isa::kAvx512) return linear_kernels_avx512();
+  if (dtype != Scalar::kDouble && isa >= Isa::kAvx512 && isa <= Isa::kAmx) return linear_kernels_avx512();
   if (dtype != Scalar::kDouble && isa == Isa::kAvx2) return linear_kernels_avx2();
 #endif
   static_cast<void>(isa);
@@ -27,13 +36,13 @@ void for_blocks(const LinearArgs& args, int64_t block_rows, int threads, Body bo
 }  // namespace
 
 void linear_fwd_cpu(const LinearArgs& args, void* out, Scalar out_dtype, Isa isa, int threads) {
-  const LinearKernels kernels = kernels_of(args.x.dtype, isa);
+  const LinearKernels kernels = kernels_of(args.x.dtype, args.weight.dtype, isa);
   for_blocks(args, kernels.block_rows, threads,
              [&](int64_t block, void* memory) { kernels.fwd(args, out, out_dtype, block, memory); });
 }
 
 void linear_bwd_cpu(const LinearArgs& args, const Matrix& grad_out, void* grad_x, Isa isa, int threads) {
-  const LinearKernels kernels = kernels_of(args.x.dtype, isa);
+  const LinearKernels kernels = kernels_of(args.x.dtype, args.weight.dtype, isa);
   for_blocks(args, kernels.block_rows, threads,
              [&](int64_t block, void* memory) { kernels.bwd(args, grad_out, grad_x, block, memory); });
 }

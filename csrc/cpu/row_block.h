@@ -152,15 +152,24 @@ void normalise_bwd(const typename S::A* x, const LayerNorm& norm, int64_t rows, 
   }
 }
 
-// A block's product with rows first .. first + count - 1 of a weight, columns from `column` on: to [count][rows] (+)=.
+// Products of a weight with blocks, in the element type of sums. bf16_weights.h has those of bfloat16 pairs.
 template <class S>
-void weigh(const Matrix& weight, int64_t first, int64_t count, int64_t column, int64_t depth,
-           const typename S::A* block, int64_t rows, bool add, typename S::A* to) {
+struct PlainWeights {
   using A = typename S::A;
-  const A* from = static_cast<const A*>(weight.data) + first * weight.stride + column;
-  const Factor<A> pair{from, block, kBlockRows<S>, depth};
-  multiply<S>({weight.stride, 1, kBlockRows<S>, 1, add}, &pair, 1, count, S::round_up(rows), to);
-}
+  using Operand = A;
+  struct Session {};
+
+  // A block as products read it; `to` has room for it.
+  static const A* prepare(const A* block, int64_t, int64_t, A*) { return block; }
+
+  // Rows first .. first + count - 1 of a weight, columns from `column` on, times a block: to [count][rows] (+)=.
+  static void multiply(const Matrix& weight, int64_t first, int64_t count, int64_t column, int64_t depth,
+                       const A* block, int64_t rows, bool add, A* to) {
+    const A* from = static_cast<const A*>(weight.data) + first * weight.stride + column;
+    const Factor<A> pair{from, block, kBlockRows<S>, depth};
+    pcl::multiply<S>({weight.stride, 1, kBlockRows<S>, 1, add}, &pair, 1, count, S::round_up(rows), to);
+  }
+};
 
 // Calls each(first row, rows) for the block with this number.
 template <class S, class Each>

@@ -11,20 +11,21 @@ namespace pcl {
 namespace {
 
 template <int kLanes>
-struct Floats {
+struct FloatVector {
   typedef float V __attribute__((vector_size(4 * kLanes)));
 };
 
 // low and high as one vector.
 template <int kLanes, int... kIndex>
-inline typename Floats<kLanes>::V join(typename Floats<kLanes / 2>::V low, typename Floats<kLanes / 2>::V high,
-                                       std::integer_sequence<int, kIndex...>) {
+inline typename FloatVector<kLanes>::V join(typename FloatVector<kLanes / 2>::V low,
+                                            typename FloatVector<kLanes / 2>::V high,
+                                            std::integer_sequence<int, kIndex...>) {
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(low, high, kIndex...);
 #else
   union {
-    typename Floats<kLanes / 2>::V halves[2];
-    typename Floats<kLanes>::V whole;
+    typename FloatVector<kLanes / 2>::V halves[2];
+    typename FloatVector<kLanes>::V whole;
   } both{{low, high}};
   return both.whole;
 #endif
@@ -32,10 +33,10 @@ inline typename Floats<kLanes>::V join(typename Floats<kLanes / 2>::V low, typen
 
 // The 16 bytes at from, from + step, from + 2 step ..., `count` of them and then zeros, as one vector.
 template <int kLanes>
-inline typename Floats<kLanes>::V gather_quarters(const float* from, int64_t step, int64_t count) {
+inline typename FloatVector<kLanes>::V gather_quarters(const float* from, int64_t step, int64_t count) {
   if constexpr (kLanes == 4) {
     typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-    return count > 0 ? *reinterpret_cast<const Unaligned*>(from) : typename Floats<4>::V{};
+    return count > 0 ? *reinterpret_cast<const Unaligned*>(from) : typename FloatVector<4>::V{};
   } else {
     return join<kLanes>(gather_quarters<kLanes / 2>(from, step, count),
                         gather_quarters<kLanes / 2>(from + kLanes / 8 * step, step, count - kLanes / 8),

@@ -14,6 +14,7 @@ LIBRARY = torch.library.Library("pcl_ext", "FRAGMENT")
 SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # csrc/isa.h
 IMPLS = ("auto", "fused", "reference")
 BEST_ISA = -1
+AVX512_BF16 = 3  # csrc/isa.h: the first that multiplies bfloat16
 
 
 def has_fused() -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops._native import BEST_ISA, C, address, below_autograd, define
-from pcl_ext.ops.linear_op import matrix, readable, wide
+from pcl_ext.ops.linear_op import matrix, operands, readable, wide
 
 _INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight_in, Tensor bias_in, Tensor weight_out"
 
@@ -12,7 +12,7 @@ _INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight_in, Ten
 def forward(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps, *, isa=BEST_ISA):
     """out [T, D]."""
     out = forward_fake(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps)
-    x, weight_in, weight_out = map(readable, (x, wide(weight_in), wide(weight_out)))
+    x, (weight_in, weight_out) = readable(x), operands(isa, weight_in, weight_out)
     norm_weight, norm_bias, bias_in, bias_out = map(wide, (norm_weight, norm_bias, bias_in, bias_out))
     C.feed_forward_fwd(
         *map(matrix, (x, weight_in, weight_out)),
@@ -33,8 +33,9 @@ def forward_fake(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias
 def backward(grad_out, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, eps, *, isa=BEST_ISA):
     """grad_x [T, D]."""
     grad_x = backward_fake(grad_out, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, eps)
-    grad_out, x, weight_in_t, weight_out_t = readable(grad_out), readable(x), wide(weight_in.t()), wide(weight_out.t())
-    norm_weight, norm_bias, weight_in, bias_in = map(wide, (norm_weight, norm_bias, weight_in, bias_in))
+    grad_out, x = readable(grad_out), readable(x)
+    weight_in, weight_in_t, weight_out_t = operands(isa, weight_in, weight_in.t(), weight_out.t())
+    norm_weight, norm_bias, bias_in = map(wide, (norm_weight, norm_bias, bias_in))
     C.feed_forward_bwd(
         *map(matrix, (grad_out, x, weight_in, weight_out_t, weight_in_t)),
         *map(address, (norm_weight, norm_bias)),

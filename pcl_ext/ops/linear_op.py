@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import AVX512_BF16, BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
 
@@ -24,10 +24,18 @@ def wide(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
 
 
+def operands(isa: int, *weights: Tensor) -> list[Tensor]:
+    """Contiguous weights as their products read them: bfloat16 where the instruction set multiplies that and all
+    dimensions are whole tiles, else the dtype of the sums."""
+    isa = len(C.isas()) - 1 if isa == BEST_ISA else isa
+    pairs = isa >= AVX512_BF16 and all(w.dtype == torch.bfloat16 and not any(n % 32 for n in w.shape) for w in weights)
+    return [w.contiguous() if pairs else wide(w) for w in weights]
+
+
 def forward(x, weight, bias, norm_weight, norm_bias, residual, eps, *, isa=BEST_ISA):
     """out [T, N]."""
     out = forward_fake(x, weight, bias, norm_weight, norm_bias, residual, eps)
-    x, weight, residual = readable(x), readable(wide(weight)), readable(residual)
+    x, (weight,), residual = readable(x), operands(isa, weight), readable(residual)
     norm_weight, norm_bias, bias = wide(norm_weight), wide(norm_bias), wide(bias)
     C.linear_fwd(
         *map(matrix, (x, weight, residual)),
@@ -48,7 +56,7 @@ def forward_fake(x, weight, bias, norm_weight, norm_bias, residual, eps):
 def backward(grad_out, x, weight, norm_weight, norm_bias, eps, *, isa=BEST_ISA):
     """grad_x [T, D]."""
     grad_x = backward_fake(grad_out, x, weight, norm_weight, norm_bias, eps)
-    grad_out, x, weight_t = readable(grad_out), readable(x), wide(weight.t())
+    grad_out, x, (weight_t,) = readable(grad_out), readable(x), operands(isa, weight.t())
     norm_weight, norm_bias = wide(norm_weight), wide(norm_bias)
     C.linear_bwd(
         *map(matrix, (grad_out, x, weight_t)),

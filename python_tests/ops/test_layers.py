@@ -10,7 +10,8 @@ from test_prompt_attention import assert_as_right_as
 from pcl_ext import ops
 from pcl_ext.ops import _native
 
-ISAS = range(len(_native.C.isas())) if ops.has_fused() else []
+EMULATED_TILES = 5  # csrc/isa.h
+ISAS = [*range(len(_native.C.isas())), EMULATED_TILES] if ops.has_fused() else []
 CASES = {
     "qkv": lambda: make_linear(70, 64, 192, residual=False),
     "out": lambda: make_linear(70, 64, 64, norm=False),
@@ -46,11 +47,12 @@ def test_fused_is_as_right_as_the_twin(name, dtype):
 
 
 @pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["qkv", "odd widths", "feed-forward", "feed-forward, odd widths"])
-def test_every_instruction_set(name, isa):
+@pytest.mark.parametrize("name", ["qkv", "out", "odd widths", "feed-forward", "feed-forward, odd widths"])
+def test_every_instruction_set(name, isa, dtype):
     exact = CASES[name]()
-    grad_out, case = grad_for(exact, torch.float32), to(exact, torch.float32)
+    grad_out, case = grad_for(exact, dtype), to(exact, dtype)
     want = run_with_grads(case, grad_out, impl="reference")
     exact = run_with_grads(to(case, torch.float64), grad_out, impl="reference")
     exact.pop("residual", None)  # that gradient is grad_out itself
@@ -60,7 +62,7 @@ def test_every_instruction_set(name, isa):
 @pytest.mark.needs_ext
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["wide", "feed-forward"])
+@pytest.mark.parametrize("name", ["qkv", "wide", "feed-forward"])
 def test_neither_threads_nor_company_change_bits(name, isa, dtype):
     case = to(CASES[name](), dtype)
     grad_out = grad_for(case, dtype)
