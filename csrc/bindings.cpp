@@ -98,24 +98,21 @@ EmbedCall embed_call(uintptr_t items, bool wide_items, uintptr_t offsets, uintpt
 }
 
 bool embed_fwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers,
-               uintptr_t table, uintptr_t position, uintptr_t prompt, uintptr_t out, int dtype, int threads) {
+               uintptr_t table, uintptr_t position, uintptr_t prompt, uintptr_t out, int dtype, int isa,
+               int threads) {
   const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
   const nb::gil_scoped_release release;
-  if (!pcl::embed_check_cpu(call.rows, call.shape)) return false;
-  pcl::embed_fwd_cpu(call.rows, at(table), at(position), at(prompt), at(out), call.shape,
-                     static_cast<pcl::Scalar>(dtype), threads);
-  return true;
+  return pcl::embed_fwd_cpu(call.rows, at(table), at(position), at(prompt), at(out), call.shape,
+                            static_cast<pcl::Scalar>(dtype), choose(isa), threads);
 }
 
 bool embed_bwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers,
                uintptr_t grad_out, uintptr_t grad_table, uintptr_t grad_position, uintptr_t grad_prompt, int dtype,
-               int threads) {
+               int isa, int threads) {
   const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
   const nb::gil_scoped_release release;
-  if (!pcl::embed_check_cpu(call.rows, call.shape)) return false;
-  pcl::embed_bwd_cpu(call.rows, at(grad_out), at(grad_table), at(grad_position), at(grad_prompt), call.shape,
-                     static_cast<pcl::Scalar>(dtype), threads);
-  return true;
+  return pcl::embed_bwd_cpu(call.rows, at(grad_out), at(grad_table), at(grad_position), at(grad_prompt), call.shape,
+                            static_cast<pcl::Scalar>(dtype), choose(isa), threads);
 }
 
 bool to_packed(uintptr_t padded, uintptr_t offsets, uintptr_t packed, int64_t batch, int64_t max_seqlen, int64_t total,

@@ -32,15 +32,14 @@ struct EmbedRows {
   const int64_t *offsets, *prompt_index;
 };
 
-// Whether offsets run from 0 to total without falling, ids lie in the table, histories fit the positions and prompt
-// numbers are in -1..K-1.
-bool embed_check_cpu(const EmbedRows& rows, const EmbedShape& shape);
-
-void embed_fwd_cpu(const EmbedRows& rows, const void* table, const void* position, const void* prompt, void* out,
-                   const EmbedShape& shape, Scalar dtype, int threads);
+// Both return false where offsets do not run from 0 to total or fall, a history does not fit the positions, a prompt
+// number is not in -1..K-1, or (forward, and backward of the table) an id is not in the table. What was written by then
+// is of no use.
+bool embed_fwd_cpu(const EmbedRows& rows, const void* table, const void* position, const void* prompt, void* out,
+                   const EmbedShape& shape, Scalar dtype, Isa isa, int threads);
 
 // grad_out [T, D] by grad_stride; gradients contiguous, null where not asked for.
-void embed_bwd_cpu(const EmbedRows& rows, const void* grad_out, void* grad_table, void* grad_position,
-                   void* grad_prompt, const EmbedShape& shape, Scalar dtype, int threads);
+bool embed_bwd_cpu(const EmbedRows& rows, const void* grad_out, void* grad_table, void* grad_position,
+                   void* grad_prompt, const EmbedShape& shape, Scalar dtype, Isa isa, int threads);
 
 }  // namespace pcl

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops._check import check_offset_values, check_range
-from pcl_ext.ops._native import SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
 
 _ROWS = "Tensor items, Tensor offsets"
 _TABLES = "Tensor table, Tensor? position, Tensor? prompt, Tensor? prompt_index"
@@ -35,14 +35,14 @@ def _rows(items: Tensor, offsets: Tensor, prompt_index: Tensor | None) -> list[T
     return [None if x is None else x.contiguous() for x in (items, offsets, prompt_index)]
 
 
-def _call(kernel, rows: list[Tensor | None], numbers: tuple, tensors: tuple, dtype: torch.dtype) -> bool:
+def _call(kernel, rows: list[Tensor | None], numbers: tuple, tensors: tuple, dtype: torch.dtype, isa: int) -> bool:
     items, offsets, prompt_index = map(address, rows)
     pointers = map(address, tensors)
     wide = rows[0].dtype == torch.int64
-    return kernel(items, wide, offsets, prompt_index, numbers, *pointers, SCALARS[dtype], torch.get_num_threads())
+    return kernel(items, wide, offsets, prompt_index, numbers, *pointers, SCALARS[dtype], isa, torch.get_num_threads())
 
 
-def forward(items, offsets, table, position, prompt, prompt_index):
+def forward(items, offsets, table, position, prompt, prompt_index, *, isa=BEST_ISA):
     """out [T, D]."""
     out = forward_fake(items, offsets, table, position, prompt, prompt_index)
     table = packed_rows(table, 1)
@@ -50,7 +50,7 @@ def forward(items, offsets, table, position, prompt, prompt_index):
     prompt = None if prompt is None else prompt.contiguous()
     numbers = _numbers(items, offsets, table, position, prompt, 0)
     rows = _rows(items, offsets, prompt_index)
-    if not _call(C.embed_fwd, rows, numbers, (table, position, prompt, out), table.dtype):
+    if not _call(C.embed_fwd, rows, numbers, (table, position, prompt, out), table.dtype, isa):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
         raise AssertionError("the kernel refused what its rules allow")
     return out
@@ -61,13 +61,13 @@ def forward_fake(items, offsets, table, position, prompt, prompt_index):
     return table.new_empty(items.shape[0], table.shape[1])
 
 
-def backward(grad_out, items, offsets, table, position, prompt, prompt_index, needs):
+def backward(grad_out, items, offsets, table, position, prompt, prompt_index, needs, *, isa=BEST_ISA):
     """Gradients of table, position, prompt; empty where needs says no."""
     grads = backward_fake(grad_out, items, offsets, table, position, prompt, prompt_index, needs)
     grad_out = packed_rows(grad_out, 1)
     numbers = _numbers(items, offsets, table, position, prompt, grad_out.stride(0))
     rows = _rows(items, offsets, prompt_index)
-    if not _call(C.embed_bwd, rows, numbers, (grad_out, *grads), table.dtype):
+    if not _call(C.embed_bwd, rows, numbers, (grad_out, *grads), table.dtype, isa):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
         raise AssertionError("the kernel refused what its rules allow")
     return grads
