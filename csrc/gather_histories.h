@@ -23,8 +23,9 @@ struct PickedRows {
   int64_t count, max_len;
 };
 
-// Writes packed_offsets; false when a row, a cut or an offset of a picked history is out of range.
-bool gather_offsets_cpu(const StoredHistories& stored, const PickedRows& picked, int64_t* packed_offsets);
+// Writes packed_offsets and returns the last; -1 where offsets do not run from 0 to num_values, or a row, a cut or an
+// offset of a picked history is out of range.
+int64_t gather_offsets_cpu(const StoredHistories& stored, const PickedRows& picked, int64_t* packed_offsets);
 
 // Copies the items. packed_offsets as gather_offsets_cpu left them.
 void gather_histories_cpu(const StoredHistories& stored, const PickedRows& picked, const int64_t* packed_offsets,

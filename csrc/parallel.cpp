@@ -35,6 +35,12 @@ struct Job {
   }
 };
 
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 std::atomic<bool> in_forked_child{false};
 
 // Workers sleep until a job has seats left, take a seat, work, and leave. A worker that wakes after the job has closed
@@ -58,11 +64,21 @@ class Pool {
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
     job_ = nullptr;
-    done_.wait(lock, [this] { return working_ == 0; });
+    if (working_ > 0) {
+      lock.unlock();
+      spin();
+      lock.lock();
+      done_.wait(lock, [this] { return working_ == 0; });
+    }
     return true;
   }
 
  private:
+  // The last tasks are nearly done when the caller runs out of them: falling asleep would take longer.
+  void spin() const {
+    for (int i = 0; i < 2000 && working_.load(std::memory_order_relaxed) > 0; ++i) pause();
+  }
+
   void grow(int wanted) {
     while (size_ < wanted) {
       try {
@@ -93,7 +109,7 @@ class Pool {
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
   int seats_ = 0;
-  int working_ = 0;
+  std::atomic<int> working_{0};
   int size_ = 0;
 };
 

@@ -37,8 +37,8 @@ bool check_histories(const EmbedRows& rows, const EmbedShape& shape) {
 // Calls each(task) for tasks of `size` out of `count`.
 template <class Each>
 void share(int64_t count, int64_t size, int threads, Each each) {
-  parallel_for((count + size - 1) / size, threads,
-               [&](int64_t i) { each(EmbedTask{i * size, std::min((i + 1) * size, count)}); });
+  parallel_for_shares((count + size - 1) / size, threads,
+                      [&](int64_t i) { each(EmbedTask{i * size, std::min((i + 1) * size, count)}); });
 }
 
 int threads_of(const EmbedShape& shape, Scalar dtype, int threads) {

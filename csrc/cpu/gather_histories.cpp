@@ -7,18 +7,19 @@
 
 namespace pcl {
 
-bool gather_offsets_cpu(const StoredHistories& stored, const PickedRows& picked, int64_t* packed_offsets) {
+int64_t gather_offsets_cpu(const StoredHistories& stored, const PickedRows& picked, int64_t* packed_offsets) {
+  if (stored.offsets[0] != 0 || stored.offsets[stored.num_histories] != stored.num_values) return -1;
   packed_offsets[0] = 0;
   for (int64_t i = 0; i < picked.count; ++i) {
     const int64_t r = picked.rows[i];
-    if (r < 0 || r >= stored.num_histories) return false;
+    if (r < 0 || r >= stored.num_histories) return -1;
     const int64_t begin = stored.offsets[r], end = stored.offsets[r + 1];
-    if (begin < 0 || end < begin || end > stored.num_values) return false;
+    if (begin < 0 || end < begin || end > stored.num_values) return -1;
     const int64_t length = picked.cut ? picked.cut[i] : end - begin;
-    if (length < 0 || length > end - begin) return false;
+    if (length < 0 || length > end - begin) return -1;
     packed_offsets[i + 1] = packed_offsets[i] + std::min(length, picked.max_len);
   }
-  return true;
+  return packed_offsets[picked.count];
 }
 
 void gather_histories_cpu(const StoredHistories& stored, const PickedRows& picked, const int64_t* packed_offsets,

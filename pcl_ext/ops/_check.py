@@ -1,4 +1,4 @@
-"""Checks the ops share: each names the argument, the rule and what came."""
+"""Checks the ops share: quick ones that say whether all is well, and those that name the argument, the rule and what came."""
 
 import numpy as np
 import torch
@@ -6,6 +6,26 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(value, ndim: int | None, dtypes: tuple) -> bool:
+    """Whether value is an ordinary dense CPU tensor of ndim dimensions with one of dtypes (any when None, empty).
+
+    What an op asks first; only where the answer is no are the checks below worth their time, which say what is wrong.
+    """
+    return (
+        type(value) in _ORDINARY
+        and value.is_cpu
+        and (ndim is None or value.dim() == ndim)
+        and (not dtypes or value.dtype in dtypes)
+        and value.layout is torch.strided
+    )
+
+
+def are_plain_offsets(offsets) -> bool:
+    """Whether check_offsets would find nothing wrong, next to a CPU tensor."""
+    return is_plain(offsets, 1, (torch.int64,)) and len(offsets) > 0
 
 
 def check_tensor(name: str, value, ndim: int | None = None, dtypes: tuple = ()) -> None:

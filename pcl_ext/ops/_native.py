@@ -4,6 +4,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn import Parameter
 
 if find_spec("pcl_ext._C") is None:  # PyTorch-only install
     C = None
@@ -15,6 +18,7 @@ SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # csrc/isa.h
 IMPLS = ("auto", "fused", "reference")
 BEST_ISA = -1
 AVX512_BF16 = 3  # csrc/isa.h: the first that multiplies bfloat16
+CPU = torch.device("cpu")
 
 
 def has_fused() -> bool:
@@ -54,12 +58,23 @@ def define(name: str, schema: str, kernel, fake, autograd: type[torch.autograd.F
         LIBRARY.impl(name, lambda *args: autograd.apply(*args), "Autograd")
 
 
-def call(op, *args):
-    """op(*args), past its autograd layer where no gradient is wanted: that layer costs more than a small op."""
-    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    if wanted or torch.compiler.is_compiling():
+def call(op, kernel, *args):
+    """op(*args), or kernel(*args) where the dispatcher would do nothing else: it costs more than a small op."""
+    if torch.compiler.is_compiling():
         return op(*args)
-    return below_autograd(op, *args)
+    grad, ordinary = torch.is_grad_enabled(), not _is_watched()
+    for a in args:
+        kind = type(a)
+        if kind is Tensor or kind is Parameter or isinstance(a, Tensor):
+            if grad and a.requires_grad:
+                return op(*args)
+            ordinary = ordinary and (kind is Tensor or kind is Parameter)
+    return kernel(*args) if ordinary else below_autograd(op, *args)
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a transform such as vmap, or a trace wants to see every op."""
+    return bool(_len_torch_dispatch_stack()) or peek_interpreter_stack() is not None or _get_tracing_state() is not None
 
 
 def below_autograd(op, *args):

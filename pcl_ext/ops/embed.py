@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor
 
-from pcl_ext.ops import reference
+from pcl_ext.ops import embed_op, reference
 from pcl_ext.ops._check import (
     FLOATS,
     INTEGERS,
+    are_plain_offsets,
     check_like,
     check_offsets,
     check_shape,
     check_tensor,
+    is_plain,
     reads_values,
 )
 from pcl_ext.ops._native import call, use_fused
@@ -34,12 +36,29 @@ def embed(
     may be left out when K == 1. Raises ValueError or TypeError naming what is wrong; on CPU ids outside 0..V are
     refused.
     """
-    _check(items, offsets, table, position, prompt, prompt_index)
+    if not _is_right(items, offsets, table, position, prompt, prompt_index):
+        _check(items, offsets, table, position, prompt, prompt_index)
     if use_fused(impl, table):
-        return call(torch.ops.pcl_ext.embed.default, items, offsets, table, position, prompt, prompt_index)
+        return call(torch.ops.pcl_ext.embed.default, embed_op.forward, items, offsets, table, position, prompt, prompt_index)
     if reads_values(items):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
     return reference.embed(items, offsets, table, position, prompt, prompt_index)
+
+
+def _is_right(items, offsets, table, position, prompt, prompt_index) -> bool:
+    """Whether all are ordinary CPU tensors that fit each other; no means that _check has to look."""
+    if not (is_plain(items, 1, INTEGERS) and are_plain_offsets(offsets) and is_plain(table, 2, FLOATS)):
+        return False
+    (table_rows, dim), dtypes = table.shape, (table.dtype,)
+    if table_rows == 0 or not (position is None or (is_plain(position, 2, dtypes) and position.shape[1] == dim)):
+        return False
+    if prompt is None:
+        return prompt_index is None
+    if not is_plain(prompt, 3, dtypes) or prompt.shape[2] != dim:
+        return False
+    if prompt_index is None:
+        return len(prompt) == 1
+    return is_plain(prompt_index, 1, (torch.int64,)) and len(prompt_index) == len(offsets) - 1
 
 
 def _check(items, offsets, table, position, prompt, prompt_index) -> None:

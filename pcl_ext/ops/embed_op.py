@@ -1,11 +1,10 @@
 """pcl_ext::embed and its backward: the rules on values, schema, kernel, fake, autograd."""
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops._check import check_offset_values, check_range
-from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, packed_rows
 
 _ROWS = "Tensor items, Tensor offsets"
 _TABLES = "Tensor table, Tensor? position, Tensor? prompt, Tensor? prompt_index"
@@ -23,34 +22,31 @@ def check_embed_values(items, offsets, table, position, prompt, prompt_index) ->
         check_range("prompt_index", prompt_index, -1, prompt.shape[0] - 1)
 
 
-def _numbers(items, offsets, table, position, prompt, grad_stride: int) -> tuple[int, ...]:
-    """T, B, D, table rows, max_len (-1: no positions), K, P, row strides of table, position and grad_out."""
-    max_len, position_stride = (-1, 0) if position is None else (position.shape[0], position.stride(0))
+def _inputs(items, offsets, prompt_index, table, position, prompt, grad_stride: int) -> tuple:
+    """What the kernels take first, and what keeps it alive.
+
+    Numbers: T, B, D, table rows, max_len (-1: no positions), K, P, row strides of table, position and grad_out.
+    """
+    items, offsets = items.contiguous(), offsets.contiguous()
+    prompt_index = None if prompt_index is None else prompt_index.contiguous()
+    table_rows, dim = table.shape
+    max_len, position_stride = (-1, 0) if position is None else (len(position), position.stride()[0])
     num_prompts, prompt_len = (0, 0) if prompt is None else prompt.shape[:2]
-    sizes = (items.shape[0], offsets.shape[0] - 1, table.shape[1], table.shape[0], max_len, num_prompts, prompt_len)
-    return (*sizes, table.stride(0), position_stride, grad_stride)
-
-
-def _rows(items: Tensor, offsets: Tensor, prompt_index: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in (items, offsets, prompt_index)]
-
-
-def _call(kernel, rows: list[Tensor | None], numbers: tuple, tensors: tuple, dtype: torch.dtype, isa: int) -> bool:
-    items, offsets, prompt_index = map(address, rows)
-    pointers = map(address, tensors)
-    wide = rows[0].dtype == torch.int64
-    return kernel(items, wide, offsets, prompt_index, numbers, *pointers, SCALARS[dtype], isa, torch.get_num_threads())
+    sizes = (len(items), len(offsets) - 1, dim, table_rows, max_len, num_prompts, prompt_len)
+    numbers = (*sizes, table.stride()[0], position_stride, grad_stride)
+    rows = (items.data_ptr(), items.dtype == torch.int64, offsets.data_ptr(), address(prompt_index))
+    return (*rows, numbers), (items, offsets, prompt_index)
 
 
 def forward(items, offsets, table, position, prompt, prompt_index, *, isa=BEST_ISA):
     """out [T, D]."""
-    out = forward_fake(items, offsets, table, position, prompt, prompt_index)
     table = packed_rows(table, 1)
     position = None if position is None else packed_rows(position, 1)
     prompt = None if prompt is None else prompt.contiguous()
-    numbers = _numbers(items, offsets, table, position, prompt, 0)
-    rows = _rows(items, offsets, prompt_index)
-    if not _call(C.embed_fwd, rows, numbers, (table, position, prompt, out), table.dtype, isa):
+    out = torch.empty(len(items), table.shape[1], dtype=table.dtype, device=CPU)
+    inputs, _kept = _inputs(items, offsets, prompt_index, table, position, prompt, 0)
+    pointers = (table.data_ptr(), address(position), address(prompt), out.data_ptr())
+    if not C.embed_fwd(*inputs, *pointers, SCALARS[table.dtype], isa, torch.get_num_threads()):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
         raise AssertionError("the kernel refused what its rules allow")
     return out
@@ -65,9 +61,9 @@ def backward(grad_out, items, offsets, table, position, prompt, prompt_index, ne
     """Gradients of table, position, prompt; empty where needs says no."""
     grads = backward_fake(grad_out, items, offsets, table, position, prompt, prompt_index, needs)
     grad_out = packed_rows(grad_out, 1)
-    numbers = _numbers(items, offsets, table, position, prompt, grad_out.stride(0))
-    rows = _rows(items, offsets, prompt_index)
-    if not _call(C.embed_bwd, rows, numbers, (grad_out, *grads), table.dtype, isa):
+    inputs, _kept = _inputs(items, offsets, prompt_index, table, position, prompt, grad_out.stride()[0])
+    pointers = map(address, (grad_out, *grads))
+    if not C.embed_bwd(*inputs, *pointers, SCALARS[table.dtype], isa, torch.get_num_threads()):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
         raise AssertionError("the kernel refused what its rules allow")
     return grads

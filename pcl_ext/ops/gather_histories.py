@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import reference
-from pcl_ext.ops._check import check_count
-from pcl_ext.ops._native import C, use_fused
+from pcl_ext.ops._check import check_count, is_plain
+from pcl_ext.ops._native import CPU, C, use_fused
 
-VALUES = {"int32": torch.int32, "int64": torch.int64}
-_CPU = torch.empty(0)
+_NUMBERS = {torch.int64: np.int64}
+_VALUES = {torch.int32: np.int32, **_NUMBERS}
+_ON_CPU = torch.empty(0, device=CPU)
 
 
 def gather_histories(values, offsets, rows, max_len: int, cut=None, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -19,34 +20,42 @@ def gather_histories(values, offsets, rows, max_len: int, cut=None, *, impl: str
     max_len of them are kept. values and offsets may be CPU tensors, numpy arrays or memory maps; only what is picked is
     read. Raises ValueError or TypeError naming what is wrong.
     """
-    values = _array("values", values, (np.int32, np.int64))
-    offsets = _array("offsets", offsets, (np.int64,))
-    rows = _array("rows", rows, (np.int64,))
-    cut = None if cut is None else _array("cut", cut, (np.int64,))
     max_len = check_count("max_len", max_len)
-    _check_ends(values, offsets, rows, cut)
-    if use_fused(impl, _CPU, dtypes=()):
+    if use_fused(impl, _ON_CPU, dtypes=()):
         return _gather(values, offsets, rows, max_len, cut)
     begin, lengths = _ranges(values, offsets, rows, max_len, cut)
-    return reference.gather_histories(values, begin, lengths)
+    return reference.gather_histories(_array("values", values, _VALUES), begin, lengths)
 
 
 def _gather(values, offsets, rows, max_len: int, cut) -> tuple[Tensor, Tensor]:
     """The compiled module's way: read what is picked straight from the arrays' memory."""
-    arrays = [None if x is None else np.ascontiguousarray(x) for x in (values, offsets, rows, cut)]
-    pointers = [0 if x is None else x.ctypes.data for x in arrays]
-    stored = (*pointers[:2], len(values), len(offsets) - 1, values.itemsize)
-    packed_offsets = torch.empty(len(rows) + 1, dtype=torch.int64)
-    picked = (*pointers[2:], len(rows), min(max_len, len(values)), packed_offsets.data_ptr())
-    if not C.gather_offsets(*stored, *picked):
+    values, values_at = _memory("values", values, _VALUES)
+    offsets, offsets_at = _memory("offsets", offsets, _NUMBERS)
+    rows, rows_at = _memory("rows", rows, _NUMBERS)
+    cut, cut_at = (None, 0) if cut is None else _memory("cut", cut, _NUMBERS)
+    _check_lengths(offsets, rows, cut)
+    count, dtype = len(rows), torch.int64 if values.itemsize == 8 else torch.int32
+    packed_offsets = torch.empty(count + 1, dtype=torch.int64, device=CPU)
+    stored = (values_at, offsets_at, len(values), len(offsets) - 1, values.itemsize)
+    picked = (rows_at, cut_at, count, min(max_len, len(values)), packed_offsets.data_ptr())
+    total = C.gather_offsets(*stored, *picked)
+    if total < 0:
         _ranges(values, offsets, rows, max_len, cut)
         raise AssertionError("the kernel refused what its rules allow")
-    packed = torch.empty(int(packed_offsets[-1]), dtype=VALUES[values.dtype.name])
+    packed = torch.empty(total, dtype=dtype, device=CPU)
     C.gather_histories(*stored, *picked, packed.data_ptr(), torch.get_num_threads())
     return packed, packed_offsets
 
 
-def _array(name: str, value, dtypes: tuple) -> np.ndarray:
+def _memory(name: str, value, dtypes: dict) -> tuple[Tensor | np.ndarray, int]:
+    """value, contiguous, and its address."""
+    if is_plain(value, 1, tuple(dtypes)) and value.is_contiguous():
+        return value, value.data_ptr()
+    array = np.ascontiguousarray(_array(name, value, dtypes))
+    return array, array.ctypes.data
+
+
+def _array(name: str, value, dtypes: dict) -> np.ndarray:
     """value as a 1-D array of one of dtypes, without a copy."""
     if isinstance(value, Tensor):
         if value.device.type != "cpu":
@@ -54,24 +63,28 @@ def _array(name: str, value, dtypes: tuple) -> np.ndarray:
         value = value.detach().numpy()
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a Tensor or a numpy array, got {type(value).__name__}")
-    if value.dtype not in dtypes or not value.dtype.isnative:
-        raise TypeError(f"{name} must be {' or '.join(np.dtype(d).name for d in dtypes)}, got {value.dtype}")
+    if value.dtype not in dtypes.values() or not value.dtype.isnative:
+        raise TypeError(f"{name} must be {' or '.join(np.dtype(d).name for d in dtypes.values())}, got {value.dtype}")
     if value.ndim != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {value.shape}")
     return value
 
 
-def _check_ends(values, offsets, rows, cut) -> None:
+def _check_lengths(offsets, rows, cut) -> None:
     if len(offsets) == 0:
         raise ValueError("offsets must hold at least one entry, the 0 it starts with, got none")
-    if offsets[0] != 0 or offsets[-1] != len(values):
-        raise ValueError(f"offsets must run from 0 to len(values) = {len(values)}, got {offsets[0]} to {offsets[-1]}")
     if cut is not None and len(cut) != len(rows):
         raise ValueError(f"cut must be as long as rows, got {len(cut)} and {len(rows)}")
 
 
 def _ranges(values, offsets, rows, max_len: int, cut) -> tuple[np.ndarray, np.ndarray]:
     """Where each kept history begins in values, and how long it is; checked."""
+    values = _array("values", values, _VALUES)
+    offsets, rows = _array("offsets", offsets, _NUMBERS), _array("rows", rows, _NUMBERS)
+    cut = None if cut is None else _array("cut", cut, _NUMBERS)
+    _check_lengths(offsets, rows, cut)
+    if offsets[0] != 0 or offsets[-1] != len(values):
+        raise ValueError(f"offsets must run from 0 to len(values) = {len(values)}, got {offsets[0]} to {offsets[-1]}")
     _check_bounds("rows", rows, 0, len(offsets) - 2)
     first, last = np.asarray(offsets[rows]), np.asarray(offsets[rows + 1])
     wrong = np.flatnonzero((first < 0) | (last < first) | (last > len(values)))

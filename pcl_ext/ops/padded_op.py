@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops._check import check_offset_values
-from pcl_ext.ops._native import C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import CPU, C, address, below_autograd, define, packed_rows
 
 
 def check_padded_values(offsets: Tensor, total: int, total_name: str, max_seqlen: int) -> None:
@@ -21,12 +21,12 @@ def check_padded_values(offsets: Tensor, total: int, total_name: str, max_seqlen
 
 def to_padded(packed, offsets, max_seqlen, fill):
     """padded [B, max_seqlen, ...]."""
-    padded = to_padded_fake(packed, offsets, max_seqlen, fill)
     packed, offsets = packed_rows(packed, 1), offsets.contiguous()
-    padding = None if fill == 0 else packed.new_full(packed.shape[1:], fill)
+    batch, (total, *row) = len(offsets) - 1, packed.shape
+    padded = torch.empty(batch, max_seqlen, *row, dtype=packed.dtype, device=CPU)
+    padding = None if fill == 0 else packed.new_full(row, fill)
     size = packed.element_size()
-    row_bytes = math.prod(packed.shape[1:]) * size
-    sizes = (offsets.shape[0] - 1, max_seqlen, packed.shape[0], row_bytes, packed.stride(0) * size)
+    sizes = (batch, max_seqlen, total, math.prod(row) * size, packed.stride(0) * size)
     if not C.to_padded(*map(address, (packed, offsets, padding, padded)), *sizes, torch.get_num_threads()):
         check_padded_values(offsets, packed.shape[0], "len(packed)", max_seqlen)
         raise AssertionError("the kernel refused what its rules allow")
@@ -40,11 +40,11 @@ def to_padded_fake(packed, offsets, max_seqlen, fill):
 
 def to_packed(padded, offsets, total):
     """packed [total, ...]."""
-    packed = to_packed_fake(padded, offsets, total)
     padded, offsets = packed_rows(padded, 2), offsets.contiguous()
-    size = padded.element_size()
-    strides = (padded.stride(1) * size, padded.stride(0) * size)
-    sizes = (*padded.shape[:2], total, math.prod(padded.shape[2:]) * size, *strides)
+    batch, max_seqlen, *row = padded.shape
+    packed = torch.empty(total, *row, dtype=padded.dtype, device=CPU)
+    size, (history_stride, row_stride, *_) = padded.element_size(), padded.stride()
+    sizes = (batch, max_seqlen, total, math.prod(row) * size, row_stride * size, history_stride * size)
     if not C.to_packed(*map(address, (padded, offsets, packed)), *sizes, torch.get_num_threads()):
         check_padded_values(offsets, total, "total", padded.shape[1])
         raise AssertionError("the kernel refused what its rules allow")

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from pcl_ext.ops import prompt_attention_op, reference  # noqa: F401  (the first registers the op)
-from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, reads_values
+from pcl_ext.ops import prompt_attention_op, reference
+from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, is_plain, reads_values
 from pcl_ext.ops._native import call, use_fused
 from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, resolve_prefix_index, work_list
 
@@ -33,24 +33,26 @@ def prompt_attention(
     Under autocast, float32 tensors are cast to its dtype. Raises ValueError or TypeError naming what is wrong.
     """
     q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
-    _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index)
-    check_layout(offsets, prefix_offsets, prefix_index, "q", q)
+    if not _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan):
+        _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index)
+        check_layout(offsets, prefix_offsets, prefix_index, "q", q)
+        if plan is not None:
+            _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if plan is not None:
-        _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k)
-        work = plan.work
+        work, batch, num_prefixes = plan.work, plan.batch, plan.num_prefixes
     else:
-        work = work_list(
-            offsets, prefix_offsets, prefix_index, q.shape[0], 0 if prefix_k is None else prefix_k.shape[0]
-        )
+        prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
+        work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], prefix_total)
+        batch = offsets.shape[0] - 1
+        num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     if use_fused(impl, q):
-        num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
-        numbers = (offsets.shape[0] - 1, num_prefixes, causal, scale)
-        return call(torch.ops.pcl_ext.prompt_attention.default, q, k, v, prefix_k, prefix_v, work, *numbers)[0]
+        inputs = (q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
+        return call(torch.ops.pcl_ext.prompt_attention.default, prompt_attention_op.forward, *inputs)[0]
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     return reference.prompt_attention(
         q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, index, causal=causal, scale=scale
@@ -59,7 +61,8 @@ def prompt_attention(
 
 def _autocast(*tensors):
     """Cast float32 tensors to the autocast dtype, as torch does for its own attention."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    first = tensors[0]
+    kind = first.device.type if isinstance(first, Tensor) and not first.is_cpu else "cpu"
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
@@ -67,6 +70,32 @@ def _autocast(*tensors):
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     ]
+
+
+def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan) -> bool:
+    """Whether plan was made from these very offsets and prefixes, which were checked then, and the rows fit it.
+
+    No means that the checks below have to look.
+    """
+    if torch.compiler.is_compiling() or type(plan) is not AttentionPlan or not is_plain(q, 3, FLOATS):
+        return False
+    if offsets is not plan.offsets or prefix_offsets is not plan.prefix_offsets or not offsets.is_cpu:
+        return False
+    shape, dtypes = q.shape, (q.dtype,)
+    if not (is_plain(k, 3, dtypes) and is_plain(v, 3, dtypes) and shape == k.shape and shape == v.shape):
+        return False
+    total, num_heads, dim = shape
+    if total != plan.total or dim == 0:
+        return False
+    if prefix_offsets is None:
+        return prefix_k is None and prefix_v is None and prefix_index is None
+    left_out = prefix_index is None and plan.num_prefixes in (1, plan.batch)
+    return (
+        (left_out or prefix_index is plan.prefix_index)
+        and is_plain(prefix_k, 3, dtypes)
+        and is_plain(prefix_v, 3, dtypes)
+        and prefix_k.shape == prefix_v.shape == (plan.prefix_total, num_heads, dim)
+    )
 
 
 def _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index) -> None:

@@ -1,38 +1,45 @@
 """pcl_ext::prompt_attention and its backward: schema, kernel, fake, autograd."""
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, packed_rows
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor work"
 _NUMBERS = "SymInt batch, SymInt num_prefixes, bool causal, float scale"
 
 
-def _pointers(rows: list[Tensor | None], work: Tensor) -> tuple[int, ...]:
-    return (*map(address, rows), work.data_ptr())
-
-
-def _numbers(rows: list[Tensor | None], batch: int, num_prefixes: int) -> tuple[int, ...]:
-    """T, M, H, d, B, R, then row and head strides of q, k, v, prefix_k, prefix_v."""
-    total, num_heads, dim = rows[0].shape
-    prefix_total = 0 if rows[3] is None else rows[3].shape[0]
-    strides = [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
-    return (total, prefix_total, num_heads, dim, batch, num_prefixes, *strides)
-
-
-def _readable(*rows: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else packed_rows(x, 2) for x in rows]
+def _inputs(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) -> tuple[tuple, tuple, list]:
+    """Addresses; T, M, H, d, B, R, then row and head strides of q, k, v, prefix_k, prefix_v; what keeps them alive."""
+    total, num_heads, dim = q.shape
+    packed = (num_heads * dim, dim)
+    pointers, strides, rows = [], [], []
+    for x in (q, k, v, prefix_k, prefix_v):
+        if x is None:
+            pointers.append(0)
+            strides += (0, 0)
+        elif x.is_contiguous():
+            pointers.append(x.data_ptr())
+            strides += packed
+        else:
+            x = packed_rows(x, 2)
+            rows.append(x)
+            pointers.append(x.data_ptr())
+            strides += x.stride()[:2]
+    prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
+    return (*pointers, work.data_ptr()), (total, prefix_total, num_heads, dim, batch, num_prefixes, *strides), rows
 
 
 def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, *, isa=BEST_ISA):
     """out [T, H, d] and, for backward, [T, H, 2]: each row's largest score, one over its softmax denominator."""
-    out, stats = forward_fake(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
-    rows = _readable(q, k, v, prefix_k, prefix_v)
+    pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    total, _, num_heads, dim = numbers[:4]
+    out = torch.empty(total, num_heads, dim, dtype=q.dtype, device=CPU)
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    stats = torch.empty(total, num_heads, 2, dtype=sums, device=CPU)
     C.prompt_attention_fwd(
-        _pointers(rows, work),
-        _numbers(rows, batch, num_prefixes),
+        pointers,
+        numbers,
         causal,
         scale,
         SCALARS[q.dtype],
@@ -57,11 +64,11 @@ def backward(
     grads = backward_fake(
         grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs
     )
-    rows = _readable(q, k, v, prefix_k, prefix_v)
-    (grad_out,) = _readable(grad_out)
+    pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    grad_out = packed_rows(grad_out, 2)
     C.prompt_attention_bwd(
-        _pointers(rows, work),
-        _numbers(rows, batch, num_prefixes),
+        pointers,
+        numbers,
         causal,
         scale,
         SCALARS[q.dtype],
