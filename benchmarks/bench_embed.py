@@ -7,7 +7,7 @@ from measure import Report, lengths_of, medians_ms, to_offsets
 from pcl_ext import ops
 
 USERS, ITEMS, PROMPTS = 512, 10_000, 16
-SHAPES = [(20, 64), (64, 64), (64, 256), (200, 64)]  # mean length, width
+SHAPES = [(mean, dim) for mean in (20, 64, 200) for dim in (64, 256)]  # mean length, width
 
 
 def bench(report: Report, mean: int, dim: int) -> None:

@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from measure import Report, lengths_of, medians_ms, to_offsets
+from measure import Report, copy_of, lengths_of, medians_ms, to_offsets
 
 from pcl_ext import ops
 
-SHAPES = [(100_000, 20, 4096), (100_000, 64, 512), (100_000, 64, 8192)]  # stored users, mean length, picked
+SHAPES = [(100_000, 20, 4096), (100_000, 64, 512), (100_000, 64, 8192), (100_000, 200, 512), (100_000, 200, 8192)]  # stored users, mean length, picked
 
 
 def bench(report: Report, users: int, mean: int, picked: int) -> None:
@@ -25,14 +25,14 @@ def bench(report: Report, users: int, mean: int, picked: int) -> None:
         return torch.from_numpy(flat[index]), torch.from_numpy(np.concatenate([[0], ends]))
 
     torch.testing.assert_close(fused(), theirs(), rtol=0, atol=0)  # no speed without truth
-    ours, other = medians_ms({"fused": fused, "theirs": theirs}).values()
-    share = 100 * 2 * fused()[0].nbytes / ours / 1e6 / report.copy
-    report.row(f"{users} users, mean {mean}, {picked} picked", other / ours, ours, other, share)
+    ways = {"fused": fused, "theirs": theirs, "copy": copy_of(2 * sum(x.nbytes for x in fused()))}
+    ours, other, copy = medians_ms(ways).values()
+    report.row(f"{users} users, mean {mean}, {picked} picked", other / ours, ours, other, copy, 100 * copy / ours)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    report = Report("gather_histories, int32; milliseconds", ["what", "ratio", "fused", "numpy", "% of copy"])
+    report = Report("gather_histories, int32; milliseconds", ["what", "ratio", "fused", "numpy", "copy", "% of copy"])
     for shape in report.shapes(SHAPES):
         bench(report, *shape)
     report.close()

@@ -1,12 +1,12 @@
 """to_packed against PyTorch's boolean mask, and against a plain copy of the same bytes."""
 
 import torch
-from measure import Report, lengths_of, medians_ms, to_offsets
+from measure import Report, copy_of, lengths_of, medians_ms, to_offsets
 
 from pcl_ext import ops
 
 USERS = 512
-SHAPES = [(20, 64), (64, 64), (64, 256), (200, 64)]  # mean length, width
+SHAPES = [(mean, dim) for mean in (20, 64, 200) for dim in (64, 256)]  # mean length, width
 
 
 def bench(report: Report, mean: int, dim: int) -> None:
@@ -24,14 +24,14 @@ def bench(report: Report, mean: int, dim: int) -> None:
         return padded[mask]
 
     torch.testing.assert_close(fused(), theirs(), rtol=0, atol=0)  # no speed without truth
-    ours, other = medians_ms({"fused": fused, "theirs": theirs}).values()
-    share = 100 * moved / ours / 1e6 / report.copy
-    report.row(f"mean {mean}, D {dim}", other / ours, ours, other, share)
+    ways = {"fused": fused, "theirs": theirs, "copy": copy_of(moved)}
+    ours, other, copy = medians_ms(ways).values()
+    report.row(f"mean {mean}, D {dim}", other / ours, ours, other, copy, 100 * copy / ours)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    report = Report(f"to_packed, {USERS} users; milliseconds", ["what", "ratio", "fused", "mask", "% of copy"])
+    report = Report(f"to_packed, {USERS} users; milliseconds", ["what", "ratio", "fused", "mask", "copy", "% of copy"])
     for shape in report.shapes(SHAPES):
         bench(report, *shape)
     report.close()

@@ -26,7 +26,7 @@ def keep_memory() -> str:
     if mallopt is None:
         return "as the C library gives it"
     trim_threshold, mmap_max = -1, -4  # malloc.h
-    done = mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0)
+    done = mallopt(trim_threshold, -1) and mallopt(mmap_max, 0)
     return "reused" if done else "as the C library gives it"
 
 
@@ -84,6 +84,12 @@ def matrix_product(dtype: torch.dtype) -> Callable[[], Tensor]:
     """A product of PRODUCT_GFLOP operations, to be timed among what it is compared with."""
     a, b = torch.randn(2, 1024, 1024).to(dtype)
     return lambda: a @ b
+
+
+def copy_of(moved: int) -> Callable[[], Tensor]:
+    """Filling a new tensor by copy_, so that `moved` bytes are read or written: half of them each."""
+    source = torch.ones(moved // 2, dtype=torch.uint8)
+    return lambda: torch.empty(source.shape, dtype=torch.uint8).copy_(source)
 
 
 def machine_rates() -> dict[str, float]:

@@ -10,7 +10,7 @@ void to_padded_cpu(const char* packed, const int64_t* offsets, const char* paddi
                    const PaddedShape& shape, int threads) {
   const int64_t row_bytes = shape.row_bytes;
   if (row_bytes == 0 || shape.max_seqlen == 0) return;
-  parallel_for(shape.batch, threads_for(shape.batch * shape.max_seqlen * row_bytes, threads), [&](int64_t b) {
+  parallel_for_shares(shape.batch, threads_for(shape.batch * shape.max_seqlen * row_bytes, threads), [&](int64_t b) {
     const char* from = packed + offsets[b] * shape.packed_stride;
     char* to = padded + b * shape.max_seqlen * row_bytes;
     const int64_t length = offsets[b + 1] - offsets[b];

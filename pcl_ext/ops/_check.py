@@ -25,7 +25,7 @@ def is_plain(value, ndim: int | None, dtypes: tuple) -> bool:
 
 def are_plain_offsets(offsets) -> bool:
     """Whether check_offsets would find nothing wrong, next to a CPU tensor."""
-    return is_plain(offsets, 1, (torch.int64,)) and len(offsets) > 0
+    return is_plain(offsets, 1, (torch.int64,)) and offsets.shape[0] > 0
 
 
 def check_tensor(name: str, value, ndim: int | None = None, dtypes: tuple = ()) -> None:

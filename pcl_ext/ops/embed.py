@@ -57,8 +57,8 @@ def _is_right(items, offsets, table, position, prompt, prompt_index) -> bool:
     if not is_plain(prompt, 3, dtypes) or prompt.shape[2] != dim:
         return False
     if prompt_index is None:
-        return len(prompt) == 1
-    return is_plain(prompt_index, 1, (torch.int64,)) and len(prompt_index) == len(offsets) - 1
+        return prompt.shape[0] == 1
+    return is_plain(prompt_index, 1, (torch.int64,)) and prompt_index.shape[0] == offsets.shape[0] - 1
 
 
 def _check(items, offsets, table, position, prompt, prompt_index) -> None:

@@ -30,9 +30,9 @@ def _inputs(items, offsets, prompt_index, table, position, prompt, grad_stride: 
     items, offsets = items.contiguous(), offsets.contiguous()
     prompt_index = None if prompt_index is None else prompt_index.contiguous()
     table_rows, dim = table.shape
-    max_len, position_stride = (-1, 0) if position is None else (len(position), position.stride()[0])
+    max_len, position_stride = (-1, 0) if position is None else (position.shape[0], position.stride()[0])
     num_prompts, prompt_len = (0, 0) if prompt is None else prompt.shape[:2]
-    sizes = (len(items), len(offsets) - 1, dim, table_rows, max_len, num_prompts, prompt_len)
+    sizes = (items.shape[0], offsets.shape[0] - 1, dim, table_rows, max_len, num_prompts, prompt_len)
     numbers = (*sizes, table.stride()[0], position_stride, grad_stride)
     rows = (items.data_ptr(), items.dtype == torch.int64, offsets.data_ptr(), address(prompt_index))
     return (*rows, numbers), (items, offsets, prompt_index)
@@ -43,7 +43,7 @@ def forward(items, offsets, table, position, prompt, prompt_index, *, isa=BEST_I
     table = packed_rows(table, 1)
     position = None if position is None else packed_rows(position, 1)
     prompt = None if prompt is None else prompt.contiguous()
-    out = torch.empty(len(items), table.shape[1], dtype=table.dtype, device=CPU)
+    out = torch.empty(items.shape[0], table.shape[1], dtype=table.dtype, device=CPU)
     inputs, _kept = _inputs(items, offsets, prompt_index, table, position, prompt, 0)
     pointers = (table.data_ptr(), address(position), address(prompt), out.data_ptr())
     if not C.embed_fwd(*inputs, *pointers, SCALARS[table.dtype], isa, torch.get_num_threads()):

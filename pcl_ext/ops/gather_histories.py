@@ -34,10 +34,10 @@ def _gather(values, offsets, rows, max_len: int, cut) -> tuple[Tensor, Tensor]:
     rows, rows_at = _memory("rows", rows, _NUMBERS)
     cut, cut_at = (None, 0) if cut is None else _memory("cut", cut, _NUMBERS)
     _check_lengths(offsets, rows, cut)
-    count, dtype = len(rows), torch.int64 if values.itemsize == 8 else torch.int32
+    count, dtype = rows.shape[0], torch.int64 if values.itemsize == 8 else torch.int32
     packed_offsets = torch.empty(count + 1, dtype=torch.int64, device=CPU)
-    stored = (values_at, offsets_at, len(values), len(offsets) - 1, values.itemsize)
-    picked = (rows_at, cut_at, count, min(max_len, len(values)), packed_offsets.data_ptr())
+    stored = (values_at, offsets_at, values.shape[0], offsets.shape[0] - 1, values.itemsize)
+    picked = (rows_at, cut_at, count, min(max_len, values.shape[0]), packed_offsets.data_ptr())
     total = C.gather_offsets(*stored, *picked)
     if total < 0:
         _ranges(values, offsets, rows, max_len, cut)
@@ -71,9 +71,9 @@ def _array(name: str, value, dtypes: dict) -> np.ndarray:
 
 
 def _check_lengths(offsets, rows, cut) -> None:
-    if len(offsets) == 0:
+    if offsets.shape[0] == 0:
         raise ValueError("offsets must hold at least one entry, the 0 it starts with, got none")
-    if cut is not None and len(cut) != len(rows):
+    if cut is not None and cut.shape[0] != rows.shape[0]:
         raise ValueError(f"cut must be as long as rows, got {len(cut)} and {len(rows)}")
 
 

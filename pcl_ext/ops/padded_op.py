@@ -22,7 +22,7 @@ def check_padded_values(offsets: Tensor, total: int, total_name: str, max_seqlen
 def to_padded(packed, offsets, max_seqlen, fill):
     """padded [B, max_seqlen, ...]."""
     packed, offsets = packed_rows(packed, 1), offsets.contiguous()
-    batch, (total, *row) = len(offsets) - 1, packed.shape
+    batch, (total, *row) = offsets.shape[0] - 1, packed.shape
     padded = torch.empty(batch, max_seqlen, *row, dtype=packed.dtype, device=CPU)
     padding = None if fill == 0 else packed.new_full(row, fill)
     size = packed.element_size()

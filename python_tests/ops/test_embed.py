@@ -5,9 +5,11 @@ import torch
 from attention_cases import to_offsets
 
 from pcl_ext import ops
+from pcl_ext.ops import _native, embed_op
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 LENGTHS = [[1], [3, 1, 2], [5, 0, 4], [0, 0], [], [7] * 9, [400, 30]]
+ISAS = range(len(_native.C.isas())) if ops.has_fused() else []
 IMPLS = ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)]
 
 
@@ -34,12 +36,20 @@ def with_grads(arguments, grad_out, **options):
     return {"out": out.detach(), **dict(zip(tables, torch.autograd.grad(out, list(tables.values()), grad_out.to(out))))}
 
 
-def check(arguments):
-    """fused at most twice as far from float64 as the twin, one rounding free."""
+def with_grads_isa(arguments, grad_out, isa):
+    """with_grads by one instruction set's kernels."""
+    values = [x.detach() for x in arguments.values()]
+    grads = embed_op.backward(grad_out.to(values[2]), *values, [True] * 3, isa=isa)
+    return {"out": embed_op.forward(*values, isa=isa), **dict(zip(("table", "position", "prompt"), grads))}
+
+
+def check(arguments, isa=None):
+    """fused (or one instruction set) at most twice as far from float64 as the twin, one rounding free."""
     grad_out = torch.randn(len(arguments["items"]), arguments["table"].shape[1])
     double = {n: x.detach().double().requires_grad_() if x.is_floating_point() else x for n, x in arguments.items()}
     exact = with_grads(double, grad_out.to(arguments["table"].dtype), impl="reference")
-    want, got = (with_grads(arguments, grad_out, impl=impl) for impl in ("reference", "fused"))
+    want = with_grads(arguments, grad_out, impl="reference")
+    got = with_grads(arguments, grad_out, impl="fused") if isa is None else with_grads_isa(arguments, grad_out, isa)
     for name, right in exact.items():
         allowed = 2 * (want[name].double() - right).norm()
         rounding = torch.finfo(got[name].dtype).eps * right.norm()
@@ -73,6 +83,44 @@ def test_fused_is_as_right_as_the_twin(lengths, dtype):
 @pytest.mark.parametrize("item_dtype", [torch.int32, torch.int64], ids=str)
 def test_widths_and_item_types(dim, item_dtype):
     check(make([5, 30], dim=dim, item_dtype=item_dtype))
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dim", [5, 64, 100])
+def test_every_instruction_set(dim, isa, dtype):
+    check(make([30, 5, 0, 40, 9, 9, 1], dim=dim, dtype=dtype), isa)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_instruction_sets_give_the_same_bits(dtype):
+    arguments = make([30, 5, 0, 40, 9, 9, 1], dim=100, dtype=dtype)
+    arguments["table"].data[3] = float("nan")
+    grad_out = torch.randn(94, 100)
+    want = with_grads_isa(arguments, grad_out, 0)
+    for isa in ISAS:
+        torch.testing.assert_close(with_grads_isa(arguments, grad_out, isa), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.needs_ext
+def test_one_prompt_for_all_and_one_each_sum_the_same_bits():
+    arguments = make([30, 5, 0, 40, 9], prompts=1)
+    grad_out = torch.randn(84, 8)
+    arguments["prompt_index"] = torch.zeros(5, dtype=torch.int64)
+    want = with_grads(arguments, grad_out)
+    torch.testing.assert_close(with_grads({**arguments, "prompt_index": None}, grad_out), want, rtol=0, atol=0)
+    assert torch.equal(want["prompt"][0].flip(0), want["position"][:4])
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("at", [0, 700, 1999])
+def test_an_id_is_refused_wherever_it_lies(at):
+    arguments = make([2000])
+    arguments["items"][at] = 12
+    with pytest.raises(ValueError, match=f"items must lie in 0..11, got 12 at index {at}"):
+        ops.embed(**arguments)
 
 
 @pytest.mark.needs_ext

@@ -1,0 +1,89 @@
+"""Calls past the dispatcher: only where nobody would see the difference."""
+
+import pytest
+import torch
+from attention_cases import make, to_offsets
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pcl_ext import ops
+
+pytestmark = pytest.mark.needs_ext
+OFFSETS, SHORTER, IDS = to_offsets([3, 5]), to_offsets([3, 4]), torch.arange(8)
+
+
+class Seen(TorchDispatchMode):
+    """Names of the ops that pass through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Note it, run it."""
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def attention(rows):
+    """prompt_attention of rows with a plan."""
+    q = rows.reshape(8, 2, 4)
+    return ops.prompt_attention(q, q, q, OFFSETS, plan=ops.attention_plan(OFFSETS))
+
+
+CALLS = {
+    "prompt_attention": attention,
+    "embed": lambda table: ops.embed(IDS, OFFSETS, table),
+    "to_padded": lambda packed: ops.to_padded(packed, OFFSETS, 5),
+    "to_packed": lambda padded: ops.to_packed(padded.reshape(2, 4, 8), SHORTER, 7),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_mode_sees_the_op(name):
+    rows = torch.randn(8, 8)
+    want = CALLS[name](rows)
+    with Seen() as seen:
+        got = CALLS[name](rows)
+    assert f"pcl_ext::{name}" in seen.names
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x.requires_grad_()], ids=["parameter", "tensor"])
+def test_a_gradient_is_kept_unless_it_is_off(name, kind):
+    rows = kind(torch.randn(8, 8))
+    out = CALLS[name](rows)
+    assert out.requires_grad
+    with torch.no_grad():
+        assert not CALLS[name](rows).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(CALLS[name](rows), out)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_default_device_is_not_asked(name):
+    rows = torch.randn(8, 8)
+    want = CALLS[name](rows)
+    with torch.device("meta"):
+        assert torch.equal(CALLS[name](rows), want)
+
+
+def test_a_plan_does_not_hide_mistakes():
+    case = make([3, 5], [4, 2])
+    rows = {n: x.detach() for n, x in case.rows.items()}
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets)
+    call = {**rows, "offsets": case.offsets, "prefix_offsets": case.prefix_offsets, "plan": plan}
+    want = ops.prompt_attention(**call)
+    assert torch.equal(ops.prompt_attention(**{**call, "plan": None}), want)
+    for name, value, error in [
+        ("k", rows["k"].double(), TypeError),
+        ("v", rows["v"][:7], ValueError),
+        ("prefix_v", rows["prefix_v"][:, :1], ValueError),
+        ("prefix_k", None, ValueError),
+        ("q", rows["q"][..., :0], ValueError),
+        ("prefix_offsets", None, ValueError),
+        ("prefix_index", torch.tensor([1, 1]), ValueError),
+        ("q", rows["q"].to_sparse(), TypeError),
+    ]:
+        with pytest.raises(error, match="must|come together"):
+            ops.prompt_attention(**{**call, name: value})
