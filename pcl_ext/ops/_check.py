@@ -1,4 +1,4 @@
-"""Checks the ops share: quick ones that say whether all is well, and those that name the argument, the rule and what came."""
+"""Checks the ops share: a quick look whether all is well, and those that name the argument, the rule and what came."""
 
 import numpy as np
 import torch
