@@ -183,8 +183,9 @@ pcl::StoredHistories stored_histories(uintptr_t values, uintptr_t offsets, int64
   return {at<const char>(values), at<const int64_t>(offsets), num_values, num_histories, value_bytes};
 }
 
-int64_t gather_offsets(uintptr_t values, uintptr_t offsets, int64_t num_values, int64_t num_histories, int64_t value_bytes,
-                    uintptr_t rows, uintptr_t cut, int64_t count, int64_t max_len, uintptr_t packed_offsets) {
+int64_t gather_offsets(uintptr_t values, uintptr_t offsets, int64_t num_values, int64_t num_histories,
+                       int64_t value_bytes, uintptr_t rows, uintptr_t cut, int64_t count, int64_t max_len,
+                       uintptr_t packed_offsets) {
   const auto stored = stored_histories(values, offsets, num_values, num_histories, value_bytes);
   const pcl::PickedRows picked{at<const int64_t>(rows), at<const int64_t>(cut), count, max_len};
   const nb::gil_scoped_release release;

@@ -25,8 +25,8 @@ void parallel_for(int64_t tasks, int threads, Body&& body) {
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 
-// parallel_for in which a thread begins with its own share of neighbouring tasks, the same one call after call, and then
-// helps with the others': for tasks that do little but write, which is slow where another processor wrote last.
+// parallel_for in which a thread begins with its own share of neighbouring tasks, the same one call after call, and
+// then helps with the others': for tasks that do little but write, which is slow where another processor wrote last.
 template <class Body>
 void parallel_for_shares(int64_t tasks, int threads, Body&& body) {
   const int64_t shares = tasks < threads ? tasks : threads;

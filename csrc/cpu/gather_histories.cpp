@@ -30,8 +30,8 @@ int64_t end_of(const StoredHistories& stored, const PickedRows& picked, int64_t 
   return picked.cut ? stored.offsets[r] + picked.cut[i] : stored.offsets[r + 1];
 }
 
-// Asks for a short history some copies before it is read: histories lie anywhere, and waiting for each takes longer than
-// copying it. The rest of a long one is found by the processor itself.
+// Asks for a short history some copies before it is read: histories lie anywhere, and waiting for each takes longer
+// than copying it. The rest of a long one is found by the processor itself.
 void ask_for(const char* from, int64_t bytes) {
   constexpr int64_t kLine = 64, kLines = 16;
   for (int64_t byte = 0; byte < std::min(bytes, kLines * kLine); byte += kLine) __builtin_prefetch(from + byte);

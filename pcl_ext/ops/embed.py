@@ -39,7 +39,8 @@ def embed(
     if not _is_right(items, offsets, table, position, prompt, prompt_index):
         _check(items, offsets, table, position, prompt, prompt_index)
     if use_fused(impl, table):
-        return call(torch.ops.pcl_ext.embed.default, embed_op.forward, items, offsets, table, position, prompt, prompt_index)
+        inputs = (items, offsets, table, position, prompt, prompt_index)
+        return call(torch.ops.pcl_ext.embed.default, embed_op.forward, *inputs)
     if reads_values(items):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
     return reference.embed(items, offsets, table, position, prompt, prompt_index)
