@@ -6,7 +6,8 @@ from measure import Report, copy_of, lengths_of, medians_ms, to_offsets
 
 from pcl_ext import ops
 
-SHAPES = [(100_000, 20, 4096), (100_000, 64, 512), (100_000, 64, 8192), (100_000, 200, 512), (100_000, 200, 8192)]  # stored users, mean length, picked
+# stored users, mean length, picked
+SHAPES = [(100_000, 20, 4096), (100_000, 64, 512), (100_000, 64, 8192), (100_000, 200, 512), (100_000, 200, 8192)]
 
 
 def bench(report: Report, users: int, mean: int, picked: int) -> None:

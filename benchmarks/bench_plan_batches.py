@@ -1,7 +1,7 @@
 """plan_batches against what one would write: sort by length and cut where a batch is full."""
 
 import torch
-from measure import Report, lengths_of, median_ms
+from measure import Report, lengths_of, medians_ms
 from torch import Tensor
 
 from pcl_ext import ops
@@ -39,7 +39,8 @@ def bench(report: Report, users: int, mean: int) -> None:
     if users <= 10_000:
         twin = ops.plan_batches(lengths, MAX_TOKENS, impl="reference")
         assert [b.tolist() for b in batches] == [b.tolist() for b in twin]
-    ours, other = median_ms(lambda: ops.plan_batches(lengths, MAX_TOKENS)), median_ms(lambda: sort_and_cut(lengths, 0))
+    ways = {"fused": lambda: ops.plan_batches(lengths, MAX_TOKENS), "theirs": lambda: sort_and_cut(lengths, 0)}
+    ours, other = medians_ms(ways).values()
     fullest, average = fullest_and_mean(batches, lengths)
     name = f"{users} users, mean {mean}"
     report.row(name, other / ours, ours, other, len(batches), len(others), 100 * (fullest / average - 1))
@@ -48,6 +49,6 @@ def bench(report: Report, users: int, mean: int) -> None:
 if __name__ == "__main__":
     columns = ["what", "ratio", "plan_batches", "sort and cut", "batches", "sorted", "fullest over mean, %"]
     report = Report(f"plan_batches, {MAX_TOKENS} rows a batch; milliseconds", columns)
-    for shape in SHAPES:
+    for shape in report.shapes(SHAPES):
         bench(report, *shape)
     report.close()

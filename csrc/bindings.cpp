@@ -98,8 +98,7 @@ EmbedCall embed_call(uintptr_t items, bool wide_items, uintptr_t offsets, uintpt
 }
 
 bool embed_fwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers,
-               uintptr_t table, uintptr_t position, uintptr_t prompt, uintptr_t out, int dtype, int isa,
-               int threads) {
+               uintptr_t table, uintptr_t position, uintptr_t prompt, uintptr_t out, int dtype, int isa, int threads) {
   const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
   const nb::gil_scoped_release release;
   return pcl::embed_fwd_cpu(call.rows, at(table), at(position), at(prompt), at(out), call.shape,

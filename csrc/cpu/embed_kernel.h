@@ -26,7 +26,6 @@ struct Row {
   using Double = typename Vector<double, kBytes>::V;
   typedef A Unaligned __attribute__((vector_size(kBytes), aligned(sizeof(A)), may_alias));
 
-
   static V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(V v, T* p) { *reinterpret_cast<Unaligned*>(p) = v; }
   // As many elements as a vector holds doubles.
@@ -158,8 +157,7 @@ bool fwd_ids(const Id* ids, const EmbedRows& rows, const EmbedTables& tables, co
 
 template <class T, int kBytes>
 bool fwd_task(const EmbedRows& rows, const EmbedTables& tables, const EmbedShape& shape, const EmbedTask& task) {
-  if (rows.wide_items)
-    return fwd_ids<T, kBytes>(static_cast<const int64_t*>(rows.items), rows, tables, shape, task);
+  if (rows.wide_items) return fwd_ids<T, kBytes>(static_cast<const int64_t*>(rows.items), rows, tables, shape, task);
   return fwd_ids<T, kBytes>(static_cast<const int32_t*>(rows.items), rows, tables, shape, task);
 }
 
