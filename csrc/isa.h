@@ -9,6 +9,8 @@ namespace pcl {
 // kEmulatedTiles computes in plain C++ what AMX would, for tests of bfloat16 kernels; it is never chosen.
 enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kEmulatedTiles = 5 };
 
+constexpr bool has_avx512(Isa isa) { return isa >= Isa::kAvx512 && isa <= Isa::kAmx; }
+
 // The widest that was compiled and that this processor and system can run. The first call asks Linux for AMX's tiles.
 Isa best_isa();
 

@@ -16,7 +16,7 @@ constexpr int64_t kItemsPerTask = 256;
 
 EmbedKernels kernels_of(Scalar dtype, Isa isa) {
 #ifdef PCL_X86
-  if (isa == Isa::kAvx512) return embed_kernels_avx512(dtype);
+  if (has_avx512(isa)) return embed_kernels_avx512(dtype);
   if (isa == Isa::kAvx2) return embed_kernels_avx2(dtype);
 #endif
   static_cast<void>(isa);

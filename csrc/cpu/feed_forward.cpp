@@ -18,7 +18,7 @@ FeedForwardKernels kernels_of(Scalar dtype, Scalar weight, Isa isa) {
     return feed_forward_kernels_emulated_tiles();
   }
 #ifdef PCL_X86
-  if (dtype != Scalar::kDouble && isa >= Isa::kAvx512 && isa <= Isa::kAmx) return feed_forward_kernels_avx512();
+  if (dtype != Scalar::kDouble && has_avx512(isa)) return feed_forward_kernels_avx512();
   if (dtype != Scalar::kDouble && isa == Isa::kAvx2) return feed_forward_kernels_avx2();
 #endif
   static_cast<void>(isa);

@@ -19,7 +19,7 @@ namespace {
   return (found[registr] & bits) == bits;
 }
 
-bool has_avx512() {
+bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
@@ -56,7 +56,7 @@ bool has_amx() {
 Isa best_isa() {
 #ifdef PCL_X86
   static const Isa best = [] {
-    if (has_avx512()) {
+    if (runs_avx512()) {
       if (!has_avx512_bf16()) return Isa::kAvx512;
       return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
     }

@@ -18,7 +18,7 @@ LinearKernels kernels_of(Scalar dtype, Scalar weight, Isa isa) {
     return linear_kernels_emulated_tiles();
   }
 #ifdef PCL_X86
-  if (dtype != Scalar::kDouble && isa >= Isa::kAvx512 && isa <= Isa::kAmx) return linear_kernels_avx512();
+  if (dtype != Scalar::kDouble && has_avx512(isa)) return linear_kernels_avx512();
   if (dtype != Scalar::kDouble && isa == Isa::kAvx2) return linear_kernels_avx2();
 #endif
   static_cast<void>(isa);

@@ -48,7 +48,7 @@ AttentionKernels kernels_of(Scalar dtype, Isa isa) {
 #endif
   }
 #ifdef PCL_X86
-  if (dtype != Scalar::kDouble && isa >= Isa::kAvx512 && isa <= Isa::kAmx) return attention_kernels_avx512(dtype);
+  if (dtype != Scalar::kDouble && has_avx512(isa)) return attention_kernels_avx512(dtype);
   if (dtype != Scalar::kDouble && isa == Isa::kAvx2) return attention_kernels_avx2(dtype);
 #endif
   static_cast<void>(isa);

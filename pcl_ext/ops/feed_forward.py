@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pcl_ext.ops import feed_forward_op, reference  # noqa: F401  (the first registers the op)
+from pcl_ext.ops import feed_forward_op, reference
 from pcl_ext.ops._check import FLOATS, check_tensor
 from pcl_ext.ops._native import call
 from pcl_ext.ops.linear import check_weights, norm_parts, product_dtype, use_frozen
@@ -34,5 +34,5 @@ def feed_forward(
     check_weights(x, parts, shapes | {"weight_out": ((dim, hidden), "[D, F]")})
     if use_frozen(impl, x, parts):
         weights = (product_dtype(weight_in), bias_in, product_dtype(weight_out), bias_out)
-        return call(torch.ops.pcl_ext.feed_forward.default, x, *norm, *weights, eps)
+        return call(torch.ops.pcl_ext.feed_forward.default, feed_forward_op.forward, x, *norm, *weights, eps)
     return reference.feed_forward(x, *norm, weight_in, bias_in, weight_out, bias_out, eps)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pcl_ext.ops import linear_op, reference  # noqa: F401  (the first registers the op)
+from pcl_ext.ops import linear_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor
 from pcl_ext.ops._native import SCALARS, call, use_fused
 
@@ -37,7 +37,8 @@ def linear(
     norm_weight, norm_bias = norm or (None, None)
     if use_frozen(impl, x, parts):
         weight = product_dtype(weight)
-        return call(torch.ops.pcl_ext.linear.default, x, weight, bias, norm_weight, norm_bias, residual, eps)
+        args = (x, weight, bias, norm_weight, norm_bias, residual, eps)
+        return call(torch.ops.pcl_ext.linear.default, linear_op.forward, *args)
     return reference.linear(x, weight, bias, norm_weight, norm_bias, residual, eps)
 
 
