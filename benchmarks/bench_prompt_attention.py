@@ -15,12 +15,6 @@ SHAPES = [(20, 64), (64, 32), (64, 64), (64, 128), (400, 64)]  # mean length, he
 BUCKETS = [8, 16, 32, 64]
 
 
-def matmul_gflops(dtype: torch.dtype) -> float:
-    """The matrix-product rate of this run in a dtype, 2 * n^3 for n = 1024."""
-    a, b = torch.randn(2, 1024, 1024).to(dtype)
-    return 2 * 1024**3 / median_ms(lambda: a @ b) / 1e6
-
-
 def check(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
     """No speed without truth: at most twice as far from the result in float64 as PyTorch is."""
     error, allowed = ((x.double() - exact).norm() for x in (ours, theirs))
@@ -84,7 +78,8 @@ def fused_ways(rows, prefix, offsets):
     return forward, backward
 
 
-def bench(report: Report, dtype: torch.dtype, matmul: float, mean: int, dim: int) -> None:
+def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
+    matmul = report.matmul_bfloat16 if dtype == torch.bfloat16 else report.matmul
     lengths = lengths_of(ROWS // mean, mean)
     total, offsets = int(lengths.sum()), to_offsets(lengths)
     rows = list(torch.randn(3, total, HEADS, dim).to(dtype))
