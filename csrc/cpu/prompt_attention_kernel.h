@@ -63,6 +63,16 @@ class Ahead {
   AttentionRows rows_[8];
 };
 
+// A history's rows in as few tiles as hold them, of sizes that differ by at most one: 8 rows are 4 and 4, not 6 and 2.
+template <class S>
+struct RowTiles {
+  int64_t count, size, larger;  // the first `larger` tiles have one row more than size
+
+  explicit RowTiles(int64_t length)
+      : count((length + S::kTileRows - 1) / S::kTileRows), size(length / count), larger(length % count) {}
+  int64_t begin(int64_t tile) const { return tile * size + (tile < larger ? tile : larger); }
+};
+
 // Calls each(begin, length, head) for the histories and heads of a task, looking ahead to the next in each's steps, one
 // a tile of rows.
 template <int kTileRows, class T, class Each>
@@ -165,8 +175,9 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
   const int64_t score_row = prefix.width + own_width;
   A* scores = pieces.take(R * score_row);
   A *query_scratch = pieces.take(R * wide), *out_scratch = pieces.take(R * wide);
-  for (int64_t i = 0; i < length; i += R) {
-    const int64_t rows = length - i < R ? length - i : R, seen = args.causal ? i + rows : length;
+  const RowTiles<S> tiles(length);
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    const int64_t i = tiles.begin(tile), rows = tiles.begin(tile + 1) - i, seen = args.causal ? i + rows : length;
     const Rows<A> query = as_rows<S>(q + i * args.q.row_stride, args.q.row_stride, rows, dim, query_scratch);
     ahead.step();
     const Product<A> score{query.stride, 1, score_row, static_cast<A>(args.scale), false};
@@ -182,13 +193,10 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
       inverse[r] = row_stats[1] = softmax_row<S>(scores + r * score_row, columns, row_stats);
     }
     const Sink<S, T> sink(out + (begin + i) * out_row + task.head * dim, out_row, rows, dim, out_scratch);
-    const Product<A> mix{score_row, 1, sink.stride, 1, false};
+    const Product<A> mix{score_row, 1, sink.stride, 1, false, inverse};
     const Factor<A> parts[2] = {{scores, prefix.values.data, prefix.values.stride, prefix.length},
                                 {scores + prefix.width, values.data, values.stride, seen}};
     multiply<S>(mix, parts, 2, rows, wide, sink.data);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < dim; ++c) sink.data[r * sink.stride + c] *= inverse[r];
-    }
     sink.flush();
   }
 }

@@ -112,12 +112,13 @@ struct Factor {
   int64_t b_k, depth;
 };
 
-// What all tiles of a product share: a's strides, the result and whether it is added to.
+// What all tiles of a product share: a's strides, the result, what it is scaled by, and whether it is added to.
 template <class A>
 struct Product {
   int64_t a_row, a_k, c_row;
   A scale;
   bool add;
+  const A* row_scale = nullptr;  // instead of scale, one for each row
 };
 
 // c[R][N vectors] = scale * (product of one or two factor pairs) (+ c). Every element is one running sum over k.
@@ -128,7 +129,6 @@ inline void multiply_tile(const Product<typename S::A>& product, const Factor<ty
   using V = typename S::V;
   const int64_t a_row = product.a_row, a_k = product.a_k, c_row = product.c_row;
   const bool add = product.add;
-  const V scale = S::fill(product.scale);
   V sums[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -156,8 +156,11 @@ inline void multiply_tile(const Product<typename S::A>& product, const Factor<ty
     }
   }
   c += row * c_row + column;
+  const int64_t step = product.row_scale ? 1 : 0;
+  const A one = product.scale, *scales = product.row_scale ? product.row_scale + row : &one;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r, c += c_row) {
+    const V scale = S::fill(scales[r * step]);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       V result = scale * sums[r][n];
