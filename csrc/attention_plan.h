@@ -11,15 +11,22 @@
 //     chunk_begin     [B + 1]   chunk c is members[chunk_begin[c] : chunk_begin[c + 1]]; all B where there is no such
 //     chunk chunk_order     [B]       chunks by falling cost; entries past num_chunks are their own number prefix_chunk
 //     [R + 1]   prefix r is seen by the chunks prefix_chunk[r] .. prefix_chunk[r + 1] - 1 num_chunks      [1]
-// A chunk is a run of members that share a prefix and whose first rows fall into the same kChunkRows of all members'
-// rows. It is the unit of work, and sums its histories' prefix gradients: chunks depend on offsets and prefixes alone.
+// A chunk is a run of members that share a prefix and whose first rows fall into the same chunk_rows(T) of all
+// members' rows. It is the unit of work, and sums its histories' prefix gradients: chunks depend on offsets and
+// prefixes alone.
 #pragma once
 
 #include <cstdint>
 
 namespace pcl {
 
-constexpr int64_t kChunkRows = 256;
+// At least 256, so that a prefix is loaded for many rows; more where that would make over a thousand chunks, each of
+// which keeps sums of its own for the prefix gradients.
+constexpr int64_t chunk_rows(int64_t total) {
+  constexpr int64_t kLeast = 256, kMostChunks = 1024;
+  const int64_t share = total / kMostChunks;
+  return share < kLeast ? kLeast : share;
+}
 
 struct AttentionPlan {
   int64_t batch, num_prefixes;

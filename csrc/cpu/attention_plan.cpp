@@ -42,10 +42,11 @@ void group_members(const WritablePlan& plan, int64_t batch, int64_t num_prefixes
 
 void cut_chunks(const WritablePlan& plan, int64_t batch, int64_t num_prefixes) {
   int64_t chunks = 0, rows = 0, last_block = -1, last_prefix = -2;
+  const int64_t each = chunk_rows(plan.offsets[batch]);
   std::fill(plan.chunk_begin, plan.chunk_begin + batch + 1, batch);
   std::fill(plan.prefix_chunk, plan.prefix_chunk + num_prefixes + 1, -1);
   for (int64_t m = 0; m < batch; ++m) {
-    const int64_t b = plan.members[m], prefix = plan.prefix_index[b], block = rows / kChunkRows;
+    const int64_t b = plan.members[m], prefix = plan.prefix_index[b], block = rows / each;
     if (block != last_block || prefix != last_prefix) {
       if (prefix != last_prefix && prefix >= 0) plan.prefix_chunk[prefix] = chunks;
       plan.chunk_begin[chunks++] = m;

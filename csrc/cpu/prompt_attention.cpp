@@ -1,41 +1,14 @@
 #include "../prompt_attention.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "../parallel.h"
 #include "prompt_attention_tasks.h"
 #include "scalar.h"
+#include "scratch.h"
 
 namespace pcl {
 namespace {
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-Memory allocate(int64_t bytes) {
-  constexpr int64_t kLine = 64;
-  void* memory = std::aligned_alloc(kLine, (bytes + kLine) / kLine * kLine);
-  if (!memory) throw std::bad_alloc();
-  return Memory(memory);
-}
-
-// A thread's working memory, kept between calls while it is small: fresh pages cost as much as the work on them.
-void* scratch(int64_t bytes) {
-  thread_local Memory memory;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    size = 0;
-    memory = allocate(bytes);
-    size = bytes;
-  }
-  return memory.get();
-}
 
 AttentionKernels kernels_of(Scalar dtype, Isa isa) {
   if (dtype == Scalar::kBfloat16) {
@@ -168,7 +141,8 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
   const Sharing sharing(args, threads);
   const AttentionKernels kernels = kernels_of(dtype, isa);
   const Partials partials(args, grads, dtype);
-  const int64_t elements = kernels.bwd_scratch(sharing.length, sharing.shared, args.head_dim, sharing.heads);
+  const int64_t elements =
+      kernels.bwd_scratch(sharing.length, chunk_rows(args.total), sharing.shared, args.head_dim, sharing.heads);
   parallel_for(sharing.tasks, sharing.threads, [&](int64_t task) {
     const AttentionTask at = sharing.at(args, task, scratch(elements * accumulator_bytes(dtype)));
     PrefixSums sums[kTaskHeads];

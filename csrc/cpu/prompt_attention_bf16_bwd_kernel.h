@@ -16,12 +16,13 @@ constexpr int64_t kKeyBlock = 96;     // a multiple of every engine's rows
 constexpr int64_t kQueryBlock = 128;  // scores of so many queries are at hand at once
 constexpr int64_t kSegment = 128;     // rows of a chunk that meet the prefix together
 
-// Elements of 4 bytes for histories of at most `length` rows that see at most `shared` prefix rows.
-inline int64_t bf16_bwd_scratch(int64_t length, int64_t shared, int64_t dim, int64_t) {
+// Elements of 4 bytes for histories of at most `length` rows that see at most `shared` prefix rows, in chunks that
+// begin in `chunk` rows.
+inline int64_t bf16_bwd_scratch(int64_t length, int64_t chunk, int64_t shared, int64_t dim, int64_t) {
   const int64_t wide = round_up(dim, kRowPad), own = round_up(length, kRowPad), prefix = round_up(shared, kRowPad);
   const int64_t queries = own > kSegment ? own : kSegment;
   const int64_t keys = own > prefix ? own : prefix;
-  return (own + kChunkRows) * wide + 4 * queries * wide + 2 * keys * wide + kKeyBlock * (queries + kRowPad) +
+  return (own + chunk) * wide + 4 * queries * wide + 2 * keys * wide + kKeyBlock * (queries + kRowPad) +
          (kKeyBlock / 2 + 3) * (queries + kRowPad) + 64 * kQueryBlock + 64 * kRowPad;
 }
 

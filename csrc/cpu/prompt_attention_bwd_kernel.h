@@ -56,8 +56,11 @@ History<typename S::A> load_history(const AttentionArgs& args, const AttentionGr
     history.keys_t = transposed(history.keys);
   }
   if (wanted.own_ds) history.values_t = transposed(rows(args.v));
-  history.query = rows(args.q);
-  history.grad_out = rows(grads.grad_out);
+  const auto in_place = [&](const AttentionRows& from) {
+    return as_rows<S>(row<T>(from, begin, task.head), from.row_stride, length, dim, pieces.take(length * wide));
+  };
+  history.query = wanted.own ? rows(args.q) : in_place(args.q);
+  history.grad_out = wanted.own ? rows(grads.grad_out) : in_place(grads.grad_out);
   return history;
 }
 
@@ -114,13 +117,14 @@ void fill_block(const AttentionArgs& args, const AttentionGrads& grads, const Wa
   constexpr int R = S::kTileRows;
   const int64_t dim = args.head_dim;
   const A scale = static_cast<A>(args.scale), one = 1;
-  for (int64_t i = block.i0; i < block.i1; i += R) {
-    const int64_t rows = block.i1 - i < R ? block.i1 - i : R, seen = args.causal ? i + rows : history.length;
+  const int64_t step = wanted.own ? R : 2 * R;  // against a prefix alone, rows are cheap
+  for (int64_t i = block.i0; i < block.i1; i += step) {
+    const int64_t rows = block.i1 - i < step ? block.i1 - i : step, seen = args.causal ? i + rows : history.length;
     const int64_t own_width = wanted.own ? S::round_up(seen) : 0, width = prefix.width + own_width;
     A *p = block.p + (i - block.i0) * block.score_row, *ds = block.ds + (i - block.i0) * block.score_row;
     const A* query = history.query.data + i * history.query.stride;
     const A* grad_out = history.grad_out.data + i * history.grad_out.stride;
-    ahead.step();
+    for (int64_t r = 0; r < rows; r += R) ahead.step();
     const auto product = [&](const A* a, int64_t a_row, const A* b, int64_t b_row, int64_t count, A* c, A factor) {
       const Factor<A> pair{a, b, b_row, dim};
       if (count) multiply<S>({a_row, 1, block.score_row, factor, false}, &pair, 1, rows, count, c);

@@ -28,9 +28,9 @@ struct AttentionKernels {
   void (*bwd)(const AttentionArgs& args, const AttentionGrads& grads, const PrefixSums* sums,
               const AttentionTask& task);
   // Elements of scratch, of the type that sums are taken in, for histories of at most `length` rows that see at most
-  // `shared` prefix rows.
+  // `shared` prefix rows, in chunks of chunk_rows = `chunk`.
   int64_t (*fwd_scratch)(int64_t length, int64_t shared, int64_t dim, int64_t heads);
-  int64_t (*bwd_scratch)(int64_t length, int64_t shared, int64_t dim, int64_t heads);
+  int64_t (*bwd_scratch)(int64_t length, int64_t chunk, int64_t shared, int64_t dim, int64_t heads);
 };
 
 AttentionKernels attention_kernels_baseline(Scalar dtype);
@@ -46,7 +46,7 @@ static constexpr inline int64_t fwd_scratch(int64_t length, int64_t shared, int6
   const int64_t keys = pad_up(length) + pad_up(shared);
   return (3 * pad_up(length) + 3 * heads * pad_up(shared)) * pad_up(dim) + 8 * keys + 32 * pad_up(dim) + 64 * kPad;
 }
-static constexpr inline int64_t bwd_scratch(int64_t length, int64_t shared, int64_t dim, int64_t heads) {
+static constexpr inline int64_t bwd_scratch(int64_t length, int64_t, int64_t shared, int64_t dim, int64_t heads) {
   const int64_t keys = pad_up(length) + pad_up(shared);
   return (8 * pad_up(length) + 4 * heads * pad_up(shared)) * pad_up(dim) + 2 * kQueryRows * keys +
          8 * kQueryRows * pad_up(dim) + 64 * kPad;

@@ -1,11 +1,20 @@
-// A thread's working memory, kept between calls while it is small: fresh pages cost as much as the work on them.
+// Working memory, aligned to 64 bytes; what it holds at first is not said. Throws std::bad_alloc.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 
 namespace pcl {
 
-// 64-byte aligned, of at least so many bytes; what it held before is gone. Throws std::bad_alloc.
+struct FreeMemory {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<void, FreeMemory>;
+
+Memory allocate(int64_t bytes);
+
+// A thread's own, of at least so many bytes. It is kept between calls: fresh pages cost as much as the work on them.
 void* scratch(int64_t bytes);
 
 }  // namespace pcl

@@ -130,7 +130,7 @@ inline void multiply_tile(const Product<typename S::A>& product, const Factor<ty
   const int64_t a_row = product.a_row, a_k = product.a_k, c_row = product.c_row;
   const bool add = product.add;
   V sums[R][N];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sums[r][n] = V{};
@@ -146,7 +146,7 @@ inline void multiply_tile(const Product<typename S::A>& product, const Factor<ty
         vb[n] = S::load(b + n * S::kLanes);
         if (R > 1) S::hold(vb[n]);
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         V va = S::fill(a[r * a_row]);
         if (N > 1) S::hold(va);
@@ -158,7 +158,7 @@ inline void multiply_tile(const Product<typename S::A>& product, const Factor<ty
   c += row * c_row + column;
   const int64_t step = product.row_scale ? 1 : 0;
   const A one = product.scale, *scales = product.row_scale ? product.row_scale + row : &one;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r, c += c_row) {
     const V scale = S::fill(scales[r * step]);
 #pragma GCC unroll 8
@@ -198,6 +198,9 @@ __attribute__((noinline)) void multiply(const Product<typename S::A>& product, c
   constexpr int R = S::kTileRows;
   static_assert(R == 4 || R == 6);
   int64_t row = 0;
+  if (columns == S::kLanes) {  // few sums a row: more rows at once hide how long one takes
+    for (; row + 2 * R <= rows; row += 2 * R) multiply_tile<S, 2 * R, 1>(product, factors, count, row, 0, c);
+  }
   for (; row + R <= rows; row += R) multiply_rows<S, R>(product, factors, count, row, columns, c);
   switch (rows - row) {
     case 1:

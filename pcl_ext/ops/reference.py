@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ROWS = 256  # csrc/attention_plan.h
+CHUNK_ROWS, MOST_CHUNKS = 256, 1024  # csrc/attention_plan.h
 
 
 def prompt_attention(
@@ -58,7 +58,7 @@ def attention_plan(offsets: Tensor, prefix_offsets: Tensor | None, prefix_index:
     shared = torch.cat([prefix_offsets.diff(), offsets.new_zeros(1)])[prefix_index]  # index -1: the 0 at the end
     members = torch.argsort(prefix_index, stable=True)
     prefix, rows = prefix_index[members], length[members]
-    block = (rows.cumsum(0) - rows) // CHUNK_ROWS
+    block = (rows.cumsum(0) - rows) // torch.clamp_min(offsets[-1] // MOST_CHUNKS, CHUNK_ROWS)
     begins = torch.ones(batch, dtype=torch.bool, device=offsets.device)
     begins[1:] = (prefix.diff() != 0) | (block.diff() != 0)
     chunk_begin = begins.nonzero()[:, 0]

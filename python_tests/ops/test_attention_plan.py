@@ -65,6 +65,15 @@ def test_counts(name):
     assert plan.prefix_index is None if prefixes is None else plan.prefix_index.shape == (len(lengths),)
 
 
+def test_large_batches_have_few_chunks():
+    offsets = torch.arange(0, 800_001, 20)
+    index = torch.arange(40_000) % 2
+    prefix_offsets = torch.tensor([0, 3, 5])
+    plan = ops.attention_plan(offsets, prefix_offsets, index)
+    assert torch.equal(plan.work, reference.attention_plan(offsets, prefix_offsets, index))
+    assert 1000 < int(plan.work[-1]) <= 1026
+
+
 def test_left_out_index():
     one, own = ops.attention_plan(to_offsets([1, 2]), to_offsets([3])), ops.attention_plan(*[to_offsets([1, 2])] * 2)
     assert one.prefix_index.tolist() == [0, 0]

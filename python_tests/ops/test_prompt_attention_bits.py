@@ -55,6 +55,15 @@ def test_company_does_not_change_bits(isa, dtype):
             assert torch.equal(got[name], crowd[name][mine]), f"{name} of history {b}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_of_a_large_batch_are_added_up(dtype):
+    case = make([90] * 3000, [6], heads=1, dim=16, dtype=dtype)  # chunks of more than 256 rows
+    grad_out = torch.randn(case.rows["q"].shape, dtype=torch.float64).to(dtype)
+    exact = case.to(torch.float64).run_with_grads(grad_out, impl="reference")
+    got, want = (case.run_with_grads(grad_out, impl=impl) for impl in ("fused", "reference"))
+    assert_as_right_as(got, want, exact)
+
+
 def test_embedding_of_a_prefix_in_others_does_not_change_bits():
     case = make([9, 30], [5], dim=32)
     more = make([9, 30], [7, 5], [1, 1], dim=32)
