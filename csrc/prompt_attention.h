@@ -12,9 +12,9 @@
 // Backward, with P the softmax and D_i = sum(grad_out_i * out_i):
 //   grad_v = P^T grad_out,  dS = scale * P * (grad_out v^T - D),  grad_q = dS k,  grad_k = dS^T q
 // Sums are taken in float (double for double). A chunk of the plan sums the prefix gradients of its histories, chunks
-// are added in the order of their numbers: the same bits whatever the threads. A history's rows are computed from that
-// history and its prefix alone, by steps that depend on their lengths alone: the same bits in any company. The caller
-// has checked shapes, dtypes, strides and device; the plan was checked when it was made.
+// are added in the order of their numbers, in double: the same bits whatever the threads. A history's rows are computed
+// from that history and its prefix alone, by steps that depend on their lengths alone: the same bits in any company.
+// The caller has checked shapes, dtypes, strides and device; the plan was checked when it was made.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
 #include "../prompt_attention.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "../parallel.h"
@@ -113,14 +114,15 @@ void Partials::reduce_one(T* grad, int64_t r, int64_t head, void* PrefixSums::* 
   const AttentionPlan& plan = args_.plan;
   const int64_t begin = plan.prefix_offsets[r], length = plan.prefix_offsets[r + 1] - begin;
   const int64_t first = plan.prefix_chunk[r], last = plan.prefix_chunk[r + 1];
-  A* sums = first < last ? static_cast<A*>(at(first, head).*which) : nullptr;
-  for (int64_t chunk = first + 1; chunk < last; ++chunk) {
-    const A* more = static_cast<const A*>(at(chunk, head).*which);
-    for (int64_t i = 0; i < length * dim_; ++i) sums[i] += more[i];
-  }
+  std::vector<double> sums(dim_);
   for (int64_t i = 0; i < length; ++i) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const A* more = static_cast<const A*>(at(chunk, head).*which) + i * dim_;
+      for (int64_t c = 0; c < dim_; ++c) sums[c] += more[c];
+    }
     T* to = grad + ((begin + i) * args_.num_heads + head) * args_.head_dim;
-    for (int64_t c = 0; c < args_.head_dim; ++c) narrow(sums ? sums[i * dim_ + c] : A{0}, to + c);
+    for (int64_t c = 0; c < args_.head_dim; ++c) narrow(static_cast<A>(sums[c]), to + c);
   }
 }
 
