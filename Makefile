@@ -40,7 +40,7 @@ WATCH = LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZE)/site
 
 sanitize: $(SANITIZE)/.installed
-	$(WATCH) $(BIN)/pytest python_tests/ops
+	$(WATCH) $(BIN)/pytest --capture=sys python_tests/ops
 
 $(SANITIZE)/.installed: $(SOURCES) $(INSTALLED)
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site \

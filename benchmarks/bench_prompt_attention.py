@@ -5,7 +5,8 @@ PyTorch's ways get their inputs padded, with the prompts already in place, outsi
 
 import torch
 import torch.nn.functional as F
-from measure import Report, lengths_of, median_ms, to_offsets
+from flex_attention_way import flex_attention_way
+from measure import Report, lengths_of, medians_ms, to_offsets
 from torch import Tensor
 
 from pcl_ext import ops
@@ -79,7 +80,8 @@ def fused_ways(rows, prefix, offsets):
 
 
 def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
-    matmul = report.matmul_bfloat16 if dtype == torch.bfloat16 else report.matmul
+    torchs = report.rates[str(dtype)[6:]]
+    rates = (torchs, max(torchs, report.rates["linear"]) if dtype == torch.float32 else torchs)
     lengths = lengths_of(ROWS // mean, mean)
     total, offsets = int(lengths.sum()), to_offsets(lengths)
     rows = list(torch.randn(3, total, HEADS, dim).to(dtype))
@@ -91,30 +93,34 @@ def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
     with torch.no_grad():
         for way in ways.values():
             check(forward(), way.packed(), exact)
-    with torch.no_grad():
-        theirs = {groups: median_ms(way.forward) for groups, way in ways.items()}
-    theirs_both = {groups: median_ms(ways[groups].backward) for groups in [1, *BUCKETS]}
-    ours, both, prefix_only = (median_ms(run) for run in (forward, lambda: backward(*range(5)), lambda: backward(3, 4)))
+        flex = flex_attention_way(rows, prefix, offsets)
+        check(forward(), flex(), exact)
     flops = 4 * dim * HEADS * int((lengths * PROMPTS + lengths * (lengths + 1) // 2).sum())
-    buckets, buckets_both = (min(t[g] for g in BUCKETS) for t in (theirs, theirs_both))
-    loop, name = theirs[len(lengths)], f"{str(dtype)[6:]}, mean {mean}, d {dim}"
+    name = f"{str(dtype)[6:]}, mean {mean}, d {dim}"
 
-    def share(gflops: float, ms: float) -> float:
-        return 100 * gflops / ms / 1e6 / matmul
+    def row(what: str, work: float, ours: float, padded: float, buckets: float, *others: float) -> None:
+        shares = [100 * work / ours / 1e6 / rate for rate in rates]
+        best = min(padded, buckets, *others)
+        report.row(f"{name}, {what}", best / ours, ours, padded, buckets, *(others or ("", "")), *shares)
 
-    best = min(buckets, loop, theirs[1])
-    report.row(f"{name}, forward", best / ours, ours, theirs[1], buckets, loop, share(flops, ours))
-    best, everything = min(buckets_both, theirs_both[1]), share(3.5 * flops, both)
-    report.row(f"{name}, forward and backward", best / both, both, theirs_both[1], buckets_both, "", everything)
-    full, alone = both - ours, prefix_only - ours
-    report.row(f"{name}, backward: all against prefix only", full / alone, alone, "", "", "", "")
+    with torch.no_grad():
+        theirs = {groups: way.forward for groups, way in ways.items()}
+        ours, flex, *others = medians_ms({"ours": forward, "flex": flex, **theirs}).values()
+    padded, *buckets, loop = others
+    row("forward", flops, ours, padded, min(buckets), loop, flex)
+    whole, prefix_only = (lambda: backward(*range(5))), (lambda: backward(3, 4))
+    theirs = {groups: ways[groups].backward for groups in [1, *BUCKETS]}
+    both, alone, padded, *buckets = medians_ms({"both": whole, "alone": prefix_only, **theirs}).values()
+    row("forward and backward", 3.5 * flops, both, padded, min(buckets))
+    report.row(f"{name}, backward: all against prefix only", (both - ours) / (alone - ours), alone - ours, *[""] * 6)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     report = Report(
         f"prompt_attention, {ROWS} rows, {PROMPTS} prompts, {HEADS} heads; milliseconds",
-        ["what", "ratio to the best", "fused", "padded", "best of 8 to 64 buckets", "loop", "% of matrix product"],
+        ["what", "ratio to the best", "fused", "padded", "best of 8 to 64 buckets", "loop", "FlexAttention"]
+        + ["% of torch's matrix product", "% of the best one"],
     )
     for dtype in (torch.float32, torch.bfloat16):
         for shape in report.shapes(SHAPES):

@@ -93,13 +93,15 @@ def copy_of(moved: int) -> Callable[[], Tensor]:
 
 
 def machine_rates() -> dict[str, float]:
-    """Of this run: matrix products (GFLOP/s), a copy of 64 MB (GB/s, bytes read and written).
+    """Of this run: matrix products of torch and ops.linear (GFLOP/s), a copy of 64 MB (GB/s, read and written).
 
     From the shortest call: a machine disturbed just then must not make every share below look large.
     """
     source, target = torch.randn(2, 16 << 20)
     products = {"float32": matrix_product(torch.float32), "bfloat16": matrix_product(torch.bfloat16)}
-    work = {"float32": PRODUCT_GFLOP, "bfloat16": PRODUCT_GFLOP, "copy": 2 * source.nbytes / 1e9}
+    a, b = torch.randn(2, 1024, 1024)
+    products["linear"] = lambda: ops.linear(a, b)
+    work = dict.fromkeys(products, PRODUCT_GFLOP) | {"copy": 2 * source.nbytes / 1e9}
     times = times_ms({**products, "copy": lambda: target.copy_(source)})
     return {name: 1e3 * work[name] / calls[0] for name, calls in times.items()}
 
@@ -127,7 +129,6 @@ class Report:
         self.title, self.columns, self.quick = title, columns, self.arguments.quick
         self.rows: list[tuple] = []
         self.rates = machine_rates()
-        self.matmul, self.matmul_bfloat16, self.copy = self.rates.values()
         self.machine = {
             "processor": processor(),
             "date": date.today().isoformat(),
@@ -159,6 +160,6 @@ class Report:
 def describe_rates(rates: dict[str, float]) -> str:
     """machine_rates in words."""
     return (
-        f"Matrix product {rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bfloat16;"
-        f" copy {rates['copy']:.1f} GB/s."
+        f"Matrix product of torch {rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bfloat16, of"
+        f" ops.linear {rates['linear']:.0f} in float32; copy {rates['copy']:.1f} GB/s."
     )

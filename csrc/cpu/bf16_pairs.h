@@ -72,9 +72,8 @@ inline Floats dot_pairs(Floats sums, Pairs a, Pairs b) {
 namespace pcl {
 namespace {
 
-// 2^x for x up to 127; 2^-126 for whatever is below. Relative error 1e-7.
+// 2^x for x up to 127; 2^-126 for whatever is below, anything above. Relative error 1e-7.
 inline Floats exp2_v(Floats x) {
-  using I = Wide::I;
   const Floats low = Wide::fill(-126.0f), magic = Wide::fill(12582912.0f);  // 1.5 * 2^23 rounds to integers
   x = x < low ? low : x;
   const Floats shifted = x + magic;
@@ -85,7 +84,7 @@ inline Floats exp2_v(Floats x) {
   p = p * r + 2.402224243e-1f;
   p = p * r + 6.931470037e-1f;
   p = p * r + 1.0f;
-  return reinterpret_cast<Floats>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));
+  return reinterpret_cast<Floats>(reinterpret_cast<Pairs>(p) + (reinterpret_cast<Pairs>(shifted) << 23));
 }
 
 // Rows of pairs: `stride` pairs from one to the next.
