@@ -46,29 +46,32 @@ def to_offsets(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def times_ms(ways: dict[str, Callable], *, seconds: float = 0.3, least: int = 5) -> dict[str, list[float]]:
-    """Wall-clock milliseconds of each call, shortest first. The ways are called in turn (A B C A B C ...), so that what
-    disturbs the machine for a while disturbs all of them. Rounds go on for `seconds` a way, after one not counted.
+def times_ms(ways: dict[str, Callable], *, seconds: float = 0.2, least: int = 6) -> dict[str, list[float]]:
+    """Wall-clock milliseconds of each call, shortest first.
+
+    The ways take turns, so that what disturbs the machine for a while disturbs all of them. A turn is a call that is
+    not counted, which meets the caches and the waiting threads that another way has left behind, and two that are.
+    Turns go on for `seconds` a way.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
-    rounds, spent = -1, 0.0
-    while rounds < least or spent < seconds * len(ways):
+    spent = 0.0
+    while len(next(iter(times.values()))) < least or spent < seconds * len(ways):
         for name, run in ways.items():
-            begin = time.perf_counter()
             run()
-            if rounds >= 0:
+            for _ in range(2):
+                begin = time.perf_counter()
+                run()
                 times[name].append(1e3 * (time.perf_counter() - begin))
                 spent += times[name][-1] / 1e3
-        rounds += 1
     return {name: sorted(calls) for name, calls in times.items()}
 
 
-def medians_ms(ways: dict[str, Callable], *, seconds: float = 0.3, least: int = 5) -> dict[str, float]:
+def medians_ms(ways: dict[str, Callable], *, seconds: float = 0.2, least: int = 6) -> dict[str, float]:
     """Median wall-clock milliseconds of each way, called in turn."""
     return {name: calls[len(calls) // 2] for name, calls in times_ms(ways, seconds=seconds, least=least).items()}
 
 
-def median_ms(run: Callable, *, seconds: float = 0.3, least: int = 5) -> float:
+def median_ms(run: Callable, *, seconds: float = 0.2, least: int = 6) -> float:
     """medians_ms of a single way."""
     return medians_ms({"": run}, seconds=seconds, least=least)[""]
 
