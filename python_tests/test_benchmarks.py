@@ -21,4 +21,4 @@ def test_every_benchmark_runs(tmp_path):
     for result in results:
         assert f"## {result['title']}\n" in text.read_text()
         assert all(value > 0 for row in result["rows"] for value in row.values() if isinstance(value, float))
-        assert result["rates"].keys() == {"float32", "bfloat16", "copy"}
+        assert result["rates"].keys() == {"float32", "bfloat16", "linear", "copy"}
