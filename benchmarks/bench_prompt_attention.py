@@ -6,7 +6,7 @@ PyTorch's ways get their inputs padded, with the prompts already in place, outsi
 import torch
 import torch.nn.functional as F
 from flex_attention_way import flex_attention_way
-from measure import Report, lengths_of, medians_ms, to_offsets
+from measure import Report, lengths_of, medians_ms, release_memory, to_offsets
 from torch import Tensor
 
 from pcl_ext import ops
@@ -85,6 +85,7 @@ def fused_ways(rows, prefix, offsets):
 
 
 def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
+    release_memory()
     torchs = report.rates[str(dtype)[6:]]
     rates = (torchs, max(torchs, report.rates["linear"]) if dtype == torch.float32 else torchs)
     lengths = lengths_of(ROWS // mean, mean)

@@ -6,6 +6,7 @@ pay for; glibc maps every large block anew. Importing this module makes it keep 
 
 import argparse
 import ctypes
+import gc
 import json
 import platform
 import re
@@ -28,6 +29,14 @@ def keep_memory() -> str:
     trim_threshold, mmap_max = -1, -4  # malloc.h
     done = mallopt(trim_threshold, -1) and mallopt(mmap_max, 0)
     return "reused" if done else "as the C library gives it"
+
+
+def release_memory() -> None:
+    """Give back what is free: between shapes that leave large holes behind."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 MEMORY = keep_memory()
