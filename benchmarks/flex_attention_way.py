@@ -24,6 +24,7 @@ def flex_attention_way(rows: list[Tensor], prefix: list[Tensor], offsets: Tensor
         own = key - prompts
         return (own < 0) | ((own <= row) & (user[own.clamp_min(0)] == user[row]))
 
+    torch.compiler.reset()  # shapes seen before count, and past a limit of them it would run uncompiled
     keys = [torch.cat([p, x]) for p, x in zip(prefix, rows[1:])]
     inputs = [x.transpose(0, 1)[None].contiguous() for x in (rows[0], *keys)]
     mask = create_block_mask(sees, None, None, total, prompts + total, device="cpu")
