@@ -3,6 +3,7 @@
 from pcl_ext import ops
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel, task_loss
+from pcl_ext.serve import Predictor
 from pcl_ext.store import from_pretrained, save_pretrained, verify
 from pcl_ext.task import TaskSpec
 
@@ -13,6 +14,7 @@ __all__ = [
     "BackboneConfig",
     "MemoryConfig",
     "PackedBatch",
+    "Predictor",
     "TaskSpec",
     "UserModel",
     "from_pretrained",

@@ -106,6 +106,7 @@ def _predict(parser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--task", type=str, required=True, help="what to predict")
     parser.add_argument("--k", type=int, default=10, help="how many items (items tasks)")
+    parser.add_argument("--skip-seen", action="store_true", help="leave out the items of the history (items tasks)")
 
 
 def _report(parser) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +16,7 @@ from pcl_ext.data import Dataset, events, ml_1m, online_retail, synthetic
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import MemoryConfig
 from pcl_ext.report import report as write_report
+from pcl_ext.serve import Predictor, as_rows
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 PREDICT_LINES = 512
@@ -105,16 +105,16 @@ def evaluate(args) -> int:
 def predict(args) -> int:
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, got {args.k}")
-    model = store.from_pretrained(args.run)
-    model.task(args.task)
+    predictor = Predictor(args.run, args.task)
     for histories in _read_histories(sys.stdin):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            answers = model.predict(histories, args.task, k=args.k)
-        for warning in caught:
-            print(f"pcl predict: {warning.message}", file=sys.stderr)
-        for answer in answers:
-            print(json.dumps(answer))
+        answer = predictor.predict(histories, args.task, args.k, skip_seen=args.skip_seen)
+        if dropped := int(answer["unknown"].sum()):
+            print(
+                f"pcl predict: {dropped} unknown item ids were dropped from {len(histories)} histories",
+                file=sys.stderr,
+            )
+        for row in as_rows(answer):
+            print(json.dumps(row))
     return 0
 
 

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "metrics": {"task"},
     "baselines": {"task", "ops", "batch", "data", "metrics"},
     "store": {"task", "model"},
+    "serve": {"ops", "batch", "model", "data", "store"},
     "report": {"task", "metrics", "store"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

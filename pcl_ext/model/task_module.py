@@ -135,22 +135,41 @@ class Task(nn.Module):
 
         Where targets are new items (`spec.repeats` is False), what the history holds already scores SEEN_SCORE.
         """
-        features = (self.features(encoded) - self.shift) * self.scale
-        features = torch.where(self.fixed, self.dropout(features), features)
         if self.spec.kind == "items":
-            rows = table[self.catalogue] if self.tied else self.head.rows
-            scores = F.linear(self.head.queries(features, encoded.newest), rows, self.head.bias)
-            if self.repeats is not None:
-                for piece in encoded.pieces:
-                    scores = self.repeats(scores, piece.states[-1], piece.users(), self.column_of[piece.items])
-                return scores
-            columns = self.column_of[encoded.items]
-            listed = columns >= 0
-            return scores.index_put((encoded.users()[listed], columns[listed]), scores.new_tensor(SEEN_SCORE))
-        output = self.head(features)
+            return self.item_scores(self.queries(encoded), encoded, table)
+        output = self.head(self._head_features(encoded))
         if self.spec.kind == "classes":
             return output
         return output[:, 0] * self.head.unit[1] + self.head.unit[0]
+
+    def _head_features(self, encoded: Encoded) -> Tensor:
+        features = (self.features(encoded) - self.shift) * self.scale
+        return torch.where(self.fixed, self.dropout(features), features)
+
+    def queries(self, encoded: Encoded) -> Tensor:
+        """[B, D], what the items of an items task are scored against."""
+        return self.head.queries(self._head_features(encoded), encoded.newest)
+
+    def item_scores(
+        self, queries: Tensor, encoded: Encoded, table: Tensor, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Scores [B, c] of the catalogue's columns first .. last (all by default) for queries [B, D]."""
+        catalogue = self.catalogue[first:last]
+        rows = table[catalogue] if self.tied else self.head.rows[first:last]
+        scores = F.linear(queries, rows, self.head.bias[first:last])
+        if self.repeats is not None:
+            for piece in encoded.pieces:
+                columns = self._columns_among(piece.items, first, len(catalogue))
+                scores = self.repeats(scores, piece.states[-1], piece.users(), columns)
+            return scores
+        columns = self._columns_among(encoded.items, first, len(catalogue))
+        listed = columns >= 0
+        return scores.index_put((encoded.users()[listed], columns[listed]), scores.new_tensor(SEEN_SCORE))
+
+    def _columns_among(self, items: Tensor, first: int, count: int) -> Tensor:
+        """items [T] -> their columns counted from `first`, -1 for those that are not among these `count`."""
+        columns = self.column_of[items] - first
+        return columns.masked_fill((columns < 0) | (columns >= count), -1)
 
     @torch.no_grad()
     def fit_head(self, features: Tensor, target: Tensor, target_row: Tensor) -> None:

@@ -145,6 +145,10 @@ class UserModel(nn.Module):
             raise ValueError(f"task_index must be in 0..{len(self.tasks) - 1}, got {int(worst)}")
         return index.to(self.device)
 
+    def read(self, batch: PackedBatch, task: str) -> Encoded:
+        """The histories of a batch as the readouts of a task see them."""
+        return self._encode(batch, [self.task(task)], None)
+
     def _encode(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> Encoded:
         """Histories with each row's own prompts. index [B] int64 into tasks; None: all rows are of tasks[0].
 

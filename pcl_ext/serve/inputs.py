@@ -1,0 +1,150 @@
+"""What a Predictor takes: Arrow, dicts of arrays, lists. All become packed ids and offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pcl_ext import ops
+from pcl_ext.batch import PackedBatch
+
+BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Histories:
+    """B histories back to back, oldest event first, unknown ids included; arrays may be memory-mapped.
+
+    items    [E] int32 or int64
+    offsets  [B + 1] int64; history b is items[offsets[b] : offsets[b + 1]]
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def chunks(self, max_tokens: int, max_len: int) -> Iterator[slice]:
+        """Runs of consecutive histories, at most max_tokens of their newest max_len events each (or one history); one
+        of no histories where there are none."""
+        if not len(self):
+            yield slice(0, 0)
+        ends = np.minimum(np.diff(self.offsets), max_len).clip(1).cumsum()
+        first = 0
+        while first < len(self):
+            done = ends[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, done + max_tokens, side="right")))
+            yield slice(first, last)
+            first = last
+
+    def known(self, rows: slice, num_items: int) -> tuple[Histories, np.ndarray]:
+        """The rows' ids that lie in 1..num_items, and how many of each history do not [b] int64."""
+        offsets = np.asarray(self.offsets[rows.start : rows.stop + 1])
+        items = np.asarray(self.items[offsets[0] : offsets[-1]])
+        known = (items >= 1) & (items <= num_items)
+        before = np.concatenate([[0], np.cumsum(known)])
+        kept = before[offsets - offsets[0]]
+        return Histories(items[known].astype(np.int64, copy=False), kept), np.diff(offsets) - np.diff(kept)
+
+    def batch(self, max_len: int) -> PackedBatch:
+        """All of them, the newest max_len events of each."""
+        rows = np.arange(len(self))
+        return PackedBatch.from_packed(*ops.gather_histories(self.items, self.offsets, rows, max_len))
+
+    def users(self) -> torch.Tensor:
+        """[E] int64, which history each event belongs to."""
+        return torch.repeat_interleave(torch.from_numpy(np.diff(self.offsets)))
+
+
+def read_histories(data: Any, column: str = "items") -> Histories:
+    """Histories of a batch in any form that is taken, checked.
+
+    An Arrow table or record batch with a list column `column`, or such a column itself; a dict with `column`, a list
+    (or an array) of arrays, or with `values` [E] and `offsets` [B + 1]; a list of lists. Ids are integers, oldest
+    first. ValueError or TypeError names what is wrong and where.
+    """
+    if isinstance(data, Histories):
+        return data
+    if type(data).__module__.partition(".")[0] == "pyarrow":
+        return _from_arrow(data, column)
+    if isinstance(data, Mapping):
+        if column in data:
+            return _from_lists(data[column], f"{column}[%d]")
+        if "values" in data and "offsets" in data:
+            return _from_packed(data["values"], data["offsets"])
+        raise ValueError(
+            f"a dict of arrays must hold {column!r}, or 'values' and 'offsets', got {', '.join(map(str, data)) or '{}'}"
+        )
+    if isinstance(data, (str, bytes)) or not hasattr(data, "__len__"):
+        raise TypeError(
+            f"histories must be an Arrow table, a dict of arrays or a list of lists, got {type(data).__name__}"
+        )
+    return _from_lists(data, "history %d")
+
+
+def _from_arrow(data: Any, column: str) -> Histories:
+    import pyarrow as pa
+
+    if isinstance(data, (pa.Table, pa.RecordBatch)):
+        if column not in data.schema.names:
+            raise ValueError(f"the Arrow table must have a column {column!r}, it has {', '.join(data.schema.names)}")
+        data = data.column(column)
+    if isinstance(data, pa.ChunkedArray):
+        data = data.combine_chunks() if data.num_chunks != 1 else data.chunk(0)
+    if isinstance(data, pa.ChunkedArray):  # without chunks, or larger than one array can be
+        data = pa.concat_arrays(data.chunks) if data.num_chunks else pa.array([], data.type)
+    kind = data.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not pa.types.is_integer(kind.value_type):
+        raise TypeError(f"{column} must be a list column of integers, got {kind}")
+    if data.null_count:
+        row = int(np.flatnonzero(data.is_null().to_numpy(zero_copy_only=False))[0])
+        raise ValueError(f"{column} must be without nulls, got one in row {row}; an empty history is an empty list")
+    values = data.flatten()
+    if values.null_count:
+        raise ValueError(f"{column} must hold item ids, got {values.null_count} nulls")
+    lengths = data.value_lengths().to_numpy(zero_copy_only=False)
+    return Histories(_ids(values.to_numpy(zero_copy_only=False), column), _offsets(lengths))
+
+
+def _from_packed(values: Any, offsets: Any) -> Histories:
+    values, offsets = _ids(np.asarray(values), "values"), _ids(np.asarray(offsets), "offsets").astype(np.int64)
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+        raise ValueError(f"offsets must run from 0 to len(values) = {len(values)} and never decrease")
+    return Histories(values, offsets)
+
+
+def _from_lists(data: Sequence, name: str) -> Histories:
+    if isinstance(data, np.ndarray) and data.ndim == 2:
+        data = _ids(data.reshape(-1), name.partition("[")[0]).reshape(data.shape)
+        return Histories(data.reshape(-1), np.arange(len(data) + 1) * data.shape[1])
+    rows = [_ids_of(history, name, row) for row, history in enumerate(data)]
+    items = np.concatenate(rows) if rows else np.empty(0, np.int64)
+    return Histories(items, _offsets(np.fromiter(map(len, rows), np.int64, len(rows))))
+
+
+def _ids_of(history: Any, name: str, row: int) -> np.ndarray:
+    try:
+        ids = np.asarray(history)
+    except (ValueError, TypeError, OverflowError):
+        ids = None
+    if ids is not None and ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size):
+        return ids.astype(np.int64, copy=False)
+    raise ValueError(f"{name % row} must be a flat list of integer item ids, got {str(history):.80}")
+
+
+def _ids(values: np.ndarray, name: str) -> np.ndarray:
+    if values.ndim != 1 or (values.dtype.kind not in "iu" and values.size):
+        raise TypeError(f"{name} must be a flat array of integers, got {values.dtype} of shape {list(values.shape)}")
+    if values.dtype not in (np.int32, np.int64):
+        values = values.astype(np.int64)  # of uint64, what does not fit turns negative: unknown, as it should be
+    return np.ascontiguousarray(values)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -1,0 +1,169 @@
+"""Predictor: a run that answers. One class for Python, the command line, torchrun and Ray Data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pcl_ext import store
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model import UserModel
+from pcl_ext.serve.inputs import BATCH_TOKENS, Histories, read_histories
+from pcl_ext.serve.top_items import top_items
+
+
+class Predictor:
+    """Predictions and user vectors of a run, for any number of histories in any of the usual forms.
+
+    Pickles as its settings: each process opens the run when it is first asked. Histories are those of `read_histories`:
+    an Arrow table, a dict of arrays, a list of lists; new users and empty histories included. Of each the newest
+    max_len known ids count; unknown ones are dropped and counted, in `unknown` (so far) and in each answer. Memory
+    beyond input and answer does not depend on the number of histories: they are worked on in chunks.
+
+    path       the run's folder
+    task       what `predictor(batch)` predicts, or
+    encode     the tasks whose user vectors `predictor(batch)` gives
+    k          how many items an items task answers
+    skip_seen  leave out the items of the history given, all of it; a rank without an item holds item 0, score -inf
+    column     the list column of a table, or the key of a dict, with the histories
+    keep       columns that `predictor(batch)` hands on, such as ("user_id",)
+
+    StoreError where the folder is no run, ValueError for a task it does not know.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        task: str | None = None,
+        *,
+        encode: Sequence[str] | None = None,
+        k: int = 10,
+        skip_seen: bool = False,
+        column: str = "items",
+        keep: Sequence[str] = (),
+    ):
+        if task is not None and encode is not None:
+            raise ValueError("give task, to predict, or encode, for user vectors, not both")
+        if isinstance(encode, str) or isinstance(keep, str):
+            raise TypeError("encode and keep must be lists of names, got a str")
+        self.path = Path(path).absolute()
+        self.task, self.tasks_encoded = task, None if encode is None else tuple(encode)
+        self.k, self.skip_seen, self.column, self.keep = _check_k(k), skip_seen, column, tuple(keep)
+        self.unknown = 0
+        self._model: UserModel | None = None
+        self._check_tasks([task] if task is not None else self.tasks_encoded or ())
+
+    def _check_tasks(self, names: Sequence[str]) -> None:
+        """Early, from the manifest alone: a job of many workers must not find out in each of them."""
+        known = [entry["name"] for entry in store.read_manifest(self.path)["tasks"]]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"task must be one of {', '.join(known) or '(no tasks yet)'}, got {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": None}
+
+    @property
+    def model(self) -> UserModel:
+        """The run's model, opened when it is first asked for."""
+        if self._model is None:
+            self._model = store.from_pretrained(self.path)
+        return self._model
+
+    def __call__(self, batch: Any) -> dict[str, np.ndarray]:
+        """What the constructor was asked for, and before it the columns to `keep`: for `map_batches` and the like."""
+        if self.task is None and self.tasks_encoded is None:
+            raise ValueError("a Predictor that is called needs a task, or encode; or use its methods")
+        kept = {name: _column(batch, name) for name in self.keep}
+        histories = read_histories(batch, self.column)
+        if self.task is not None:
+            answer = self.predict(histories, self.task, self.k, skip_seen=self.skip_seen)
+        else:
+            answer = self.encode(histories, self.tasks_encoded)
+        if twice := sorted(kept.keys() & answer.keys()):
+            raise ValueError(f"keep must not name what the answer holds itself, got {', '.join(twice)}")
+        return kept | answer
+
+    @torch.no_grad()
+    def predict(self, histories: Any, task: str, k: int = 10, *, skip_seen: bool = False) -> dict[str, np.ndarray]:
+        """Predictions for B histories, as arrays of length B.
+
+        items: items [B, k] int64, scores [B, k] float32 (k at most the catalogue), equal scores by the lowest id;
+        classes: class [B] int64, probabilities [B, C] float32; binary: probability [B] float32; regression: value [B]
+        float32. With each: unknown [B] int64, how many ids were dropped.
+        """
+        part, parts = self.model.task(task), []
+        _check_k(k)
+        for known, unknown, batch in self._batches(read_histories(histories, self.column)):
+            if part.spec.kind == "items":
+                seen = (known.users(), torch.from_numpy(known.items)) if skip_seen else None
+                seen = None if seen is None else tuple(ids.to(self.model.device) for ids in seen)
+                read = self.model.read(batch, task)
+                items, scores = top_items(part, read, self.model.backbone.table, k, seen)
+                answer = {"items": items, "scores": scores}
+            else:
+                answer = _label_answer(part.spec.kind, self.model(batch, task).float().cpu())
+            parts.append({name: value.numpy() for name, value in answer.items()} | {"unknown": unknown})
+        return _joined(parts)
+
+    @torch.no_grad()
+    def encode(self, histories: Any, tasks: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """User vectors [B, F] float32 for each of the tasks (all by default): what its head reads."""
+        batches = self._batches(read_histories(histories, self.column))
+        return _joined(
+            [
+                {name: vectors.float().cpu().numpy() for name, vectors in self.model.encode(batch, tasks).items()}
+                for _, _, batch in batches
+            ]
+        )
+
+    def _batches(self, histories: Histories) -> Iterator[tuple[Histories, np.ndarray, PackedBatch]]:
+        """Chunk by chunk: known ids, how many of each history are not, and what the model sees of them."""
+        config = self.model.backbone.config
+        for rows in histories.chunks(BATCH_TOKENS, config.max_len):
+            known, unknown = histories.known(rows, config.num_items)
+            self.unknown += int(unknown.sum())
+            yield known, unknown, known.batch(config.max_len).to(self.model.device)
+
+
+def as_rows(answer: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """What `Predictor.predict` answered as a plain dict a history; ranks without an item are left out."""
+    if "items" in answer:
+        counts = (answer["items"] > 0).sum(1).tolist()
+        pairs = zip(answer["items"].tolist(), answer["scores"].tolist(), counts)
+        return [{"items": items[:n], "scores": scores[:n]} for items, scores, n in pairs]
+    columns = {name: values.tolist() for name, values in answer.items() if name != "unknown"}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def _label_answer(kind: str, output: torch.Tensor) -> dict[str, torch.Tensor]:
+    if kind == "classes":
+        return {"class": output.argmax(1), "probabilities": output.softmax(1)}
+    if kind == "binary":
+        return {"probability": output.sigmoid()}
+    return {"value": output}
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _column(batch: Any, name: str) -> np.ndarray:
+    is_arrow = type(batch).__module__.partition(".")[0] == "pyarrow"
+    names = batch.schema.names if is_arrow else list(batch) if isinstance(batch, Mapping) else []
+    if name not in names:
+        raise ValueError(f"keep names {name!r}, the batch has {', '.join(map(str, names)) or 'no columns'}")
+    if not is_arrow:
+        return np.asarray(batch[name])
+    column = batch.column(name)
+    return column.to_numpy() if hasattr(column, "chunks") else column.to_numpy(zero_copy_only=False)
+
+
+def _check_k(k: int) -> int:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k must be at least 1, got {k!r}")
+    return k

@@ -1,0 +1,102 @@
+"""Every form in which histories may come gives the same ids and offsets; what is none says where it is wrong."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pcl_ext.serve import read_histories
+from pcl_ext.serve.inputs import Histories
+
+LISTS = [[3, 1, 2], [], [7], [5, 5]]
+EVEN = [[1, 2], [3, 4]]
+
+
+def column(kind=None, lists=LISTS, wrap=pa.list_):
+    return pa.array(lists, wrap(kind or pa.int64()))
+
+
+FORMS = {
+    "lists": LISTS,
+    "tuple of arrays": tuple(np.array(x, np.int32) for x in LISTS),
+    "dict of lists": {"items": LISTS, "user_id": [1, 2, 3, 4]},
+    "dict of objects": {"items": np.array([np.array(x, np.int16) for x in LISTS], dtype=object)},
+    "packed": {"values": np.array(sum(LISTS, []), np.uint64), "offsets": np.array([0, 3, 3, 4, 6], np.int32)},
+    "arrow array": column(),
+    "arrow large list": column(pa.int32(), wrap=pa.large_list),
+    "chunks": pa.chunked_array([column(lists=LISTS[:1]), column(lists=LISTS[1:])]),
+    "table": pa.table({"user_id": [1, 2, 3, 4], "items": column(pa.uint16())}),
+    "record batch": pa.RecordBatch.from_pydict({"items": column()}),
+    "sliced": pa.table({"items": pa.array([[9, 9], *LISTS, [8]], pa.list_(pa.int64()))}).slice(1, 4),
+}
+
+
+@pytest.mark.parametrize("data", FORMS.values(), ids=FORMS)
+def test_every_form(data):
+    got = read_histories(data)
+    assert got.items.tolist() == sum(LISTS, [])
+    assert got.offsets.tolist() == [0, 3, 3, 4, 6]
+    assert got.items.dtype in (np.int32, np.int64)
+    assert got.offsets.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "data", [{"items": np.array(EVEN)}, pa.array(EVEN, pa.list_(pa.int64(), 2))], ids=["2-D", "fixed size"]
+)
+def test_histories_of_one_length(data):
+    got = read_histories(data)
+    assert (got.items.tolist(), got.offsets.tolist()) == ([1, 2, 3, 4], [0, 2, 4])
+
+
+@pytest.mark.parametrize("data", [[], {"items": []}, pa.table({"items": column(lists=[])}), np.empty((0, 3), int)])
+def test_nothing(data):
+    assert len(read_histories(data)) == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([[1], [1.5]], r"history 1 must be a flat list of integer item ids, got \[1.5\]"),
+        ([[1], 2], "history 1 must be a flat list"),
+        ([[1], [[2], [3, 4]]], "history 1 must be a flat list"),
+        ([["a"]], "history 0 must be a flat list"),
+        ([[True]], "history 0 must be a flat list"),
+        ("abc", "histories must be an Arrow table, a dict of arrays or a list of lists, got str"),
+        (5, "got int"),
+        ({"user_id": [1]}, "a dict of arrays must hold 'items', or 'values' and 'offsets', got user_id"),
+        ({"items": [[1], None]}, r"items\[1\] must be a flat list"),
+        ({"values": [1.0], "offsets": [0, 1]}, "values must be a flat array of integers, got float64"),
+        ({"values": [1], "offsets": [0, 2]}, r"offsets must run from 0 to len\(values\) = 1"),
+        ({"values": [1], "offsets": []}, "offsets must run from 0"),
+        ({"values": [1, 2], "offsets": [0, 2, 1, 2]}, "never decrease"),
+        (pa.table({"ids": column()}), "the Arrow table must have a column 'items', it has ids"),
+        (pa.table({"items": [1, 2]}), "items must be a list column of integers, got int64"),
+        (pa.array([[1.5]]), "items must be a list column of integers"),
+        (pa.array([[1], None]), "items must be without nulls, got one in row 1"),
+        (pa.array([[1, None]]), "items must hold item ids, got 1 nulls"),
+    ],
+    ids=str,
+)
+def test_mistakes(data, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        read_histories(data)
+
+
+def test_chunks_cover_all_and_keep_to_their_size():
+    lengths = np.array([0, 5, 9, 0, 0, 40, 1, 3, 7])
+    histories = Histories(np.arange(1, lengths.sum() + 1), np.concatenate([[0], lengths.cumsum()]))
+    chunks = list(histories.chunks(8, 20))
+    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(9))
+    cost = lengths.clip(1, 20)
+    assert all(cost[chunk].sum() <= 8 or chunk.stop - chunk.start == 1 for chunk in chunks)
+
+
+def test_unknown_ids_are_dropped_and_counted():
+    histories = read_histories([[9, 1, 2], [0, -4], [], [-(2**63), 3]])
+    known, unknown = histories.known(slice(0, 4), 5)
+    assert (known.items.tolist(), known.offsets.tolist(), unknown.tolist()) == (
+        [1, 2, 3],
+        [0, 2, 2, 2, 3],
+        [1, 2, 0, 1],
+    )
+    known, unknown = histories.known(slice(1, 3), 5)
+    assert (known.items.tolist(), known.offsets.tolist(), unknown.tolist()) == ([], [0, 0, 0], [2, 0])
