@@ -121,9 +121,9 @@ def _verify(parser) -> None:
 
 def _encode(parser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--data", type=Path, help="dataset folder")
-    parser.add_argument("--tasks", nargs="*", type=str, help="names of tasks")
-    parser.add_argument("--out", type=Path, help="Parquet file to write")
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--tasks", nargs="+", type=str, help="names of tasks; all when left out")
+    parser.add_argument("--out", type=Path, required=True, help="Parquet file to write; an interrupted job goes on")
 
 
 def _export(parser) -> None:
@@ -146,7 +146,7 @@ _COMMANDS: dict[str, tuple[str, Callable]] = {
     "learn": ("teach a run further tasks, one after another", _learn),
     "evaluate": ("measure every task of a run", _evaluate),
     "predict": ("read a JSON list of item ids a line, write a JSON object a line", _predict),
-    "encode": ("write user vectors (not in this version)", _encode),
+    "encode": ("write user vectors of all users of a dataset; under torchrun, in many processes", _encode),
     "report": ("write a page with results, curves and protocol", _report),
     "verify": ("prove that a run is whole and has forgotten nothing", _verify),
     "export": ("write a compiled model (not in this version)", _export),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +19,7 @@ from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import MemoryConfig
 from pcl_ext.report import report as write_report
 from pcl_ext.serve import Predictor, as_rows
+from pcl_ext.serve.encode import EncodeJob
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 PREDICT_LINES = 512
@@ -137,8 +140,20 @@ def _read_histories(lines: TextIO) -> Iterator[list[list[int]]]:
 
 
 def encode(args) -> int:
-    print("pcl encode is not in this version; UserModel.encode gives user vectors of a batch", file=sys.stderr)
-    return 2
+    """RANK and WORLD_SIZE are how torchrun tells its processes who they are."""
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    job = EncodeJob(Predictor(args.run), Dataset(args.data), args.out, args.tasks)
+    started = time.monotonic()
+    share = job.run(rank, processes)
+    speed = f", {share.users / (time.monotonic() - started):,.0f} users/s" if share.users else ""
+    what = f"{share.users:,} of {job.dataset.num_users:,} users encoded now{speed}"
+    if share.complete:
+        print(f"{args.out}: complete, {len(job.tasks)} tasks; {what}")
+    else:
+        print(f"{args.out}: process {rank} of {processes} is done, the last one writes the file; {what}")
+    if share.unknown:
+        print(f"pcl encode: {share.unknown:,} unknown item ids were dropped", file=sys.stderr)
+    return 0
 
 
 def export(args) -> int:

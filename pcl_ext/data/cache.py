@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import tempfile
@@ -64,6 +65,12 @@ def load(folder: Path, name: str) -> np.ndarray | None:
     if path.stat().st_size <= _HEADER:  # an empty file cannot be mapped
         return np.load(path)
     return np.load(path, mmap_mode="r")
+
+
+def release(array: np.ndarray) -> None:
+    """Give the pages of a memory-mapped array back: what has been read counts as memory in use until then."""
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def identity(paths: Sequence[Path], extra: str = "") -> str:

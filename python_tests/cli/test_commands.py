@@ -2,10 +2,12 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pcl_ext import commands, store
+from pcl_ext import PackedBatch, commands, store
 from pcl_ext.cli import main
 from pcl_ext.data import Dataset
 from pcl_ext.run import PROTOCOL
@@ -128,6 +130,46 @@ def test_predict_keeps_the_order_of_many_lines(made, pcl):
 
 def test_predict_of_nothing_is_nothing(made, pcl):
     assert pcl("predict", made.run, "--task", "click") == (0, [], [])
+
+
+def test_predict_without_seen_items(made, pcl):
+    lines = "".join(json.dumps(history) + "\n" for history in HISTORIES)
+    status, out, _ = pcl("predict", made.run, "--task", "next", "--k", 100, "--skip-seen", stdin=lines)
+    for line, history in zip(out, HISTORIES, strict=True):
+        assert set(json.loads(line)["items"]) == set(range(1, 51)) - set(history)
+
+
+def test_encode(made, pcl, tmp_path):
+    dataset, model, file = Dataset(made.data), store.from_pretrained(made.run), tmp_path / "deep" / "users.parquet"
+    argv = ["encode", made.run, "--data", made.data, "--tasks", "click", "spend", "--out", file]
+    status, out, err = pcl(*argv)
+    assert (status, err) == (0, [])
+    assert out[0].startswith(f"{file}: complete, 2 tasks; 200 of 200 users encoded now")
+    table = pq.read_table(file)
+    assert table.schema.names == ["user_id", "click", "spend"]
+    assert table.schema.field("click").type == pa.list_(pa.float32())
+    assert table["user_id"].to_pylist() == dataset.user_id.tolist()
+    histories = [dataset.items[a:b].tolist() for a, b in zip(dataset.offsets, dataset.offsets[1:])]
+    with torch.no_grad():
+        want = model.encode(PackedBatch.from_lists(histories, num_items=50, max_len=20), ["click", "spend"])
+    for task, vectors in want.items():
+        torch.testing.assert_close(torch.tensor(table[task].to_pylist()), vectors)
+    assert pcl(*argv)[1] == [f"{file}: complete, 2 tasks; 0 of 200 users encoded now"]
+
+
+def test_encode_under_torchrun(made, pcl, tmp_path, monkeypatch):
+    argv = ["encode", made.run, "--data", made.data, "--out"]
+    pcl(*argv, tmp_path / "one.parquet")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (
+        (1, "process 1 of 2 is done, the last one writes the file; 0 of"),
+        (0, "complete, 5 tasks; 200"),
+    ):
+        monkeypatch.setenv("RANK", str(rank))  # all users are one shard
+        status, out, err = pcl(*argv, tmp_path / "two.parquet")
+        assert (status, err) == (0, [])
+        assert said in out[0]
+    assert pq.read_table(tmp_path / "two.parquet").equals(pq.read_table(tmp_path / "one.parquet"))
 
 
 def test_verify(made, pcl):

@@ -1,0 +1,199 @@
+"""User vectors of a whole dataset, in any number of processes, each of which may be killed at any time.
+
+A shard is a run of at most SHARD_USERS users of one row group of histories.parquet. Its vectors become one file in
+<out>.parts, written under another name and renamed: that it bears its name is the mark that it is done. Whoever finds
+all of them there puts them together, in order, as <out>, again by a rename, and removes the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pcl_ext import store
+from pcl_ext.data import Dataset
+from pcl_ext.data._arrow import pa, pq
+from pcl_ext.data.cache import release
+from pcl_ext.data.histories import FILE
+from pcl_ext.data.progress import progress
+from pcl_ext.serve.inputs import Histories
+from pcl_ext.serve.predictor import Predictor
+from pcl_ext.store.atomic import fsync_folder, locked, sweep_temporary, temporary
+
+SHARD_USERS = 1 << 13
+_KEY = b"pcl_ext"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process has done. users: those it encoded; unknown: ids dropped, of all users once it is complete."""
+
+    users: int
+    unknown: int
+    complete: bool
+
+
+class EncodeJob:
+    """Vectors of all users of a dataset, whole histories, into one Parquet file: user_id, then list<float32> a task.
+
+    The users are in the order of the dataset. Peak memory does not depend on their number. The same job, started again
+    after whatever ended it, goes on where it stopped; it is the same if run, tasks and dataset are. ValueError where
+    `out` or its parts belong to another one.
+    """
+
+    def __init__(self, predictor: Predictor, dataset: Dataset, out: str | Path, tasks: Sequence[str] | None = None):
+        self.predictor, self.dataset, self.out = predictor, dataset, Path(out).absolute()
+        self.parts = self.out.with_name(self.out.name + ".parts")
+        manifest = store.read_manifest(predictor.path)
+        files = {entry["name"]: entry["sha256"] for entry in manifest["tasks"]}
+        self.tasks = list(files) if tasks is None else list(tasks)
+        for name in self.tasks:
+            if name not in files:
+                raise ValueError(f"tasks must be among {', '.join(files) or '(no tasks yet)'}, got {name!r}")
+        if "user_id" in self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks name the columns beside user_id, each once, got {', '.join(self.tasks)}")
+        self.identity = {
+            "backbone": manifest["backbone"]["hash"],
+            "tasks": {name: files[name] for name in self.tasks},
+            "dataset": dataset.sha256,
+        }
+        self.schema = pa.schema([("user_id", pa.int64())] + [(name, pa.list_(pa.float32())) for name in self.tasks])
+
+    @cached_property
+    def shards(self) -> list[range]:
+        """Rows of the dataset, shard by shard."""
+        metadata = pq.ParquetFile(self.dataset.path / FILE).metadata
+        shards, first = [], 0
+        for group in range(metadata.num_row_groups):
+            last = first + metadata.row_group(group).num_rows
+            shards += [range(at, min(at + SHARD_USERS, last)) for at in range(first, last, SHARD_USERS)]
+            first = last
+        return shards
+
+    def run(self, rank: int = 0, world_size: int = 1) -> Share:
+        """Encode this process's share, shards rank, rank + world_size, ..; the one that ends last writes `out`."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
+        users = 0
+        if not (complete := self._finished()):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            try:
+                self._claim()
+                with locked(self.parts / f"rank-{rank}-of-{world_size}.lock", "in use", "wait for it"):
+                    sweep_temporary(self.parts)
+                    users = self._write_parts(self.shards[rank::world_size], f"encoding, {rank + 1} of {world_size}")
+                complete = self._finish()
+            except FileNotFoundError:
+                if not self._finished():
+                    raise
+                complete = True  # another process has put it together and removed the parts meanwhile
+        return Share(users, self._metadata(self.out)["unknown"] if complete else self.predictor.unknown, complete)
+
+    def _part(self, rows: range) -> Path:
+        return self.parts / f"part-{rows.start:012}-{rows.stop:012}.parquet"
+
+    def _claim(self) -> None:
+        """The first of a job's processes says what it is; the others must be at the same."""
+        path = self.parts / "job.json"
+        if not path.exists():
+            with temporary(self.parts) as file, suppress(FileExistsError):
+                file.write(json.dumps(self.identity).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                os.link(file.name, path)
+        self._same(json.loads(path.read_text()), self.parts)
+
+    def _same(self, then: dict[str, Any], where: Path) -> None:
+        for key, value in self.identity.items():
+            if then.get(key) != value:
+                raise ValueError(
+                    f"{where} was made from another {key} ({str(then.get(key)):.60}, now {str(value):.60}); remove it, "
+                    "or choose another file"
+                )
+
+    def _finished(self) -> bool:
+        """Whether `out` is there, made by this very job; sweeps what a process killed after its last step has left."""
+        if not self.out.exists():
+            return False
+        self._same(self._metadata(self.out)["identity"], self.out)
+        claim = self.parts / "job.json"
+        with suppress(FileNotFoundError):
+            if not claim.exists() or json.loads(claim.read_text()) == self.identity:
+                shutil.rmtree(self.parts, ignore_errors=True)
+        return True
+
+    def _metadata(self, path: Path) -> dict[str, Any]:
+        try:
+            values = pq.read_schema(path).metadata or {}
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is there and is no Parquet file: {error}; choose another file") from error
+        if _KEY not in values:
+            raise ValueError(f"{path} is there and was not made by pcl encode; choose another file")
+        return json.loads(values[_KEY])
+
+    def _write_parts(self, shards: list[range], label: str) -> int:
+        """Those that are not there yet; how many users they hold."""
+        users = 0
+        with progress(label, sum(map(len, shards))) as bar:
+            for rows in shards:
+                if not self._part(rows).exists():
+                    self._write_part(rows)
+                    users += len(rows)
+                bar.update(len(rows))
+        return users
+
+    def _write_part(self, rows: range) -> None:
+        dataset, unknown = self.dataset, self.predictor.unknown
+        offsets = np.array(dataset.offsets[rows.start : rows.stop + 1])
+        items = np.array(dataset.items[offsets[0] : offsets[-1]])
+        users = np.array(dataset.user_id[rows.start : rows.stop])
+        for array in (dataset.items, dataset.offsets, dataset.user_id):
+            release(array)
+        vectors = self.predictor.encode(Histories(items, offsets - offsets[0]), self.tasks)
+        columns = [pa.array(users), *(_lists(vectors[name]) for name in self.tasks)]
+        with self._writer(self._part(rows), self.predictor.unknown - unknown) as writer:
+            writer.write_table(pa.table(columns, schema=self.schema))
+
+    @contextmanager
+    def _writer(self, path: Path, unknown: int) -> Iterator[pq.ParquetWriter]:
+        """A Parquet file that is there under its name only once it is complete and on the disk."""
+        schema = self.schema.with_metadata({_KEY: json.dumps({"identity": self.identity, "unknown": unknown})})
+        with temporary(self.parts) as file:
+            # vectors neither compress nor repeat
+            with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
+                yield writer
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        fsync_folder(path.parent)
+
+    def _finish(self) -> bool:
+        """Put the parts together, if all are there and no other process is at it."""
+        parts = [self._part(rows) for rows in self.shards]
+        if not all(part.exists() for part in parts):
+            return False
+        try:
+            with locked(self.parts / "finish.lock", "being finished", "wait for it"):
+                unknown = sum(self._metadata(part)["unknown"] for part in parts)
+                with self._writer(self.out, unknown) as writer:
+                    for part in parts:
+                        writer.write_table(pq.read_table(part))
+                shutil.rmtree(self.parts, ignore_errors=True)
+        except store.StoreError:
+            return False  # another process is at it
+        return True
+
+
+def _lists(vectors: np.ndarray) -> pa.ListArray:
+    """[n, F] float32 -> n lists."""
+    offsets = np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.reshape(-1)))

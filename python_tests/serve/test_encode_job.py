@@ -1,0 +1,198 @@
+"""A dataset encoded by any number of processes, killed at any time: each user once, none missing, the same bits."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from stores import make_model
+
+from pcl_ext import Predictor, save_pretrained
+from pcl_ext.data import Dataset, DatasetWriter
+from pcl_ext.serve import encode
+
+FORK = multiprocessing.get_context("fork")  # a second process at once: torch is imported already
+GROUPS, USERS = 12, 25
+
+
+class Crash(BaseException):
+    """Nothing catches it on the way, as nothing catches a power cut."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run, a dataset of some row groups, their vectors by a plain pass."""
+    folder, rng = tmp_path_factory.mktemp("encode"), np.random.default_rng(0)
+    save_pretrained(make_model("next", "ctr", "age"), folder / "run")
+    with DatasetWriter(folder / "data", "shop", 22) as writer:  # the run knows items 1..20
+        for group in range(GROUPS):
+            lengths = rng.integers(0, 12, USERS)
+            offsets = np.concatenate([[0], lengths.cumsum()])
+            ids = 1000 - group * USERS - np.arange(USERS)  # not sorted
+            writer.histories(ids, rng.integers(1, 23, offsets[-1]), offsets, rng.integers(0, 3, USERS))
+    return folder / "run", Dataset(folder / "data")
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(encode, "SHARD_USERS", 10)
+    torch.set_num_threads(1)
+
+
+def job(made, out, tasks=("ctr", "age")):
+    return encode.EncodeJob(Predictor(made[0]), made[1], out, tasks)
+
+
+@pytest.fixture(scope="module")
+def want(made, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "SHARD_USERS", 10)
+        torch.set_num_threads(1)
+        out = tmp_path_factory.mktemp("whole") / "users.parquet"
+        share = job(made, out).run()
+    assert share.complete
+    assert share.users == GROUPS * USERS
+    assert share.unknown == int((made[1].items > 20).sum()) > 0
+    return pq.read_table(out)
+
+
+def check(out, want):
+    assert pq.read_table(out).equals(want)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_the_file_is_what_a_predictor_gives(made, want):
+    run, dataset = made
+    assert want["user_id"].to_pylist() == dataset.user_id.tolist()
+    vectors = Predictor(run).encode({"values": dataset.items, "offsets": dataset.offsets}, ["ctr", "age"])
+    for task, rows in vectors.items():
+        torch.testing.assert_close(torch.tensor(want[task].to_pylist()), torch.from_numpy(rows))
+
+
+def test_shards_do_not_cross_row_groups(made, tmp_path):
+    shards = job(made, tmp_path / "users.parquet").shards
+    assert [row for shard in shards for row in shard] == list(range(GROUPS * USERS))
+    assert {len(shard) for shard in shards} == {10, 5}
+
+
+def test_processes_share_the_work(made, want, tmp_path):
+    out = tmp_path / "users.parquet"
+    shares = [job(made, out).run(rank, 5) for rank in (3, 0, 4, 2, 1)]
+    assert [share.complete for share in shares] == [False] * 4 + [True]
+    assert sum(share.users for share in shares) == GROUPS * USERS
+    check(out, want)
+    again = job(made, out).run()
+    assert (again.users, again.complete, again.unknown) == (0, True, shares[-1].unknown)
+
+
+def test_another_number_of_processes_goes_on(made, want, tmp_path):
+    out = tmp_path / "users.parquet"
+    first = job(made, out).run(1, 3).users
+    assert 0 < first < GROUPS * USERS
+    assert job(made, out).run().users == GROUPS * USERS - first
+    check(out, want)
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace", "link"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_crash_at_every_step(made, want, tmp_path, monkeypatch, name, after):
+    monkeypatch.setattr(encode, "SHARD_USERS", 100)
+    real, out, step, crashes = getattr(os, name), tmp_path / "users.parquet", 0, 0
+    users = 0
+    while not out.exists() or step == 0:
+        step, calls = step + 1, []
+
+        def crash(*args, step=step, calls=calls):
+            calls.append(args)
+            if len(calls) == 2 or name == "link":
+                if after:
+                    real(*args)
+                raise Crash
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, crash)
+            try:
+                users += job(made, out).run().users
+            except Crash:
+                crashes += 1
+        if name == "link" and crashes == 2:
+            job(made, out).run()
+    assert crashes >= (1 if name == "link" and after else 2)
+    job(made, out).run()
+    assert pq.read_table(out)["user_id"].equals(want["user_id"])
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def slowly(made, out, rank, world_size):
+    """A process's share, with time to be killed at any step."""
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        setattr(os, name, lambda *args, real=real: (time.sleep(0.002), real(*args), time.sleep(0.002))[1])
+    torch.set_num_threads(1)
+    job(made, out).run(rank, world_size)
+
+
+def kill_and_restart(made, want, out, kills, world_size):
+    before = []
+    for _ in range(kills):
+        children = [FORK.Process(target=slowly, args=(made, out, rank, world_size)) for rank in range(world_size)]
+        for child in children:
+            child.start()
+        time.sleep(random.uniform(0.02, 0.16))
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+        before.append(out.exists() or len(list(out.parent.glob("*.parts/part-*"))))
+    for rank in range(world_size):
+        share = job(made, out).run(rank, world_size)
+    assert share.complete
+    check(out, want)
+    return before
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_and_restarted(made, want, tmp_path, world_size):
+    kill_and_restart(made, want, tmp_path / "users.parquet", 4, world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_twenty_times_and_restarted(made, want, tmp_path, monkeypatch, world_size):
+    monkeypatch.setattr(encode, "SHARD_USERS", 3)
+    progress = kill_and_restart(made, want, tmp_path / "users.parquet", 20, world_size)
+    assert len(set(progress)) > 5  # killed at many places of the work
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("tasks", "was made from another tasks"), ("dataset", "was made from another dataset")]
+)
+@pytest.mark.parametrize("done", [True, False], ids=["complete", "begun"])
+def test_another_job_is_refused(made, tmp_path, change, message, done):
+    out = tmp_path / "users.parquet"
+    job(made, out).run(0, 1 if done else 2)
+    other = job(made, out, ["ctr"]) if change == "tasks" else job(made, out)
+    if change == "dataset":
+        other.identity["dataset"] = "another"
+    with pytest.raises(ValueError, match=f"{message} .* remove it, or choose another file"):
+        other.run()
+
+
+def test_a_process_that_is_there_already(made, tmp_path):
+    out = tmp_path / "users.parquet"
+    one = job(made, out)
+    one.parts.mkdir()
+    with encode.locked(one.parts / "rank-0-of-1.lock", "in use", "wait"):
+        with pytest.raises(ValueError, match="users.parquet.parts is in use by process"):
+            job(made, out).run()
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 1)])
+def test_a_rank_that_cannot_be(made, tmp_path, rank, world_size):
+    with pytest.raises(ValueError, match=f"rank must be in 0..{world_size - 1}, got {rank}"):
+        job(made, tmp_path / "users.parquet").run(rank, world_size)
