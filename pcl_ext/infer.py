@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pcl_ext.data import Dataset, ExampleBatch, iterate
+from pcl_ext.data import Dataset, ExampleBatch, iterate, make_batch, plan
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.model import UserModel
 
 BATCH_TOKENS = 16_384
+MOST_SCORES = 1 << 26  # of a batch of users: 256 MB
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,12 @@ def outputs(
     training = model.training
     model.eval()
     try:
-        examples, max_len = dataset.examples(name, fold), model.backbone.config.max_len
-        for batch in iterate(dataset, examples, max_tokens=batch_tokens, max_len=max_len, seed=None):
-            yield batch, model(batch.history, name).float()
+        examples, config = dataset.examples(name, fold), model.backbone.config
+        most = max(1, MOST_SCORES // model.task(name).spec.num_outputs(config.num_items))
+        for rows in plan(examples, max_tokens=batch_tokens, max_len=config.max_len, seed=None):
+            for part in rows.split(most):
+                batch = make_batch(dataset, examples, part, config.max_len)
+                yield batch, model(batch.history, name).float()
     finally:
         model.train(training)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from pcl_ext import infer
 from pcl_ext.batch import PackedBatch
@@ -18,6 +19,7 @@ from pcl_ext.data import FOLDS, Dataset, ExampleBatch, Examples, make_batch, pla
 from pcl_ext.loop import LoopConfig, Problem, fit
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel, task_loss
 from pcl_ext.model.softmax import catalogue_cross_entropy
+from pcl_ext.row_adamw import RowAdamW
 from pcl_ext.store import hash_tensor
 
 RARE_EPS = 2e-4
@@ -124,7 +126,7 @@ def learn_task(
     return curve
 
 
-def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> torch.optim.AdamW:
+def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> RowAdamW:
     """AdamW for a run of `steps` steps at most, over (parameters, learning rate) groups, or (parameters, learning rate,
     eps); biases and norms do not decay.
 
@@ -137,7 +139,7 @@ def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> torch.optim.Ad
             chosen = [p for p in parameters if (p.dim() > 1) == decays]
             part = {"params": chosen, "lr": rate, "weight_decay": decay if decays else 0.0}
             parts.append(part | ({"eps": eps[0]} if eps else {}))
-    return torch.optim.AdamW([part for part in parts if part["params"]])
+    return RowAdamW([part for part in parts if part["params"]])
 
 
 def _rates(task: Task, config: LearnConfig) -> list[tuple]:
@@ -191,31 +193,56 @@ class NextItemLoss:
     def __init__(self, backbone: Backbone, task: Task, dataset: Dataset, config: PretrainConfig):
         self.backbone, self.task = backbone, task
         self.counts = item_counts(dataset)
-        self.negatives = config.negatives if backbone.config.num_items > config.full_softmax else 0
+        sampled = backbone.config.num_items > config.full_softmax
+        self.sampler = ItemSampler(self.counts, config.negatives) if sampled else None
 
     def __call__(self, batch) -> Tensor:
         history, target = shift(batch.history)
+        if self.sampler is not None:
+            return self._sampled(history, target.long())
         states = self.backbone(history)[-1]
-        queries = self.task.head.queries(states, states)
-        if self.negatives:
-            return self._sampled(queries, target)
-        seen = None if self.task.spec.repeats else (history.items.long() - 1, history.offsets[history.users])
-        return catalogue_cross_entropy(queries, self.backbone.table[1:], self.task.head.bias, target.long() - 1, seen)
+        seen = self._seen(history, history.items.long() - 1)
+        queries, head = self.task.head.queries(states, states), self.task.head
+        return catalogue_cross_entropy(queries, self.backbone.table[1:], head.bias, target.long() - 1, seen)
 
-    def _sampled(self, queries: Tensor, target: Tensor) -> Tensor:
-        """Sampled softmax; items are drawn by smoothed frequency, a draw counts 1 / (its expected number) (logQ).
+    def _seen(self, history: PackedBatch, columns: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self.task.spec.repeats else (columns, history.offsets[history.users])
 
-        The target is always there, so it alone is not corrected: the sum under the softmax is unbiased.
+    def _sampled(self, history: PackedBatch, target: Tensor) -> Tensor:
+        """Softmax over the targets of the step and a sample of the items; the sum under it is unbiased.
+
+        The backbone reads the rows of these items and of the histories alone, so the table's gradient is sparse and a
+        step costs the same for any number of items.
         """
-        weights = (self.counts[1:].double() + 1.0).pow(0.75)
-        drawn = torch.multinomial(weights, self.negatives, replacement=True)
-        log_q = (weights / weights.sum() * self.negatives).log().to(queries)
-        column = target.long() - 1
-        table, bias = self.backbone.table[1:], self.task.head.bias
-        hit = (queries * table[column]).sum(1) + bias[column]
-        rest = F.linear(queries, table[drawn], bias[drawn] - log_q[drawn])
-        rest = rest.masked_fill(drawn[None, :] == column[:, None], -torch.inf)
-        return F.cross_entropy(torch.cat([hit[:, None], rest], 1).float(), torch.zeros_like(column))
+        drawn, log_expected = self.sampler()
+        columns, at = torch.unique(torch.cat([target, drawn]), return_inverse=True)
+        ids, row = torch.unique(torch.cat([history.items.long(), columns]), return_inverse=True)
+        items, scored = row.split([len(target), len(columns)])
+        rows = F.embedding(ids, self.backbone.table, sparse=True)
+        states = functional_call(self.backbone, {"table": rows}, (replace(history, items=items),))[-1]
+        corrections = states.new_full((len(columns),), torch.inf, dtype=torch.float32)
+        corrections[at[len(target) :]] = log_expected
+        column_of = row.new_full((len(ids),), -1)
+        column_of[scored] = torch.arange(len(columns))
+        head, seen = self.task.head, self._seen(history, column_of[items])
+        scores = (head.queries(states, states), rows[scored], head.bias[columns - 1])
+        return catalogue_cross_entropy(*scores, at[: len(target)], seen, corrections)
+
+
+class ItemSampler:
+    """Items drawn with replacement by smoothed frequency, (count + 1) ^ 0.75. counts [V + 1] int64."""
+
+    def __init__(self, counts: Tensor, draws: int):
+        weights = (counts[1:].double() + 1.0).pow(0.75)
+        self.draws, self.edges = draws, weights.cumsum(0)
+        self.log_expected = (weights / self.edges[-1] * draws).log().float()
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Ids [n], increasing, n at most `draws`, and the log of how often each was expected, by how often it came."""
+        points = torch.rand(self.draws, dtype=torch.float64) * self.edges[-1]
+        drawn = torch.searchsorted(self.edges, points, right=True).clamp_max(len(self.edges) - 1)
+        drawn, times = torch.unique(drawn, return_counts=True)
+        return drawn + 1, self.log_expected[drawn] - times.log()
 
 
 def shift(history: PackedBatch) -> tuple[PackedBatch, Tensor]:

@@ -93,16 +93,56 @@ def test_item_counts_are_of_train_users(dataset):
     assert item_counts(dataset).tolist() == want.tolist()
 
 
-def test_the_sampled_softmax_with_many_draws_is_the_exact_one(dataset):
-    """Loss and gradient: the estimate under the softmax is unbiased, so 200,000 draws come within a percent."""
+def exact_and_sampled(dataset, repeats, negatives=5):
+    """The two losses of one untrained model, and a batch."""
     torch.manual_seed(0)
     model = UserModel(Backbone(BackboneConfig(dataset.num_items, dropout=0.0, **BACKBONE)))
-    task = model.add_task(TaskSpec("next", "items", repeats=True), NEXT)
+    task = model.add_task(TaskSpec("next", "items", repeats=repeats), NEXT)
+    torch.nn.init.normal_(task.head.bias)
     batch = next(epoch_batches(dataset, dataset.sequences("train", 20), LearnConfig(batch_tokens=60), 21, 0, 0)[1])
-    results = []
-    for config in (PretrainConfig(), PretrainConfig(full_softmax=1, negatives=200_000)):
-        loss = NextItemLoss(model.backbone, task, dataset, config)(batch)
-        results.append((loss.item(), torch.autograd.grad(loss, model.backbone.table)[0]))
-    (exact, exact_gradient), (sampled, gradient) = results
-    assert abs(sampled - exact) < 0.01 * exact
-    assert (gradient - exact_gradient).norm() < 0.03 * exact_gradient.norm()
+    configs = PretrainConfig(), PretrainConfig(full_softmax=1, negatives=negatives)
+    return *(NextItemLoss(model.backbone, task, dataset, config) for config in configs), batch
+
+
+def loss_and_gradients(loss, batch):
+    value = loss(batch)
+    gradients = torch.autograd.grad(
+        value, [loss.backbone.table, loss.task.head.bias, *loss.backbone.layers.parameters()]
+    )
+    return value.detach(), [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_sample_of_every_item_once_is_the_exact_softmax(dataset, repeats):
+    exact, sampled, batch = exact_and_sampled(dataset, repeats)
+    sampled.sampler = lambda: (torch.arange(1, 51), torch.zeros(50))
+    (value, gradients), (want, exact_gradients) = loss_and_gradients(sampled, batch), loss_and_gradients(exact, batch)
+    torch.testing.assert_close(value, want)
+    for got, gradient in zip(gradients, exact_gradients, strict=True):
+        torch.testing.assert_close(got, gradient)
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_the_sampled_softmax_with_many_draws_is_the_exact_one(dataset, repeats):
+    """Loss and gradient: the estimate under the softmax is unbiased, so 200,000 draws come within a percent."""
+    exact, sampled, batch = exact_and_sampled(dataset, repeats, negatives=200_000)
+    (value, gradients), (want, exact_gradients) = loss_and_gradients(sampled, batch), loss_and_gradients(exact, batch)
+    assert abs(value - want) < 0.01 * want
+    for got, gradient in zip(gradients, exact_gradients, strict=True):
+        assert (got - gradient).norm() < 0.03 * gradient.norm()
+
+
+def test_a_sampled_step_touches_the_rows_it_reads(dataset):
+    _, loss, batch = exact_and_sampled(dataset, False)
+    table = loss.backbone.table
+    before = table.detach().clone()
+    optimizer = adamw([(list(loss.backbone.parameters()), 0.1)], PretrainConfig(), 1)
+    torch.manual_seed(3)
+    loss(batch).backward()
+    assert table.grad.is_sparse
+    touched = table.grad.coalesce().indices()[0]
+    torch.manual_seed(3)
+    drawn = loss.sampler()[0]
+    assert set(touched.tolist()) == set(batch.history.items.tolist()) | set(drawn.tolist())
+    optimizer.step()
+    assert (table != before).any(1).nonzero()[:, 0].tolist() == touched.tolist()

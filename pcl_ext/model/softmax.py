@@ -6,60 +6,108 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 21  # scores held at a time: 8 MB
+_FEW_ROWS = 64  # fewer at a time, and passing over the table costs more than computing scores twice
 
 
 def catalogue_cross_entropy(
-    queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen: tuple[Tensor, Tensor] | None = None
+    queries: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    seen: tuple[Tensor, Tensor] | None = None,
+    log_expected: Tensor | None = None,
 ) -> Tensor:
-    """Mean of logsumexp(s) - s[target] with scores s = queries @ table.T + bias, chunk by chunk of rows.
+    """Mean of logsumexp(s) - s[target] with scores s = queries @ table.T + bias, chunk by chunk.
 
     queries [T, D], table [C, D], bias [C], target [T] int64 columns -> scalar. Gradients of queries, table and bias
     are taken on the way forward, so nothing of size T x C outlives its chunk; 0 for T = 0. Float32 accumulation; under
     autocast the products are in its dtype.
 
     seen  (columns [T] int64, first [T] int64): row r does not choose among columns[first[r] : r + 1], what its history
-          holds already; its target is not one of them
+          holds already; its target is not one of them. A column of -1 is none
+    log_expected  [C], where the columns are a sample: log of how often each was expected to be drawn, by how often it
+          was (logQ correction; Bengio and Senecal, 2008). It is taken off every score but the target's, which is there
+          for certain; infinity for a column that is there as a target alone
     """
-    return _CatalogueCrossEntropy.apply(queries, table, bias, target, *(seen or (None, None)))
+    return _CatalogueCrossEntropy.apply(queries, table, bias, target, *(seen or (None, None)), log_expected)
 
 
 class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, columns, first) -> Tensor:
+    def forward(ctx, queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, columns, first, log_expected):
         autocast = torch.is_autocast_enabled(queries.device.type)
         dtype = torch.get_autocast_dtype(queries.device.type) if autocast else queries.dtype
         with torch.autocast(queries.device.type, enabled=False):
             seen = None if columns is None else (columns, first)
-            loss, grads = _loss_and_gradients(queries.to(dtype), table.to(dtype), bias, target, seen)
+            loss, grads = _loss_and_gradients(queries.to(dtype), table.to(dtype), bias, target, seen, log_expected)
         ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, (queries, table, bias))))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        return *(grad_loss * grad for grad in ctx.saved_tensors), None, None, None
+        return *(grad_loss * grad for grad in ctx.saved_tensors), None, None, None, None
 
 
-def _loss_and_gradients(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen):
+def _loss_and_gradients(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected):
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=wide, device=queries.device)
-    grad_queries = torch.empty(queries.shape, dtype=wide, device=queries.device)
-    grad_table = torch.zeros(table.shape, dtype=wide, device=queries.device)
-    grad_bias = torch.zeros(bias.shape, dtype=wide, device=queries.device)
-    chunk = max(1, _CHUNK // len(table))
-    for start in range(0, len(queries), chunk):
-        part, columns = slice(start, start + chunk), target[start : start + chunk, None]
-        scores = (queries[part] @ table.T).to(wide).add_(bias)
+    grads = tuple(torch.zeros(like.shape, dtype=wide, device=queries.device) for like in (queries, table, bias))
+    rows, columns = _block_shape(len(table))
+    for start in range(0, len(queries), rows):
+        block = _Block(queries[start : start + rows], table, bias, target[start : start + rows], log_expected, wide)
         if seen is not None:
-            scores[_seen_pairs(*seen, start, len(scores))] = -torch.inf
-        scores -= torch.logsumexp(scores, 1, keepdim=True)
-        total -= scores.gather(1, columns).sum()
-        scores.exp_().scatter_add_(1, columns, scores.new_full(columns.shape, -1.0))
-        grad_bias += scores.sum(0)
-        scores = scores.to(queries.dtype)
-        grad_queries[part] = scores @ table
-        grad_table += scores.T @ queries[part]
+            block.seen = _seen_pairs(*seen, start, len(block.target))
+        total -= block.add_gradients(grads[0][start : start + rows], grads[1], grads[2], columns)
     share = 1.0 / max(len(queries), 1)
-    return total * share, tuple(grad.mul_(share) for grad in (grad_queries, grad_table, grad_bias))
+    return total * share, tuple(grad.mul_(share) for grad in grads)
+
+
+def _block_shape(items: int) -> tuple[int, int]:
+    """Rows and columns whose scores are held at a time: all columns, or where those leave few rows some of both."""
+    if _CHUNK >= _FEW_ROWS * items:
+        return _CHUNK // items, items
+    return 16 * _FEW_ROWS, max(1, _CHUNK // (16 * _FEW_ROWS))
+
+
+class _Block:
+    """Some rows, and their scores over any run of columns. seen: (row, column) of what does not take part."""
+
+    def __init__(self, queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, log_expected, wide: torch.dtype):
+        self.queries, self.table, self.bias, self.target = queries, table, bias, target
+        self.log_expected, self.wide, self.seen = log_expected, wide, None
+
+    def scores(self, first: int, last: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[rows, last - first], and where the targets among these columns are."""
+        row = ((self.target >= first) & (self.target < last)).nonzero()[:, 0]
+        at = row, self.target[row] - first
+        scores = (self.queries @ self.table[first:last].T).to(self.wide).add_(self.bias[first:last])
+        if self.log_expected is not None:
+            own = scores[at]
+            scores -= self.log_expected[first:last]
+            scores[at] = own
+        if self.seen is not None:
+            row, column = self.seen
+            inside = (column >= first) & (column < last)
+            scores[row[inside], column[inside] - first] = -torch.inf
+        return scores, at
+
+    def add_gradients(self, grad_queries: Tensor, grad_table: Tensor, grad_bias: Tensor, columns: int) -> Tensor:
+        """The sum of the rows' log probabilities of their targets; adds what it gives the gradients of minus that."""
+        total, runs = 0.0, [(i, min(i + columns, len(self.table))) for i in range(0, len(self.table), columns)]
+        # more than one run: scores are computed twice, the first time to be summed
+        normal = None
+        if len(runs) > 1:
+            normal = torch.stack([torch.logsumexp(self.scores(*run)[0], 1) for run in runs]).logsumexp(0)
+        for first, last in runs:
+            scores, at = self.scores(first, last)
+            scores -= (torch.logsumexp(scores, 1) if normal is None else normal)[:, None]
+            total = total + scores[at].sum()
+            scores.exp_()[at] -= 1.0
+            grad_bias[first:last] += scores.sum(0)
+            scores = scores.to(self.queries.dtype)
+            grad_queries += scores @ self.table[first:last]
+            grad_table[first:last] += scores.T @ self.queries
+        return total
 
 
 def _seen_pairs(columns: Tensor, first: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -69,4 +117,5 @@ def _seen_pairs(columns: Tensor, first: Tensor, start: int, count: int) -> tuple
     row = torch.repeat_interleave(lengths)
     ends = lengths.cumsum(0)
     place = torch.arange(row.numel(), device=row.device) - (ends - lengths)[row] + first[rows][row]
-    return row, columns[place]
+    column = columns[place]
+    return row[column >= 0], column[column >= 0]

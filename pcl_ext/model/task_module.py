@@ -155,7 +155,10 @@ class Task(nn.Module):
     ) -> Tensor:
         """Scores [B, c] of the catalogue's columns first .. last (all by default) for queries [B, D]."""
         catalogue = self.catalogue[first:last]
-        rows = table[catalogue] if self.tied else self.head.rows[first:last]
+        if self.tied:
+            rows = table[1:][first:last] if self.spec.catalogue is None else table[catalogue]
+        else:
+            rows = self.head.rows[first:last]
         scores = F.linear(queries, rows, self.head.bias[first:last])
         if self.repeats is not None:
             for piece in encoded.pieces:

@@ -7,6 +7,12 @@ import torch.nn.functional as F
 from pcl_ext.model import softmax
 
 
+@pytest.fixture(autouse=True, params=[1, 64], ids=["rows", "rows and columns"])
+def _few_rows(request, monkeypatch):
+    """Chunks of a few rows over all columns, or of some of both."""
+    monkeypatch.setattr(softmax, "_FEW_ROWS", request.param)
+
+
 def inputs(rows, items, dtype=torch.float64):
     tensors = torch.randn(rows, 5), torch.randn(items, 5), torch.randn(items)
     return [t.to(dtype).requires_grad_() for t in tensors] + [torch.randint(items, (rows,))]
@@ -66,6 +72,27 @@ def test_what_a_history_holds_already_is_left_out(monkeypatch, chunk):
         scores[row, gone] = -torch.inf
     want = F.cross_entropy(scores, target)
     got = softmax.catalogue_cross_entropy(*tensors, target, (columns, first))
+    torch.testing.assert_close(got, want)
+    for one, other in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors)):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("chunk", [1, 60, 1 << 20])
+def test_a_sample_is_corrected_but_for_the_target(monkeypatch, chunk):
+    """Columns 5 and 8 were not drawn: they are there as targets alone. A row that has seen 3 does not choose it."""
+    monkeypatch.setattr(softmax, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    *tensors, _ = inputs(4, 9)
+    target, log_expected = torch.tensor([5, 8, 0, 5]), torch.randn(9, dtype=torch.float64)
+    log_expected[[5, 8]] = torch.inf
+    seen = torch.tensor([-1, 3, -1, 2]), torch.tensor([0, 0, 0, 3])
+    plain_scores = tensors[0] @ tensors[1].T + tensors[2]
+    own = F.one_hot(target, 9).bool()
+    scores = torch.where(own, plain_scores, plain_scores - log_expected)
+    gone = torch.zeros(4, 9, dtype=torch.bool)
+    gone[[1, 2, 3], [3, 3, 2]] = True
+    want = F.cross_entropy(scores.masked_fill(gone, -torch.inf), target)
+    got = softmax.catalogue_cross_entropy(*tensors, target, seen, log_expected)
     torch.testing.assert_close(got, want)
     for one, other in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors)):
         torch.testing.assert_close(one, other)

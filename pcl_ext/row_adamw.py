@@ -1,0 +1,49 @@
+"""AdamW for tables of which a step touches few rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RowAdamW(torch.optim.AdamW):
+    """torch's AdamW, but where a gradient is sparse only the rows it names move.
+
+    Such a row sees AdamW as if its own steps were all there are: moments, bias correction and weight decay stand still
+    while it has no gradient. Time and memory of a step are those of the rows, beside the two moments of the table.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        sparse = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    sparse.append((parameter, parameter.grad))
+                    self._step_rows(parameter, parameter.grad.coalesce(), group)
+                    parameter.grad = None
+        super().step()
+        for parameter, grad in sparse:
+            parameter.grad = grad
+
+    def _step_rows(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        rows, grad, state = grad.indices()[0], grad.values(), self.state[parameter]
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["step"] = parameter.new_zeros(len(parameter), 1, dtype=torch.float32)  # of each row
+        (beta1, beta2), rate = group["betas"], group["lr"]
+        steps = state["step"][rows] + 1
+        mean = state["exp_avg"][rows].lerp_(grad, 1 - beta1)
+        square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        scale = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+        values = parameter[rows] * (1 - rate * group["weight_decay"])
+        values -= rate * (mean / (1 - beta1**steps)) / scale
+        for table, update in (
+            (state["step"], steps),
+            (state["exp_avg"], mean),
+            (state["exp_avg_sq"], square),
+            (parameter, values),
+        ):
+            table.index_copy_(0, rows, update)

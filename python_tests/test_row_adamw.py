@@ -1,0 +1,66 @@
+"""AdamW of single rows, against torch's AdamW on each row alone."""
+
+import copy
+
+import pytest
+import torch
+
+from pcl_ext.row_adamw import RowAdamW
+
+SETTINGS = {"lr": 0.1, "weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-6}
+ROWS = [[0, 1, 2, 3, 4], [1, 3], [], [4, 1], [0]]  # what each step touches
+
+
+def sparse(rows, gradient, size):
+    """The rows of a gradient [n, D] that a step touches."""
+    return torch.sparse_coo_tensor(torch.tensor([rows], dtype=torch.int64), gradient[rows], size, check_invariants=True)
+
+
+@pytest.mark.parametrize("steps", [ROWS, [[0, 1, 2, 3, 4]] * 4], ids=["some", "all"])
+def test_each_row_sees_adamw_of_its_own_steps(steps):
+    table = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    alone = [torch.nn.Parameter(row.detach().clone()[None]) for row in table]
+    ours = RowAdamW([table], **SETTINGS)
+    theirs = [torch.optim.AdamW([row], **SETTINGS) for row in alone]
+    for rows in steps:
+        gradient = torch.randn(5, 3, dtype=torch.float64)
+        table.grad = sparse(rows, gradient, table.shape)
+        ours.step()
+        for row in rows:
+            alone[row].grad = gradient[row][None]
+            theirs[row].step()
+    torch.testing.assert_close(table.detach(), torch.cat([row.detach() for row in alone]))
+
+
+def test_dense_gradients_are_torchs_adamw_bit_for_bit():
+    parameters = [torch.nn.Parameter(torch.randn(4, 2)), torch.nn.Parameter(torch.randn(3))]
+    twins = copy.deepcopy(parameters)
+    optimizers = RowAdamW(parameters, **SETTINGS), torch.optim.AdamW(twins, **SETTINGS)
+    for _ in range(3):
+        for parameter, twin in zip(parameters, twins):
+            parameter.grad = torch.randn_like(parameter)
+            twin.grad = parameter.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(parameter, twin) for parameter, twin in zip(parameters, twins))
+
+
+def test_a_state_that_is_loaded_goes_on_with_the_same_bits():
+    table, bias = torch.nn.Parameter(torch.randn(6, 2)), torch.nn.Parameter(torch.randn(6))
+    gradients = [(sparse(rows, torch.randn(6, 2), (6, 2)), torch.randn(6)) for rows in ROWS]
+
+    def run(parameters, optimizer, steps):
+        for gradient in steps:
+            for parameter, value in zip(parameters, gradient):
+                parameter.grad = value
+            optimizer.step()
+
+    optimizer = RowAdamW([table, bias], **SETTINGS)
+    run([table, bias], optimizer, gradients[:2])
+    others = copy.deepcopy([table, bias])
+    again = RowAdamW(others, **SETTINGS)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run([table, bias], optimizer, gradients[2:])
+    run(others, again, gradients[2:])
+    assert torch.equal(table, others[0])
+    assert torch.equal(bias, others[1])
