@@ -1,0 +1,1 @@
+"""PCL against multi-task and continual-learning baselines: `python -m benchmarks.continual --help`."""

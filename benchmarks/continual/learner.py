@@ -1,0 +1,281 @@
+"""Learner: what a method is to the shared loop. A baseline overrides the few methods in which it differs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.continual.loop import Run, train
+from benchmarks.continual.settings import Budget, Setting, readout_of
+from pcl_ext.batch import PackedBatch
+from pcl_ext.data import Dataset, ExampleBatch, Examples, iterate
+from pcl_ext.metrics import TaskMetrics
+from pcl_ext.model import Backbone, LayerPrefix, MemoryConfig, Task, UserModel, task_loss
+from pcl_ext.model.encoded import Encoded, encode
+from pcl_ext.train import LearnConfig, NextItemLoss, PretrainConfig, _rates, adamw, epoch_batches
+
+BACKBONE_DECAY = 0.01  # as in pretraining
+
+
+@dataclass(frozen=True)
+class World:
+    """What a method learns from: the dataset, the tasks after T1 in their order, budget, grid point and seed."""
+
+    dataset: Dataset
+    tasks: tuple[str, ...]
+    budget: Budget
+    setting: Setting
+    seed: int
+
+    def learn_config(self, epochs: int | None = None) -> LearnConfig:
+        setting, budget = self.setting, self.budget
+        return LearnConfig(
+            epochs=epochs or budget.epochs,
+            patience=budget.patience,
+            learning_rate=setting.memory_rate,
+            head_rate=setting.head_rate,
+            seed=self.seed,
+        )
+
+    def train_examples(self, name: str) -> Examples:
+        """Examples of the train users whose labels are known."""
+        examples, share = self.dataset.examples(name, "train"), self.budget.label_share
+        if share == 1:
+            return examples
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed))
+        return examples.select(order[: max(1, round(share * len(examples)))].sort().values)
+
+
+class View:
+    """A backbone read through other weights: {parameter name: tensor}; called as the backbone is."""
+
+    def __init__(self, backbone: Backbone, weights: dict[str, Tensor]):
+        self.backbone, self.weights = backbone, weights
+        self.config, self.table = backbone.config, weights.get("table", backbone.table)
+
+    def __call__(self, *inputs) -> list[Tensor]:
+        return functional_call(self.backbone, self.weights, inputs)
+
+
+class Learner(nn.Module):
+    """A user model and the way in which one method teaches it.
+
+    The loop calls `begin`, then for every step `loss`, `before_step` (gradients are there) and `after_step` (weights have
+    moved), then `end`. `output` is what is measured.
+
+    model     the pretrained model: a frozen backbone and T1, "next", closed
+    joint     whether all tasks are learned at once (`learn_all`), not one after another (`learn`)
+    adapts    whether the method trains a backbone of its own, a copy of the pretrained one
+    """
+
+    joint = False
+    adapts = False
+
+    def __init__(self, model: UserModel, world: World):
+        super().__init__()
+        self.world, self.model = world, model
+        self.progress = 0.0  # of the epoch, 0..1
+        self.seconds: dict[str, float] = {}
+        if self.adapts:
+            self.model = UserModel(trainable_copy(model.backbone))
+            self.model.tasks["next"] = model.tasks["next"]
+
+    # what a baseline overrides
+
+    def first(self) -> None:
+        """Take over T1: the backbone as it was pretrained."""
+
+    def begin(self, name: str) -> None:
+        """Before a task is learned: its readout and head are there, at their start."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """What learns at the method's own rate, besides readout and head."""
+        return list(self.model.backbone.parameters())
+
+    def loss(self, batch: ExampleBatch, name: str) -> Tensor:
+        return self.task_loss(batch, name)
+
+    def before_step(self) -> None:
+        """Gradients are there."""
+
+    def after_step(self) -> None:
+        """Weights have moved."""
+
+    def end(self, name: str) -> None:
+        """After a task was learned, its best epoch restored."""
+
+    def view(self, name: str) -> Backbone | View:
+        """The backbone as a task reads it."""
+        return self.model.backbone
+
+    def prefix(self, history: PackedBatch, name: str) -> LayerPrefix | None:
+        """What a task puts in front of histories."""
+        return None
+
+    def extra_parameters(self, name: str) -> float:
+        """Numbers of 32 bits that the task stores besides readout and head."""
+        return 0
+
+    # what the loop uses
+
+    def memory(self, name: str) -> MemoryConfig:
+        return readout_of(self.world.setting.readout)
+
+    def encode(self, history: PackedBatch, name: str, view: Backbone | View | None = None) -> Encoded:
+        task, view = self.model.task(name), self.view(name) if view is None else view
+        return encode(view, history, None, None, self.prefix(history, name), every_state=task.every_state)
+
+    def output(self, history: PackedBatch, name: str) -> Tensor:
+        view = self.view(name)
+        return self.model.task(name)(self.encode(history, name, view), view.table)
+
+    def task_loss(self, batch: ExampleBatch, name: str) -> Tensor:
+        task = self.model.task(name)
+        return task_loss(task.spec, self.output(batch.history, name), task.columns(batch.target), batch.target_row)
+
+    def learn(self, name: str) -> None:
+        """One task from start to end."""
+        started = time.monotonic()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.world.seed)
+            self.start_task(name)
+            self.begin(name)
+            self.fit_head(name)
+            self.fit(name)
+            self.end(name)
+        self.model.freeze_task(name)
+        self.seconds[name] = time.monotonic() - started
+
+    def start_task(self, name: str) -> Task:
+        return self.model.add_task(self.world.dataset.task(name).spec, self.memory(name))
+
+    def fit(self, name: str, epochs: int | None = None) -> None:
+        """Train what is trainable for a task until its valid users say stop."""
+        config, examples = self.world.learn_config(epochs), self.world.train_examples(name)
+        max_len = self.model.backbone.config.max_len
+
+        def batches(epoch: int) -> tuple[int, Iterator[ExampleBatch]]:
+            return epoch_batches(self.world.dataset, examples, config, max_len, epoch, 0)
+
+        self._train([name], batches, lambda batch: self.loss(batch, name), config)
+
+    def fit_next(self, epochs: int) -> None:
+        """Train what is trainable on T1, as in pretraining."""
+        config = PretrainConfig(epochs=epochs, patience=self.world.budget.patience, seed=self.world.seed)
+        config = replace(config, learning_rate=self.world.setting.rate)
+        self._train(["next"], *self.next_problem(config), config)
+
+    def next_problem(self, config: PretrainConfig) -> tuple[Callable, Callable]:
+        """(batches of an epoch, loss) of T1: every position of the train users' histories."""
+        dataset, max_len = self.world.dataset, self.model.backbone.config.max_len
+        examples = dataset.sequences("train", max_len)
+        items = NextItemLoss(self.model.backbone, self.model.task("next"), dataset, config)
+
+        def loss(batch: ExampleBatch) -> Tensor:
+            items.backbone = self.view("next")
+            return items(batch) + self.penalty("next")
+
+        return lambda epoch: epoch_batches(dataset, examples, config, max_len + 1, epoch, 0), loss
+
+    def penalty(self, name: str) -> Tensor | float:
+        """Added to the loss of T1 where a method takes it over."""
+        return 0.0
+
+    def _train(self, names: list[str], batches: Callable, loss: Callable[[Any], Tensor], config) -> None:
+        steps = config.epochs * batches(0)[0]
+        opened = [self.model.task(name) for name in names if not self.model.task(name).closed]
+        groups = [group for task in opened for group in _rates(task, self.world.learn_config())]
+        optimizer = adamw(groups, self.world.learn_config(), steps) if groups else None
+        optimizer = self._with_method(optimizer, config.epochs, steps)
+        train(self, optimizer, Run(batches, loss, lambda: self.valid_score(names), config.epochs, config.patience))
+
+    def _with_method(self, optimizer, epochs: int, steps: int) -> torch.optim.Optimizer:
+        parameters, decay = self.trained(), BACKBONE_DECAY * (1000 / steps) ** 0.5
+        groups = []
+        for decays in (True, False):
+            chosen = [p for p in parameters if (p.dim() > 1) == decays]
+            if chosen:
+                rate = self.world.setting.rate
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay if decays else 0.0})
+        if optimizer is None:
+            return torch.optim.AdamW(groups)
+        for group in groups:
+            optimizer.add_param_group(group)
+        return optimizer
+
+    @torch.no_grad()
+    def fit_head(self, name: str, most: int = 20_000) -> None:
+        """Start a task's head at the base rates of its training data, on standardised features."""
+        task, features, targets, rows, count = self.model.task(name), [], [], [], 0
+        self.eval()
+        for batch in batches_of(self.world.dataset, self.world.train_examples(name), self.model, seed=0):
+            features.append(task.features(self.encode(batch.history, name)))
+            targets.append(task.columns(batch.target))
+            rows.append(batch.target_row + count)
+            count += len(batch.history)
+            if count >= most:
+                break
+        task.fit_head(torch.cat(features), torch.cat(targets), torch.cat(rows))
+
+    def train(self, mode: bool = True) -> Learner:
+        super().train(mode)
+        self.model.train(mode)  # what is frozen stays in evaluation mode
+        return self
+
+    @torch.no_grad()
+    def valid_score(self, names: list[str]) -> float:
+        """What early stopping watches, the larger the better: the mean over tasks of the metric's logarithm, or the loss."""
+        self.eval()
+        scores = []
+        for name in names:
+            values, loss = self.measure(name, "valid")
+            scores.append(-loss if self.world.budget.stop == "loss" else score(self.model.task(name).spec, values))
+        return sum(scores) / len(scores)
+
+    @torch.no_grad()
+    def measure(self, name: str, fold: str, keep: Callable | None = None) -> tuple[dict[str, float], float]:
+        """Metrics and mean loss of a task on the users of a fold; `keep` sees every batch, its output and metrics."""
+        self.eval()
+        task, total = self.model.task(name), 0.0
+        metrics = TaskMetrics(task.spec)
+        for batch in batches_of(self.world.dataset, self.world.dataset.examples(name, fold), self.model, seed=None):
+            output, columns = self.output(batch.history, name).float(), task.columns(batch.target)
+            metrics.update(output, columns, batch.target_row)
+            total += float(task_loss(task.spec, output, columns, batch.target_row)) * len(columns)
+            if keep is not None:
+                keep(batch, output, columns)
+        return metrics.compute(), total / metrics.count
+
+    def parameters_of(self, name: str) -> float:
+        """Numbers of 32 bits that a task stores."""
+        if name == "next":
+            return sum(value.numel() for value in self.model.backbone.state_dict().values())
+        stored = {key: value for key, value in self.model.task(name).state_dict().items() if key != "text"}
+        return sum(value.numel() for value in stored.values()) + self.extra_parameters(name)
+
+
+def score(spec, metrics: dict[str, float]) -> float:
+    """A task's metric on a scale on which differences are relative and more is better."""
+    from math import log
+
+    from pcl_ext.metrics import higher_is_better
+
+    value = log(max(metrics[spec.metric], 1e-6))
+    return value if higher_is_better(spec.metric) else -value
+
+
+def batches_of(dataset: Dataset, examples: Examples, model: UserModel, seed: int | None) -> Iterator[ExampleBatch]:
+    return iterate(dataset, examples, max_tokens=16_384, max_len=model.backbone.config.max_len, seed=seed)
+
+
+def trainable_copy(backbone: Backbone) -> Backbone:
+    """A frozen backbone's twin with parameters."""
+    twin = Backbone(backbone.config)
+    twin.load_state_dict(backbone.state_dict())
+    return twin

@@ -1,0 +1,59 @@
+"""The one training loop of every baseline: epochs, cosine schedule, early stopping on the valid users."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pcl_ext.loop import CosineSchedule
+
+if TYPE_CHECKING:
+    from benchmarks.continual.learner import Learner
+
+
+@dataclass(frozen=True)
+class Run:
+    """batches: epoch -> (steps, batches); loss of a batch; score of the valid users, the larger the better."""
+
+    batches: Callable[[int], tuple[int, Any]]
+    loss: Callable[[Any], Tensor]
+    score: Callable[[], float]
+    epochs: int
+    patience: int
+
+
+def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
+    """Train until the score stops rising; the best epoch's weights stay. -> the number of epochs that were run."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    schedule, best, best_epoch, kept = CosineSchedule(optimizer), -math.inf, -1, []
+    for epoch in range(run.epochs):
+        steps, batches = run.batches(epoch)
+        learner.train()
+        for step, batch in enumerate(batches):
+            learner.progress = step / max(1, steps - 1)
+            schedule((epoch + step / steps) / run.epochs)
+            optimizer.zero_grad(set_to_none=True)
+            loss = run.loss(batch)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"{type(learner).__name__}: the loss is {loss.item()}; lower its rate")
+            loss.backward()
+            learner.before_step()
+            optimizer.step()
+            learner.after_step()
+        learner.eval()
+        score = run.score()
+        if score > best:
+            best, best_epoch = score, epoch
+            kept = [p.detach().clone() for p in trained]
+        elif epoch - best_epoch >= run.patience:
+            break
+    with torch.no_grad():
+        for parameter, value in zip(trained, kept, strict=True):
+            parameter.copy_(value)
+    learner.eval()
+    return epoch + 1

@@ -1,0 +1,94 @@
+"""HAT (Serra et al., 2018): hard attention to the task. Gates sigmoid(s e) on units; what earlier tasks use moves no more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.continual.learner import Learner, View
+from benchmarks.continual.methods.gates import Gates, HeldWeights, freedom, gated, widths
+from pcl_ext.data import ExampleBatch
+
+S_MAX = 400.0
+CLAMP = 6.0
+GATE_RATE = 3e-2
+
+
+class Hat(Learner):
+    """Gates are annealed from 1 / S_MAX to S_MAX within each epoch; T1's start open, since the backbone is pretrained."""
+
+    adapts = True
+
+    def __init__(self, model, world):
+        super().__init__(model, world)
+        self.open: nn.ParameterDict = nn.ParameterDict()  # of the task being learned
+        self.closed: dict[str, Gates] = {}
+        self.past: Gates = {unit: torch.zeros(n) for unit, n in widths(model.backbone.config).items()}
+        self.hold()
+
+    def hold(self) -> None:
+        """Weights keep what the earlier tasks use."""
+        backbone = self.model.backbone
+        self.held = HeldWeights(dict(backbone.named_parameters()), freedom(backbone, self.past))
+
+    def first(self) -> None:
+        self.begin("next")
+        with torch.no_grad():
+            for e in self.open.values():
+                e.abs_()
+        self.fit_next(self.world.budget.retrain_epochs)
+        self.end("next")
+
+    def begin(self, name: str) -> None:
+        config = self.model.backbone.config
+        self.open = nn.ParameterDict(
+            {u.replace(".", "_"): nn.Parameter(torch.randn(n)) for u, n in widths(config).items()}
+        )
+
+    def gates(self, name: str) -> Gates:
+        if name in self.closed:
+            return self.closed[name]
+        s = 1 / S_MAX + (S_MAX - 1 / S_MAX) * self.progress if self.training else S_MAX
+        return {unit: torch.sigmoid(s * self.open[unit.replace(".", "_")]) for unit in self.past}
+
+    def view(self, name: str) -> View:
+        return View(self.model.backbone, gated(self.model.backbone, self.gates(name)))
+
+    def loss(self, batch: ExampleBatch, name: str) -> Tensor:
+        return self.task_loss(batch, name) + self.penalty(name)
+
+    def penalty(self, name: str) -> Tensor:
+        """Share of the units still free that the task takes."""
+        gates = self.gates(name)
+        taken = sum((a * (1 - self.past[unit])).sum() for unit, a in gates.items())
+        return (
+            self.world.setting.strength * taken / sum((1 - past).sum() for past in self.past.values()).clamp_min(1e-6)
+        )
+
+    def before_step(self) -> None:
+        s = 1 / S_MAX + (S_MAX - 1 / S_MAX) * self.progress
+        for e in self.open.values():
+            e.grad *= S_MAX / s * (torch.cosh((s * e.detach()).clamp(-50, 50)) + 1) / (torch.cosh(e.detach()) + 1)
+        self.held.before()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.held.after()
+        for e in self.open.values():
+            e.clamp_(-CLAMP, CLAMP)
+
+    @torch.no_grad()
+    def end(self, name: str) -> None:
+        self.eval()
+        self.closed[name] = self.gates(name)
+        self.open = nn.ParameterDict()
+        self.past = {unit: torch.maximum(self.past[unit], a) for unit, a in self.closed[name].items()}
+        self.hold()
+
+    def _with_method(self, optimizer, epochs: int, steps: int):
+        optimizer = super()._with_method(optimizer, epochs, steps)
+        optimizer.add_param_group({"params": list(self.open.values()), "lr": GATE_RATE, "weight_decay": 0.0})
+        return optimizer
+
+    def extra_parameters(self, name: str) -> float:
+        return sum(a.numel() for a in self.closed[name].values())

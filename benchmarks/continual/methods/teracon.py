@@ -1,0 +1,96 @@
+"""TERACON (Kim et al., 2023): soft gates that know the relations between tasks; the backbone keeps training, pseudo-labels
+of the previous model retain the earlier tasks."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.continual.learner import Learner, View
+from benchmarks.continual.methods.gates import Gates, gated, widths
+from pcl_ext.data import ExampleBatch
+from pcl_ext.model import UserModel
+
+S_MAX = 50.0
+EMBEDDING = 32
+
+
+class Relations(nn.Module):
+    """Gates of every task: sigmoid(s MLP_t(tanh(s [e_t; e_i; -e_i for i != t]))); tasks not met yet are 0."""
+
+    def __init__(self, names: list[str], units: dict[str, int]):
+        super().__init__()
+        self.names, self.units, self.met = names, units, []
+        self.embedding = nn.ParameterList(torch.randn(EMBEDDING) for _ in names)
+        inputs, total = (2 * len(names) - 1) * EMBEDDING, sum(units.values())
+        self.mlp = nn.ModuleList(nn.Linear(inputs, total) for _ in names)
+        for mlp in self.mlp:
+            nn.init.constant_(mlp.bias, 0.1)  # open at S_MAX: the backbone is pretrained
+
+    def forward(self, name: str, s: float) -> Gates:
+        place, parts = self.names.index(name), [self.embedding[self.names.index(name)]]
+        for i, other in enumerate(self.names):
+            if i != place:
+                e = self.embedding[i] if other in self.met else torch.zeros_like(parts[0])
+                parts += [e, -e]
+        logits = self.mlp[place](torch.tanh(s * torch.cat(parts)))
+        gates = torch.sigmoid(s * logits).split(list(self.units.values()))
+        return dict(zip(self.units, gates))
+
+
+class Teracon(Learner):
+    """Retention is one earlier task a step, drawn at random: its expectation is the sum over all of them."""
+
+    adapts = True
+    previous: tuple[UserModel, Relations] | None = None
+
+    def __init__(self, model, world):
+        super().__init__(model, world)
+        self.relations = Relations(["next", *world.tasks], widths(model.backbone.config))
+        self.relations.met.append("next")
+
+    def first(self) -> None:
+        self.fit_next(self.world.budget.retrain_epochs)
+
+    def begin(self, name: str) -> None:
+        previous = copy.deepcopy((self.model.backbone, self.relations))
+        object.__setattr__(self, "previous", previous)  # no part of this module: nobody trains or stores it
+        for part in previous:
+            part.eval()
+        self.relations.met.append(name)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [*self.model.backbone.parameters(), *self.relations.parameters()]
+
+    def gates(self, name: str) -> Gates:
+        s = 1 / S_MAX + (S_MAX - 1 / S_MAX) * self.progress if self.training else S_MAX
+        return self.relations(name, s)
+
+    def view(self, name: str) -> View:
+        return View(self.model.backbone, gated(self.model.backbone, self.gates(name)))
+
+    def loss(self, batch: ExampleBatch, name: str) -> Tensor:
+        return self.task_loss(batch, name) + self.world.setting.strength * self.retention(batch, name)
+
+    def similarity(self, name: str, other: str) -> Tensor:
+        """Cosine of two tasks' gates, 0..1."""
+        own, others = (torch.cat(list(self.gates(task).values())).detach() for task in (name, other))
+        return F.cosine_similarity(own, others, dim=0)
+
+    def retention(self, batch: ExampleBatch, name: str) -> Tensor:
+        """Squared distance of an earlier task's outputs to the previous model's, weighted by its similarity."""
+        earlier = [other for other in self.model.task_names if other != name]
+        other = earlier[int(torch.randint(len(earlier), ()))]
+        task, (backbone, relations) = self.model.task(other), self.previous
+        with torch.no_grad():
+            view = View(backbone, gated(backbone, relations(other, S_MAX)))
+            then = task(self.encode(batch.history, other, view), view.table)
+        now = self.output(batch.history, other)
+        return len(earlier) * self.similarity(name, other) * F.mse_loss(now, then)
+
+    def extra_parameters(self, name: str) -> float:
+        mlp = self.relations.mlp[self.relations.names.index(name)]
+        return EMBEDDING + sum(p.numel() for p in mlp.parameters())

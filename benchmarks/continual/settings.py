@@ -1,0 +1,111 @@
+"""Every choice of the comparison in one place: budget, readouts, and the tuning grid of each method.
+
+A grid is searched on the valid users of each fold, with the first seed; what wins is used for every seed of that fold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pcl_ext.model import MemoryConfig
+from pcl_ext.train import LearnConfig, PretrainConfig
+
+STOPS = ("metric", "loss")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method has of training, the same for all.
+
+    Args:
+        pretrain_epochs, epochs: at most this many passes over the train users, for T1 and for each later task
+        retrain_epochs: of T1 for a method that has to mark its part of the pretrained backbone (HAT, CONURE, TERACON), and
+            of a task after pruning
+        patience: epochs without a better value before training ends; the best epoch is kept
+        stop: what is watched on the valid users: the reported metric, or the loss
+        dim, num_layers, max_len: of the backbone
+        label_share: share of the train users whose labels are known
+    """
+
+    pretrain_epochs: int = PretrainConfig.epochs
+    epochs: int = LearnConfig.epochs
+    retrain_epochs: int = 10
+    patience: int = LearnConfig.patience
+    stop: str = "metric"
+    dim: int = 64
+    num_layers: int = 2
+    max_len: int = 200
+    label_share: float = 1.0
+
+    def __post_init__(self):
+        if self.stop not in STOPS:
+            raise ValueError(f"stop must be one of {', '.join(STOPS)}, got {self.stop!r}")
+
+
+QUICK = Budget(pretrain_epochs=6, epochs=4, retrain_epochs=2, patience=2)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a grid; a method reads the fields that concern it.
+
+    Args:
+        readout: what the heads read, a key of READOUTS
+        rate: learning rate of what the method trains besides readout and head
+        memory_rate, head_rate: of readout and head, as `LearnConfig` has them
+        strength: weight of the method's own penalty
+        keep: share of the free weights a task keeps (CONURE)
+    """
+
+    readout: str = "pcl"
+    rate: float = 1e-3
+    memory_rate: float = LearnConfig.learning_rate
+    head_rate: float = LearnConfig.head_rate
+    strength: float = 1.0
+    keep: float = 0.3
+
+
+READOUTS = {"last": ("last",), "pooled": ("last", "mean"), "pcl": None}  # None: what the package's default reads
+EQ1 = MemoryConfig(placement="tail", prompt_len=20, readout=("last",))
+
+
+def readout_of(name: str) -> MemoryConfig:
+    """The memory of a method without prompts: a readout alone."""
+    config = replace(MemoryConfig(), placement="none", contextual="none")
+    return config if READOUTS[name] is None else replace(config, readout=READOUTS[name])
+
+
+def _product(**choices: tuple) -> list[Setting]:
+    settings = [Setting()]
+    for field, values in choices.items():
+        settings = [replace(setting, **{field: value}) for setting in settings for value in values]
+    return settings
+
+
+_BOTH = ("pooled", "pcl")
+GRID: dict[str, list[Setting]] = {
+    "popularity": [Setting()],
+    "cheap": [Setting()],
+    "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2)),
+    "pooled-probe": _product(readout=("pooled",), head_rate=(2e-3, 1e-2)),
+    "single": _product(readout=_BOTH, rate=(3e-3,)),
+    "copy": _product(readout=_BOTH, rate=(3e-4, 1e-3)),
+    "fine": _product(readout=_BOTH, rate=(1e-4, 1e-3)),
+    "mtl": _product(readout=_BOTH, rate=(3e-4, 1e-3)),
+    "mtl-scratch": _product(readout=_BOTH, rate=(3e-3,)),
+    "mmoe": _product(readout=_BOTH, rate=(3e-4, 1e-3)),
+    "mmoe-scratch": _product(readout=_BOTH, rate=(3e-3,)),
+    "ewc": _product(readout=_BOTH, rate=(3e-4,), strength=(1e2, 1e4)),
+    "lwf": _product(readout=_BOTH, rate=(3e-4,), strength=(1.0, 4.0)),
+    "hat": _product(readout=_BOTH, rate=(3e-4, 1e-3), strength=(0.75,)),
+    "piggyback": _product(readout=_BOTH, rate=(3e-4, 1e-3)),
+    "peterrec": _product(readout=_BOTH, rate=(1e-3, 3e-3)),
+    "conure": _product(readout=_BOTH, rate=(1e-3,), keep=(0.3, 0.6)),
+    "teracon": _product(readout=_BOTH, rate=(3e-4, 1e-3), strength=(0.7,)),
+    "l2p": _product(readout=_BOTH, rate=(3e-3,), strength=(0.5,)),
+    "dualprompt": _product(readout=_BOTH, rate=(3e-3,)),
+    "coda": _product(readout=_BOTH, rate=(3e-3,), strength=(0.1,)),
+    "pcl-eq1": _product(readout=("last",), memory_rate=(2e-3, 5e-3)),
+    "pcl": _product(memory_rate=(2e-3, 5e-3)),
+    "pcl-no-backbone": _product(memory_rate=(2e-3, 5e-3)),
+}
