@@ -63,6 +63,12 @@ class TaskMetrics:
         errors = self._kind.standard_error()
         return {metric: error for metric, error in errors.items() if not math.isnan(error)}
 
+    def values(self, metric: str) -> Tensor:
+        """items: the metric of every target, [m] float64 in the order they came; their mean is what `compute` says."""
+        if self.spec.kind != "items":
+            raise ValueError(f"values need a task of kind items, {self.spec.name!r} is {self.spec.kind}")
+        return self._kind.values(metric)
+
     def _checked(self, output: Tensor, target: Tensor, target_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         name, kind = self.spec.name, self.spec.kind
         if not output.is_floating_point():

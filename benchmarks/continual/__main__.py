@@ -1,0 +1,54 @@
+"""Run the comparison: methods x tasks x folds x seeds, resumable, and write its report.
+
+DATA is a dataset folder, or a folder of them (rotated folds): each subfolder with a dataset.json is a fold by its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.continual.methods import NAMES
+from benchmarks.continual.schedule import Comparison, Plan
+from benchmarks.continual.settings import QUICK, STOPS, Budget
+
+
+def folds_of(data: Path, wanted: list[str] | None) -> dict[str, str]:
+    """{fold name: dataset folder}."""
+    if (data / "dataset.json").is_file():
+        found = {data.name: str(data)}
+    else:
+        found = {path.parent.name: str(path.parent) for path in sorted(data.glob("*/dataset.json"))}
+    if not found:
+        raise SystemExit(f"{data} is neither a dataset folder nor a folder of them: no dataset.json; see pcl prepare")
+    if unknown := sorted(set(wanted or ()) - set(found)):
+        raise SystemExit(f"--folds must be among {', '.join(found)}, got {', '.join(unknown)}")
+    return {name: path for name, path in found.items() if not wanted or name in wanted}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.continual", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="a dataset folder, or a folder of rotated folds")
+    parser.add_argument("--out", type=Path, required=True, help="where everything is kept; the same again resumes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES, metavar="METHOD", help=", ".join(NAMES))
+    parser.add_argument("--folds", nargs="+", help="some of the folds, by the names of their folders")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--stop", choices=STOPS, default="metric", help="what early stopping watches on valid users")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal: one fold, one seed, few epochs, no grid")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    folds = folds_of(options.data, options.folds)
+    budget = replace(QUICK if options.quick else Budget(), stop=options.stop)
+    if options.quick:
+        folds = dict(list(folds.items())[:1])
+    plan = Plan(tuple(options.methods), folds, 1 if options.quick else options.seeds, budget, 1 if options.quick else None)
+    Comparison(plan, options.out).run(options.jobs)
+
+
+if __name__ == "__main__":
+    main()

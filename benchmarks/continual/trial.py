@@ -1,0 +1,157 @@
+"""One trial: a method, at one grid point and seed, learns the tasks of one dataset; all that is measured of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.continual.learner import Learner, World, score
+from benchmarks.continual.methods import LEARNERS, REFERENCES
+from benchmarks.continual.settings import GRID, Budget
+from pcl_ext import run, store
+from pcl_ext.data import Dataset
+from pcl_ext.metrics import TaskMetrics
+from pcl_ext.task import TaskSpec
+from pcl_ext.train import PretrainConfig
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Which trial: a method of the grid, on the dataset at `data`, called `fold`."""
+
+    method: str
+    data: str
+    fold: str
+    seed: int
+    point: int
+    budget: Budget
+    tasks: tuple[str, ...] | None = None  # after T1, in this order; None: all, by name
+
+    @property
+    def key(self) -> str:
+        return f"{self.method}/{self.fold}-{self.seed}-{self.point}"
+
+    def identity(self) -> dict[str, Any]:
+        """What a stored answer must have been made with."""
+        dataset = Dataset(self.data)
+        return {
+            "setting": asdict(GRID[self.method][self.point]),
+            "budget": asdict(self.budget),
+            "dataset": dataset.sha256,
+            "tasks": list(self.order(dataset)),
+        }
+
+    def order(self, dataset: Dataset) -> tuple[str, ...]:
+        return tuple(n for n in dataset.task_names if n != "next") if self.tasks is None else self.tasks
+
+
+def pretrained(trial: Trial, out: Path):
+    """The backbone that all methods of a fold and seed share; made where it is not there yet."""
+    budget, dataset = trial.budget, Dataset(trial.data)
+    shape = {"dim": budget.dim, "num_layers": budget.num_layers, "max_len": budget.max_len}
+    config = PretrainConfig(epochs=budget.pretrain_epochs, seed=trial.seed)
+    return run.pretrain(dataset, out / "backbones" / f"{trial.fold}-{trial.seed}", shape, config)
+
+
+def make_learner(trial: Trial, out: Path) -> Learner:
+    dataset = Dataset(trial.data)
+    model = store.from_pretrained(out / "backbones" / f"{trial.fold}-{trial.seed}")
+    world = World(dataset, trial.order(dataset), trial.budget, GRID[trial.method][trial.point], trial.seed)
+    torch.manual_seed(trial.seed)
+    return LEARNERS[trial.method](model, world)
+
+
+def conduct(trial: Trial, out: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """-> (JSON values, arrays of the last test outputs): see `measure_all`.
+
+    test, valid  rows of the result matrix, [{"after", "values": {task: value}}], in each task's own metric
+    """
+    started = time.monotonic()
+    if trial.method in REFERENCES:
+        answer, outputs = _reference(trial), {}
+    else:
+        learner = make_learner(trial, out)
+        answer, outputs = teach(learner)
+    answer |= {"key": trial.key, "identity": trial.identity(), "total_seconds": time.monotonic() - started}
+    return answer, outputs
+
+
+def teach(learner: Learner) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """All tasks, one after another or at once; a row of the matrix after each."""
+    test, valid, names, outputs = [], [], ["next", *learner.world.tasks], {}
+
+    def measure(after: str, known: list[str]) -> None:
+        outputs.clear()
+        for rows, fold in ((test, "test"), (valid, "valid")):
+            keep = outputs if fold == "test" else None
+            rows.append({"after": after, "values": {name: measure_one(learner, name, fold, keep) for name in known}})
+
+    if learner.joint:
+        learner.learn_all()
+        measure("all", names)
+    else:
+        started = time.monotonic()
+        learner.first()
+        learner.seconds["next"] = time.monotonic() - started
+        measure("next", ["next"])
+        for place, name in enumerate(learner.world.tasks):
+            learner.learn(name)
+            measure(name, names[: place + 2])
+    specs = {name: learner.world.dataset.task(name).spec for name in names}
+    last = valid[-1]["values"]
+    return {
+        "metric": {name: spec.metric for name, spec in specs.items()},
+        "test": test,
+        "valid": valid,
+        "valid_score": sum(score(specs[n], {specs[n].metric: v}) for n, v in last.items()) / len(last),
+        "parameters": {name: learner.parameters_of(name) for name in names},
+        "seconds": learner.seconds,
+    }, outputs
+
+
+def measure_one(learner: Learner, name: str, fold: str, outputs: dict[str, np.ndarray] | None = None) -> float:
+    """A task's own metric. `outputs` takes, for the bootstrap, of every test target: the user; and for items the value
+    of the metric, else the output and the label."""
+    users, values, labels = [], [], []
+    spec, examples = learner.model.task(name).spec, learner.world.dataset.examples(name, fold)
+
+    def keep(batch, output, columns) -> None:
+        users.append(examples.user[batch.index][batch.target_row])
+        labels.append(columns)
+        values.append(_target_values(spec, output, columns, batch.target_row))
+
+    metrics, _ = learner.measure(name, fold, None if outputs is None else keep)
+    if outputs is not None:
+        for part, tensors in (("user", users), ("value", values), ("label", labels)):
+            outputs[f"{name}/{part}"] = torch.cat(tensors).numpy()
+    return metrics[spec.metric]
+
+
+def _target_values(spec: TaskSpec, output: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    if spec.kind != "items":
+        return output[rows]
+    metrics = TaskMetrics(spec)
+    metrics.update(output, columns, rows)
+    return metrics.values(spec.metric)
+
+
+def _reference(trial: Trial) -> dict[str, Any]:
+    """Popularity, or the cheap reference: no matrix but its last row."""
+    dataset, rows, seconds = Dataset(trial.data), {}, {}
+    names = ("next", *trial.order(dataset))
+    for fold in ("test", "valid"):
+        values = {}
+        for name in names:
+            started = time.monotonic()
+            answer = REFERENCES[trial.method](dataset, name, fold)
+            values[name] = answer["metrics"][dataset.task(name).spec.metric]
+            seconds[name] = time.monotonic() - started
+        rows[fold] = [{"after": "all", "values": values}]
+    metric = {name: dataset.task(name).spec.metric for name in names}
+    nothing = dict.fromkeys(names, 0)
+    return rows | {"metric": metric, "valid_score": 0.0, "parameters": nothing, "seconds": seconds}
