@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.continual.methods import NAMES
+from benchmarks.continual.page import write_page
 from benchmarks.continual.schedule import Comparison, Plan
 from benchmarks.continual.settings import QUICK, STOPS, Budget
 
@@ -46,8 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
     budget = replace(QUICK if options.quick else Budget(), stop=options.stop)
     if options.quick:
         folds = dict(list(folds.items())[:1])
-    plan = Plan(tuple(options.methods), folds, 1 if options.quick else options.seeds, budget, 1 if options.quick else None)
-    Comparison(plan, options.out).run(options.jobs)
+    plan = Plan(
+        tuple(options.methods), folds, 1 if options.quick else options.seeds, budget, 1 if options.quick else None
+    )
+    try:
+        Comparison(plan, options.out).run(options.jobs)
+    finally:
+        if (options.out / "results.jsonl").exists():
+            print(write_page(options.out))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ class Comparison:
             raise RuntimeError(f"{len(failed)} trials failed: {', '.join(failed)}; run again to repeat them")
 
     def _pretrain(self, pool: ProcessPoolExecutor) -> None:
-        trials = [self.plan.trial(m, f, s, 0) for f in self.plan.folds for s in range(self.plan.seeds) for m in ("pcl",)]
+        trials = [
+            self.plan.trial(m, f, s, 0) for f in self.plan.folds for s in range(self.plan.seeds) for m in ("pcl",)
+        ]
         for future in [pool.submit(_work, "pretrain", trial, self.out) for trial in trials]:
             future.result()
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.continual.learner import Learner
+from benchmarks.continual.union import Share, Union, UnionBatch
+from pcl_ext.batch import PackedBatch
 from pcl_ext.data import ExampleBatch
-from pcl_ext.model import Backbone, UserModel
-from pcl_ext.model.backbone import NamedModules
-from pcl_ext.train import NEXT, PretrainConfig, epoch_batches
+from pcl_ext.model import Backbone, Encoded, Task, UserModel, task_loss
+from pcl_ext.model.backbone import NamedModules, newest_rows
+from pcl_ext.model.encoded import encode
+from pcl_ext.train import PretrainConfig
 
 
 class Joint(Learner):
-    """Shared bottom. An epoch is as many steps as the task with the most batches has; the others start over."""
+    """Shared bottom. A step has a batch of histories with the targets of every task in it, and one of T1.
+
+    An epoch passes over the inputs of all tasks once; T1 has as many steps.
+    """
 
     joint = True
     adapts = True
@@ -27,7 +35,11 @@ class Joint(Learner):
         if self.scratch:
             self.model = UserModel(Backbone(model.backbone.config))
             self.model.backbone.trained_items.copy_(model.backbone.trained_items)
-            self.model.add_task(world.dataset.task("next").spec, NEXT)
+        closed = model.task("next")
+        self.model.tasks["next"] = Task(closed.spec, closed.config, self.model.backbone)  # its head learns on
+        self.model.task("next").register_buffer("text", closed.text)
+        if not self.scratch:
+            self.model.task("next").load_state_dict(closed.state_dict())
 
     def learn_all(self) -> None:
         """All tasks from start to end; each is charged its share of the time."""
@@ -36,40 +48,47 @@ class Joint(Learner):
             torch.manual_seed(self.world.seed)
             for name in self.world.tasks:
                 self.start_task(name)
-                self.begin(name)
                 self.fit_head(name)
             config = self.world.learn_config()
             pretraining = PretrainConfig(epochs=config.epochs, patience=config.patience, seed=self.world.seed)
             self.next_batches, self.next_loss = self.next_problem(pretraining)
+            self.union = Union(self.world.dataset, {n: self.world.train_examples(n) for n in self.world.tasks})
             self._train(names, self.batches, self.joint_loss, config)
         for name in names:
-            self.model.freeze_task(name)
+            if not self.model.task(name).closed:
+                self.model.freeze_task(name)
         self.seconds = dict.fromkeys(names, (time.monotonic() - started) / len(names))
 
-    def batches(self, epoch: int) -> tuple[int, Iterator[dict[str, ExampleBatch]]]:
-        """(steps, a batch of every task for each step)."""
+    def batches(self, epoch: int) -> tuple[int, Iterator[tuple[UnionBatch, ExampleBatch]]]:
+        """(steps, a batch of all tasks and one of T1 for each)."""
         config, max_len = self.world.learn_config(), self.model.backbone.config.max_len
+        steps, batches = self.union.batches(config.batch_tokens, max_len, config.seed + epoch)
+        return steps, zip(batches, self.endless(epoch))
 
-        def task_batches(name: str, epoch: int):
-            if name == "next":
-                return self.next_batches(epoch)
-            return epoch_batches(self.world.dataset, self.world.train_examples(name), config, max_len, epoch, 0)
+    def endless(self, epoch: int) -> Iterator[ExampleBatch]:
+        for again in count(epoch, 1000):  # another order each time
+            yield from self.next_batches(again)[1]
 
-        def endless(name: str) -> Iterator[ExampleBatch]:
-            again = epoch
-            while True:
-                yield from task_batches(name, again)[1]
-                again += 1000  # another order
-
-        names = ["next", *self.world.tasks]
-        steps = max(task_batches(name, epoch)[0] for name in names)
-        streams = {name: endless(name) for name in names}
-        return steps, ({name: next(stream) for name, stream in streams.items()} for _ in range(steps))
-
-    def joint_loss(self, batch: dict[str, ExampleBatch]) -> Tensor:
+    def joint_loss(self, batch: tuple[UnionBatch, ExampleBatch]) -> Tensor:
         """Sum of all tasks' losses."""
-        losses = [self.next_loss(part) if name == "next" else self.loss(part, name) for name, part in batch.items()]
-        return torch.stack(losses).sum()
+        union, following = batch
+        states = self.states(union.history)
+        losses = [self.share_loss(name, share, states) for name, share in union.shares.items()]
+        return torch.stack([self.next_loss(following), *losses]).sum()
+
+    def states(self, history: PackedBatch) -> Encoded:
+        """Histories as every task sees them."""
+        return encode(self.model.backbone, history, None, None, None, every_state=True)
+
+    def share_loss(self, name: str, share: Share, states: Encoded) -> Tensor:
+        """A task's loss on its part of a batch."""
+        task = self.model.task(name)
+        output = task(self.own(name, states).select(share.rows), self.model.backbone.table)
+        return task_loss(task.spec, output, task.columns(share.target), share.target_row)
+
+    def own(self, name: str, states: Encoded) -> Encoded:
+        """The shared states as one task reads them."""
+        return states
 
 
 class JointScratch(Joint):
@@ -119,6 +138,14 @@ class Mmoe(Joint):
 
     def view(self, name: str) -> MixedView:
         return MixedView(self.model.backbone, self.experts, name)
+
+    def own(self, name: str, states: Encoded) -> Encoded:
+        (piece,) = states.pieces
+        mixed = self.experts(piece.states[-1], name)
+        newest = torch.zeros_like(states.newest)
+        filled = states.offsets.diff() > 0
+        newest[filled] = mixed[newest_rows(states.offsets)]
+        return replace(states, newest=newest, pieces=[replace(piece, states=[*piece.states[:-1], mixed])])
 
     def extra_parameters(self, name: str) -> float:
         return sum(p.numel() for p in self.experts.gates[name].parameters())
