@@ -126,7 +126,7 @@ def _forest(found: dict) -> str:
         return ""
     figure = _figure(8.5, 0.8 + 0.4 * len(found))
     axes = figure.add_subplot()
-    for place, (other, intervals) in enumerate(found.values()):
+    for place, (_, intervals) in enumerate(found.values()):
         part = intervals["mean"]
         axes.plot([100 * part.low, 100 * part.high], [place, place], color=OURS, lw=2)
         axes.plot(100 * part.gain, place, "D", color=OURS)

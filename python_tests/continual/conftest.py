@@ -1,0 +1,57 @@
+"""A comparison small enough for tests: 200 synthetic users, two tasks after T1, a backbone of width 16."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.continual.settings import Budget
+from benchmarks.continual.trial import Trial, make_learner, pretrained
+from pcl_ext.data import synthetic
+
+TASKS = ("segment", "range")
+BUDGET = Budget(pretrain_epochs=2, epochs=2, retrain_epochs=1, dim=16, max_len=20)
+
+
+@pytest.fixture(scope="session")
+def comparison(tmp_path_factory):
+    """A folder with a dataset in data/tiny and the backbone of seed 0."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("continual")
+    synthetic.prepare(out / "data" / "tiny", num_users=200, num_items=50, mean_length=12)
+    pretrained(trial(out, "pcl"), out)
+    return out
+
+
+def trial(out, method, point=0, tasks=TASKS):
+    return Trial(method, str(out / "data" / "tiny"), "tiny", 0, point, BUDGET, tasks)
+
+
+@pytest.fixture
+def learner(comparison):
+    """A function: method name -> its learner, before T1 is taken over."""
+
+    def make(method, **setting):
+        torch.set_num_threads(1)
+        made = make_learner(trial(comparison, method), comparison)
+        if setting:
+            made.world = replace(made.world, setting=replace(made.world.setting, **setting))
+        return made
+
+    return make
+
+
+@pytest.fixture
+def outputs():
+    """A function: learner, task -> its outputs on the valid users."""
+
+    def read(learner, task):
+        found = []
+        learner.measure(task, "valid", lambda batch, output, columns: found.append(output.clone()))
+        return torch.cat(found)
+
+    return read
