@@ -44,12 +44,7 @@ class World:
         )
 
     def train_examples(self, name: str) -> Examples:
-        """Examples of the train users whose labels are known."""
-        examples, share = self.dataset.examples(name, "train"), self.budget.label_share
-        if share == 1:
-            return examples
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed))
-        return examples.select(order[: max(1, round(share * len(examples)))].sort().values)
+        return self.dataset.examples(name, "train")
 
 
 class View:
@@ -141,7 +136,7 @@ class Learner(nn.Module):
 
     def learn(self, name: str) -> None:
         """One task from start to end."""
-        started = time.monotonic()
+        started = time.process_time()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.world.seed)
             self.start_task(name)
@@ -150,7 +145,7 @@ class Learner(nn.Module):
             self.fit(name)
             self.end(name)
         self.model.freeze_task(name)
-        self.seconds[name] = time.monotonic() - started
+        self.seconds[name] = time.process_time() - started
 
     def start_task(self, name: str) -> Task:
         return self.model.add_task(self.world.dataset.task(name).spec, self.memory(name))
@@ -239,12 +234,17 @@ class Learner(nn.Module):
         return sum(scores) / len(scores)
 
     @torch.no_grad()
-    def measure(self, name: str, fold: str, keep: Callable | None = None) -> tuple[dict[str, float], float]:
-        """Metrics and mean loss of a task on the users of a fold; `keep` sees every batch, its output and metrics."""
+    def measure(
+        self, name: str, fold: str, keep: Callable | None = None, newest: int | None = None
+    ) -> tuple[dict[str, float], float]:
+        """Metrics and mean loss of a task on the users of a fold.
+
+        keep sees every batch, its output and the columns of its targets; newest: of a history only so many events.
+        """
         self.eval()
         task, total = self.model.task(name), 0.0
         metrics = TaskMetrics(task.spec)
-        for batch in batches_of(self.world.dataset, self.world.dataset.examples(name, fold), self.model, seed=None):
+        for batch in batches_of(self.world.dataset, self.world.dataset.examples(name, fold), self.model, None, newest):
             output, columns = self.output(batch.history, name).float(), task.columns(batch.target)
             metrics.update(output, columns, batch.target_row)
             total += float(task_loss(task.spec, output, columns, batch.target_row)) * len(columns)
@@ -270,8 +270,12 @@ def score(spec, metrics: dict[str, float]) -> float:
     return value if higher_is_better(spec.metric) else -value
 
 
-def batches_of(dataset: Dataset, examples: Examples, model: UserModel, seed: int | None) -> Iterator[ExampleBatch]:
-    return iterate(dataset, examples, max_tokens=16_384, max_len=model.backbone.config.max_len, seed=seed)
+def batches_of(
+    dataset: Dataset, examples: Examples, model: UserModel, seed: int | None, newest: int | None = None
+) -> Iterator[ExampleBatch]:
+    """Batches of examples; newest: how many of the newest events are seen, as many as the backbone takes by default."""
+    max_len = model.backbone.config.max_len if newest is None else newest
+    return iterate(dataset, examples, max_tokens=16_384, max_len=max_len, seed=seed)
 
 
 def trainable_copy(backbone: Backbone) -> Backbone:

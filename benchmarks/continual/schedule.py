@@ -15,7 +15,6 @@ from tqdm import tqdm
 from benchmarks.continual import records
 from benchmarks.continual.settings import GRID, Budget
 from benchmarks.continual.trial import Trial, conduct, pretrained
-from pcl_ext.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Comparison:
         key = (trial.method, trial.fold, trial.seed)
         if key in self.written:
             return
-        name = Dataset(trial.data).name
+        name = trial.dataset().name
         matrix = {"method": trial.method, "fold": trial.fold, "seed": trial.seed, "point": trial.point}
         matrix |= {name: answer[name] for name in ("metric", "test", "valid", "identity")}
         records.append(self.out / "matrices.jsonl", [matrix])

@@ -55,6 +55,7 @@ class Setting:
         memory_rate, head_rate: of readout and head, as `LearnConfig` has them
         strength: weight of the method's own penalty
         keep: share of the free weights a task keeps (CONURE)
+        memory: what a task of PCL stores; None is the package's default (pcl-eq1: Eq. 1)
     """
 
     readout: str = "pcl"
@@ -63,6 +64,7 @@ class Setting:
     head_rate: float = LearnConfig.head_rate
     strength: float = 1.0
     keep: float = 0.3
+    memory: MemoryConfig | None = None
 
 
 READOUTS = {"last": ("last",), "pooled": ("last", "mean"), "pcl": None}  # None: what the package's default reads

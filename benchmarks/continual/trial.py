@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.continual.labels import open_dataset
 from benchmarks.continual.learner import Learner, World, score
 from benchmarks.continual.methods import LEARNERS, REFERENCES
-from benchmarks.continual.settings import GRID, Budget
+from benchmarks.continual.settings import GRID, Budget, Setting
 from pcl_ext import run, store
 from pcl_ext.data import Dataset
 from pcl_ext.metrics import TaskMetrics
@@ -22,7 +23,11 @@ from pcl_ext.train import PretrainConfig
 
 @dataclass(frozen=True)
 class Trial:
-    """Which trial: a method of the grid, on the dataset at `data`, called `fold`."""
+    """Which trial: a method of the grid, on the dataset at `data`, called `fold`.
+
+    tasks    after T1, in this order; None: all, by name
+    setting  None: the grid's own point; label: what such a trial is called
+    """
 
     method: str
     data: str
@@ -30,17 +35,30 @@ class Trial:
     seed: int
     point: int
     budget: Budget
-    tasks: tuple[str, ...] | None = None  # after T1, in this order; None: all, by name
+    tasks: tuple[str, ...] | None = None
+    setting: Setting | None = None
+    label: str | None = None
 
     @property
     def key(self) -> str:
-        return f"{self.method}/{self.fold}-{self.seed}-{self.point}"
+        return f"{self.label or self.method}/{self.fold}-{self.seed}-{self.point}"
+
+    @property
+    def chosen(self) -> Setting:
+        return self.setting or GRID[self.method][self.point]
+
+    def dataset(self) -> Dataset:
+        return open_dataset(self.data, self.budget.label_share, self.seed)
+
+    def backbone(self, out: Path) -> Path:
+        """The run folder of the backbone, shared by all methods of a fold and seed."""
+        return out / "backbones" / f"{self.fold}-{self.seed}-d{self.budget.dim}"
 
     def identity(self) -> dict[str, Any]:
         """What a stored answer must have been made with."""
-        dataset = Dataset(self.data)
+        dataset = self.dataset()
         return {
-            "setting": asdict(GRID[self.method][self.point]),
+            "setting": asdict(self.chosen),
             "budget": asdict(self.budget),
             "dataset": dataset.sha256,
             "tasks": list(self.order(dataset)),
@@ -52,16 +70,16 @@ class Trial:
 
 def pretrained(trial: Trial, out: Path):
     """The backbone that all methods of a fold and seed share; made where it is not there yet."""
-    budget, dataset = trial.budget, Dataset(trial.data)
+    budget, dataset = trial.budget, trial.dataset()
     shape = {"dim": budget.dim, "num_layers": budget.num_layers, "max_len": budget.max_len}
     config = PretrainConfig(epochs=budget.pretrain_epochs, seed=trial.seed)
-    return run.pretrain(dataset, out / "backbones" / f"{trial.fold}-{trial.seed}", shape, config)
+    return run.pretrain(dataset, trial.backbone(out), shape, config)
 
 
 def make_learner(trial: Trial, out: Path) -> Learner:
-    dataset = Dataset(trial.data)
-    model = store.from_pretrained(out / "backbones" / f"{trial.fold}-{trial.seed}")
-    world = World(dataset, trial.order(dataset), trial.budget, GRID[trial.method][trial.point], trial.seed)
+    dataset = trial.dataset()
+    model = store.from_pretrained(trial.backbone(out))
+    world = World(dataset, trial.order(dataset), trial.budget, trial.chosen, trial.seed)
     torch.manual_seed(trial.seed)
     return LEARNERS[trial.method](model, world)
 
@@ -69,15 +87,17 @@ def make_learner(trial: Trial, out: Path) -> Learner:
 def conduct(trial: Trial, out: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """-> (JSON values, arrays of the last test outputs): see `measure_all`.
 
+    Seconds are of the processor, which one thread uses: other work on the machine does not count.
+
     test, valid  rows of the result matrix, [{"after", "values": {task: value}}], in each task's own metric
     """
-    started = time.monotonic()
+    started = time.process_time()
     if trial.method in REFERENCES:
         answer, outputs = _reference(trial), {}
     else:
         learner = make_learner(trial, out)
         answer, outputs = teach(learner)
-    answer |= {"key": trial.key, "identity": trial.identity(), "total_seconds": time.monotonic() - started}
+    answer |= {"key": trial.key, "identity": trial.identity(), "total_seconds": time.process_time() - started}
     return answer, outputs
 
 
@@ -95,9 +115,9 @@ def teach(learner: Learner) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         learner.learn_all()
         measure("all", names)
     else:
-        started = time.monotonic()
+        started = time.process_time()
         learner.first()
-        learner.seconds["next"] = time.monotonic() - started
+        learner.seconds["next"] = time.process_time() - started
         measure("next", ["next"])
         for place, name in enumerate(learner.world.tasks):
             learner.learn(name)
@@ -142,15 +162,15 @@ def _target_values(spec: TaskSpec, output: torch.Tensor, columns: torch.Tensor, 
 
 def _reference(trial: Trial) -> dict[str, Any]:
     """Popularity, or the cheap reference: no matrix but its last row."""
-    dataset, rows, seconds = Dataset(trial.data), {}, {}
+    dataset, rows, seconds = trial.dataset(), {}, {}
     names = ("next", *trial.order(dataset))
     for fold in ("test", "valid"):
         values = {}
         for name in names:
-            started = time.monotonic()
+            started = time.process_time()
             answer = REFERENCES[trial.method](dataset, name, fold)
             values[name] = answer["metrics"][dataset.task(name).spec.metric]
-            seconds[name] = time.monotonic() - started
+            seconds[name] = time.process_time() - started
         rows[fold] = [{"after": "all", "values": values}]
     metric = {name: dataset.task(name).spec.metric for name in names}
     nothing = dict.fromkeys(names, 0)

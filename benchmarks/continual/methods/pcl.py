@@ -15,12 +15,12 @@ from pcl_ext.train import learn_task
 
 class Pcl(Learner):
     def memory(self, name: str) -> MemoryConfig:
-        return MemoryConfig()
+        return self.world.setting.memory or MemoryConfig()
 
     def learn(self, name: str) -> None:
-        started = time.monotonic()
+        started = time.process_time()
         learn_task(self.model, self.world.dataset, name, self.world.learn_config(), self.memory(name))
-        self.seconds[name] = time.monotonic() - started
+        self.seconds[name] = time.process_time() - started
 
     def output(self, history, name: str):
         return self.model(history, name)
@@ -33,7 +33,7 @@ class PclEq1(Pcl):
     """Eq. (1) as published: a tail prompt, the newest state, a linear head."""
 
     def memory(self, name: str) -> MemoryConfig:
-        return EQ1
+        return self.world.setting.memory or EQ1
 
 
 class PclNoBackbone(Pcl):
