@@ -37,6 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folds", nargs="+", help="some of the folds, by the names of their folders")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--stop", choices=STOPS, default="metric", help="what early stopping watches on valid users")
+    parser.add_argument("--points", type=int, help="at most so many points of each grid")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one fold, one seed, few epochs, no grid")
     return parser.parse_args(arguments)
 
@@ -47,9 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     budget = replace(QUICK if options.quick else Budget(), stop=options.stop)
     if options.quick:
         folds = dict(list(folds.items())[:1])
-    plan = Plan(
-        tuple(options.methods), folds, 1 if options.quick else options.seeds, budget, 1 if options.quick else None
-    )
+    seeds, points = (1, 1) if options.quick else (options.seeds, options.points)
+    seeds, points = (1, 1) if options.quick else (options.seeds, options.points)
+    plan = Plan(tuple(options.methods), folds, seeds, budget, points)
     try:
         Comparison(plan, options.out).run(options.jobs)
     finally:

@@ -42,7 +42,7 @@ class Budget:
             raise ValueError(f"stop must be one of {', '.join(STOPS)}, got {self.stop!r}")
 
 
-QUICK = Budget(pretrain_epochs=6, epochs=4, retrain_epochs=2, patience=2)
+QUICK = Budget(pretrain_epochs=8, epochs=3, retrain_epochs=2, patience=2)
 
 
 @dataclass(frozen=True)
