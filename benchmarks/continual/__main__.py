@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         folds = dict(list(folds.items())[:1])
     seeds, points = (1, 1) if options.quick else (options.seeds, options.points)
-    seeds, points = (1, 1) if options.quick else (options.seeds, options.points)
     plan = Plan(tuple(options.methods), folds, seeds, budget, points)
     try:
         Comparison(plan, options.out).run(options.jobs)

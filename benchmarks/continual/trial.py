@@ -134,8 +134,14 @@ def teach(learner: Learner) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     }, outputs
 
 
-def measure_one(learner: Learner, name: str, fold: str, outputs: dict[str, np.ndarray] | None = None) -> float:
-    """A task's own metric. `outputs` takes, for the bootstrap, of every test target: the user; and for items the value
+def measure_one(
+    learner: Learner,
+    name: str,
+    fold: str = "test",
+    outputs: dict[str, np.ndarray] | None = None,
+    newest: int | None = None,
+) -> float:
+    """A task's own metric; newest: of each history only so many events are known. `outputs` takes, for the bootstrap, of every test target: the user; and for items the value
     of the metric, else the output and the label."""
     users, values, labels = [], [], []
     spec, examples = learner.model.task(name).spec, learner.world.dataset.examples(name, fold)
@@ -145,7 +151,7 @@ def measure_one(learner: Learner, name: str, fold: str, outputs: dict[str, np.nd
         labels.append(columns)
         values.append(_target_values(spec, output, columns, batch.target_row))
 
-    metrics, _ = learner.measure(name, fold, None if outputs is None else keep)
+    metrics, _ = learner.measure(name, fold, None if outputs is None else keep, newest)
     if outputs is not None:
         for part, tensors in (("user", users), ("value", values), ("label", labels)):
             outputs[f"{name}/{part}"] = torch.cat(tensors).numpy()

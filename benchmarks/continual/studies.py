@@ -1,0 +1,220 @@
+"""The paper's studies on the same harness: `python -m benchmarks.continual.studies STUDY ... --data DIR --out DIR`.
+
+Results go to OUT/studies.jsonl, a line per study, variant, task, fold and seed, apart from those of the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.continual import records
+from benchmarks.continual.__main__ import folds_of
+from benchmarks.continual.settings import EQ1, GRID, QUICK, STOPS, Budget
+from benchmarks.continual.trial import Trial, make_learner, measure_one, pretrained, teach
+from benchmarks.continual.unseen import WAYS, learn_unseen
+from pcl_ext.data import Dataset
+from pcl_ext.model import MemoryConfig
+from pcl_ext.model.config import CONTEXTS, PLACEMENTS
+
+LENGTHS = (0, 1, 5, 10, 20, 50)
+NEWEST = (1, 3, 5, 10)
+LABELS = (10, 50, 200)
+WIDTHS = (64, 128, 256)
+SHARES = (0.1, 0.3, 1.0)
+PERMUTATIONS = 6
+COMPARED = ("probe", "pooled-probe", "copy", "pcl-eq1", "pcl")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to learn and measure: a trial, and how it is measured.
+
+    kind  teach: the tasks in order; cold: then with short histories; unseen: each task held out in turn
+    """
+
+    study: str
+    name: str
+    trial: Trial
+    kind: str = "teach"
+
+
+def placement(base: Trial) -> Iterator[Variant]:
+    """Where the prompt of Eq. (1) goes, and how long it is; its readout is the newest state."""
+    for where in PLACEMENTS:
+        for length in LENGTHS if where != "none" else ():
+            yield _memory("placement", f"{where}-{length}", base, replace(EQ1, placement=where, prompt_len=length))
+
+
+def contextual(base: Trial) -> Iterator[Variant]:
+    """What a task takes from the others, for Eq. (1) and for the package's default beside a tail prompt."""
+    for context in CONTEXTS:
+        yield _memory("contextual", f"eq1-{context}", base, replace(EQ1, contextual=context))
+        memory = replace(MemoryConfig(), placement="tail", contextual=context)
+        yield _memory("contextual", f"pcl-{context}", base, memory)
+
+
+def off(base: Trial) -> Iterator[Variant]:
+    """Prompts off: readout and head alone."""
+    for name, memory in (("eq1", EQ1), ("pcl", MemoryConfig())):
+        yield _memory("off", f"{name}-on", base, memory)
+        yield _memory("off", f"{name}-off", base, replace(memory, placement="none", contextual="none"))
+
+
+def order(base: Trial) -> Iterator[Variant]:
+    """The tasks in another order; prompts that read earlier ones depend on it, and so do baselines that share weights."""
+    tasks = list(base.order(base.dataset()))
+    orders = [tuple(tasks)] + [tuple(random.Random(n).sample(tasks, len(tasks))) for n in range(1, PERMUTATIONS)]
+    for number, tasks in enumerate(orders):
+        memory = replace(EQ1, contextual="prompts")
+        yield _memory("order", f"eq1-prompts-{number}", replace(base, tasks=tasks), memory)
+        for method in ("pcl", "fine", "conure"):
+            trial = replace(base, method=method, tasks=tasks, setting=GRID[method][0])
+            yield _named(Variant("order", f"{method}-{number}", trial))
+
+
+def cold(base: Trial) -> Iterator[Variant]:
+    """Test users of whom only the newest events are known."""
+    yield from _methods("cold", base, "cold")
+
+
+def unseen(base: Trial) -> Iterator[Variant]:
+    """Each task held out; its prompt is made from the others', its head learns from few labels."""
+    yield _named(Variant("unseen", "eq1", replace(base, method="pcl-eq1", setting=GRID["pcl-eq1"][0]), "unseen"))
+
+
+def backbone(base: Trial) -> Iterator[Variant]:
+    """The backbone's width."""
+    for dim in WIDTHS:
+        for method in COMPARED:
+            trial = replace(base, method=method, setting=GRID[method][0], budget=replace(base.budget, dim=dim))
+            yield _named(Variant("backbone", f"{method}-{dim}", trial))
+
+
+def data(base: Trial) -> Iterator[Variant]:
+    """A share of the train users' labels."""
+    for share in SHARES:
+        for method in COMPARED:
+            budget = replace(base.budget, label_share=share)
+            trial = replace(base, method=method, setting=GRID[method][0], budget=budget)
+            yield _named(Variant("data", f"{method}-{share:g}", trial))
+
+
+STUDIES = {f.__name__: f for f in (placement, contextual, off, order, cold, unseen, backbone, data)}
+
+
+def _methods(study: str, base: Trial, kind: str) -> Iterator[Variant]:
+    for method in COMPARED:
+        yield _named(Variant(study, method, replace(base, method=method, setting=GRID[method][0]), kind))
+
+
+def _memory(study: str, name: str, base: Trial, memory: MemoryConfig) -> Variant:
+    setting = replace(GRID["pcl"][0], memory=memory)
+    return _named(Variant(study, name, replace(base, method="pcl", setting=setting)))
+
+
+def _named(variant: Variant) -> Variant:
+    return replace(variant, trial=replace(variant.trial, label=f"{variant.study}-{variant.name}"))
+
+
+def conduct(variant: Variant, out: Path) -> dict[str, Any]:
+    """-> {"identity", "lines"}: the variant's results."""
+    trial, found = variant.trial, {}
+    dataset = trial.dataset()
+    if variant.kind == "unseen":
+        for name in trial.order(dataset):
+            rest = tuple(other for other in trial.order(dataset) if other != name)
+            learner = make_learner(replace(trial, tasks=rest), out)
+            teach(learner)
+            for way in WAYS:
+                for labels in LABELS:
+                    found[f"{variant.name}-{way}-{labels}", name] = learn_unseen(learner, name, way, labels)
+        rows = [_line(variant, name, task, value) for (name, task), value in found.items()]
+        return {"identity": trial.identity(), "lines": rows}
+    learner = make_learner(trial, out)
+    answer, _ = teach(learner)
+    identity = trial.identity()
+    rows = [
+        {"study": variant.study, "variant": variant.name} | line
+        for line in records.lines(trial, answer | {"identity": identity}, dataset.name)
+    ]
+    if variant.kind == "cold":
+        for newest in NEWEST:
+            for task in ("next", *trial.order(dataset)):
+                rows.append(_line(variant, f"{variant.name}-{newest}", task, measure_one(learner, task, newest=newest)))
+    return {"identity": identity, "lines": rows}
+
+
+def _line(variant: Variant, name: str, task: str, value: float) -> dict[str, Any]:
+    trial, spec = variant.trial, Dataset(variant.trial.data).task(task).spec
+    line = {"study": variant.study, "variant": name, "method": trial.method, "task": task, "fold": trial.fold}
+    return line | {"seed": trial.seed, "metric": spec.metric, "value": value}
+
+
+def _work(variant: Variant, out: Path) -> dict[str, Any] | None:
+    torch.set_num_threads(1)
+    if variant.kind == "pretrain":
+        pretrained(variant.trial, out)
+        return None
+    records.save_trial(out, variant.trial, conduct(variant, out), {})
+    return None
+
+
+def collect(variants: list[Variant], out: Path) -> None:
+    """studies.jsonl anew, from what is done."""
+    path = out / "studies.jsonl"
+    path.unlink(missing_ok=True)
+    answers = [records.load_trial(out, variant.trial) for variant in variants]
+    records.append(path, [line for answer in answers if answer is not None for line in answer["lines"]])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.continual.studies", description=__doc__)
+    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--data", type=Path, required=True, help="a dataset folder, or a folder of rotated folds")
+    parser.add_argument("--out", type=Path, required=True, help="that of the comparison shares its backbones")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folds", nargs="+")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--stop", choices=STOPS, default="metric")
+    parser.add_argument("--quick", action="store_true", help="one fold, one seed, few epochs")
+    options = parser.parse_args(arguments)
+    folds = folds_of(options.data, options.folds)
+    budget = replace(QUICK if options.quick else Budget(), stop=options.stop)
+    first, seeds = (1, 1) if options.quick else (len(folds), options.seeds)
+    variants = [
+        variant
+        for fold, path in list(folds.items())[:first]
+        for seed in range(seeds)
+        for study in options.studies
+        for variant in STUDIES[study](Trial("pcl", path, fold, seed, 0, budget))
+    ]
+    run(variants, options.out, options.jobs)
+
+
+def run(variants: list[Variant], out: Path, jobs: int) -> None:
+    """Do what is missing, then write studies.jsonl; a variant that fails stops the run, and what is done stays."""
+    missing = [variant for variant in variants if records.load_trial(out, variant.trial) is None]
+    backbones = {variant.trial.backbone(out): replace(variant, kind="pretrain") for variant in missing}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            for stage in (list(backbones.values()), missing):
+                futures = [pool.submit(_work, variant, out) for variant in stage]
+                for future in tqdm(as_completed(futures), total=len(futures), unit="variant"):
+                    future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            collect(variants, out)
+
+
+if __name__ == "__main__":
+    main()
