@@ -55,3 +55,8 @@ def outputs():
         return torch.cat(found)
 
     return read
+
+
+@pytest.fixture
+def tiny_budget():
+    return BUDGET

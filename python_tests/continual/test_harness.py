@@ -1,0 +1,295 @@
+"""The harness: one line a result, resumable, chosen on valid users; intervals; the page; the studies."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.continual import records, schedule, studies, unseen
+from benchmarks.continual.__main__ import folds_of, main
+from benchmarks.continual.intervals import compare, weighted
+from benchmarks.continual.methods import CONTINUAL, LEARNERS, MULTI_TASK, NAMES
+from benchmarks.continual.page import write_page
+from benchmarks.continual.schedule import Comparison, Plan
+from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget
+from benchmarks.continual.trial import Trial, conduct
+from pcl_ext.metrics import TaskMetrics
+from pcl_ext.task import TaskSpec
+
+REQUIRED = {"method", "task", "fold", "seed", "metric", "value", "forgetting", "parameters", "seconds", "protocol"}
+ISSUE_NAMES = (
+    "popularity probe pooled-probe single copy fine mtl mmoe ewc lwf hat piggyback peterrec conure teracon l2p "
+    "dualprompt coda pcl-eq1 pcl"
+).split()
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Trials run in this process; `inline.done` lists them."""
+
+    class Future:
+        def __init__(self, function, *arguments):
+            self.error = None
+            try:
+                function(*arguments)
+            except Exception as error:
+                self.error = error
+
+        def result(self):
+            if self.error is not None:
+                raise self.error
+
+        def exception(self):
+            return self.error
+
+    class Pool:
+        done = []
+
+        def __init__(self, *_, **__):
+            self.done.clear()
+
+        def submit(self, function, *arguments):
+            self.done.append(arguments)
+            return Future(function, *arguments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def shutdown(self, **_):
+            return None
+
+    class Done:
+        def __init__(self, done):
+            self.done = done
+
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(schedule, "wait", lambda waiting, return_when: Done(list(waiting)))
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(studies, "as_completed", list)
+    return Pool
+
+
+@pytest.fixture
+def plan(comparison, tiny_budget):
+    torch.set_num_threads(1)
+    data = {"tiny": str(comparison / "data" / "tiny")}
+    methods = ("popularity", "probe", "fine", "mtl", "pcl")
+    return Plan(methods, data, 2, tiny_budget, points=2, tasks=("segment", "range"))
+
+
+@pytest.fixture
+def out(comparison, tmp_path):
+    """A folder of results that has the tiny dataset's backbone already."""
+    import shutil
+
+    shutil.copytree(comparison / "backbones", tmp_path / "backbones")
+    return tmp_path
+
+
+def test_every_method_has_its_name_and_a_small_grid():
+    assert set(ISSUE_NAMES) <= set(NAMES)
+    assert set(NAMES) == set(GRID)
+    assert set(CONTINUAL) | set(MULTI_TASK) <= set(LEARNERS)
+    assert max(map(len, GRID.values())) <= 4
+    assert all(setting.readout in READOUTS for grid in GRID.values() for setting in grid)
+
+
+def test_one_line_a_result_and_a_run_that_is_complete_does_nothing(plan, out, inline):
+    Comparison(plan, out).run(1)
+    lines = records.read_lines(out / "results.jsonl")
+    assert all(line.keys() == REQUIRED for line in lines)
+    found = {(line["method"], line["task"], line["fold"], line["seed"]) for line in lines}
+    assert found == {(m, t, "tiny", s) for m in plan.methods for t in ("next", "segment", "range") for s in range(2)}
+    assert len(found) == len(lines)
+    assert all(line["forgetting"] == 0 for line in lines if line["method"] == "pcl")
+    matrices = records.read_lines(out / "matrices.jsonl")
+    assert [len(row["values"]) for m in matrices if m["method"] == "fine" for row in m["test"]] == [1, 2, 3] * 2
+    for line in lines:
+        own = next(m for m in matrices if (m["method"], m["seed"]) == (line["method"], line["seed"]))
+        assert own["test"][-1]["values"][line["task"]] == line["value"]
+    Comparison(plan, out).run(1)
+    assert [kind for kind, *_ in inline.done] == ["pretrain"] * 2
+    assert records.read_lines(out / "results.jsonl") == lines
+    page = write_page(out).read_text()
+    assert all(f"<td>{name}</td>" in page for name in plan.methods)
+    assert "best multi-task baseline: mtl" in page
+
+
+def test_a_killed_run_goes_on(plan, out, inline, monkeypatch):
+    plan = replace(plan, methods=("probe",))
+    save, saved = records.save_trial, []
+
+    def killed(*arguments):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(*arguments))
+
+    monkeypatch.setattr(records, "save_trial", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(plan, out).run(1)
+    monkeypatch.setattr(records, "save_trial", save)
+    Comparison(plan, out).run(1)
+    assert [kind for kind, *_ in inline.done].count("trial") == 1
+    assert len(records.read_lines(out / "results.jsonl")) == 2 * 3
+
+
+def test_the_grid_point_is_chosen_on_valid_users(plan, out, inline):
+    plan = replace(plan, methods=("probe",), seeds=1)
+    Comparison(plan, out).run(1)
+    trials = [plan.trial("probe", "tiny", 0, point) for point in plan.grid("probe")]
+    answers = [records.load_trial(out, trial) for trial in trials]
+    best = max(range(2), key=lambda point: answers[point]["valid_score"])
+    (matrix,) = records.read_lines(out / "matrices.jsonl")
+    assert matrix["point"] == best
+    answers[1 - best]["valid_score"] = 99.0
+    records.save_trial(out, trials[1 - best], answers[1 - best], {})
+    assert Comparison(plan, out).choice("probe", "tiny") == 1 - best
+
+
+def test_a_trial_made_with_other_settings_is_refused(plan, out, inline):
+    plan = replace(plan, methods=("probe",), seeds=1)
+    Comparison(plan, out).run(1)
+    other = replace(plan, budget=replace(plan.budget, epochs=3))
+    with pytest.raises(ValueError, match="was made with budget.epochs = 2, this call has 3"):
+        Comparison(other, out).run(1)
+
+
+def test_a_trial_that_fails_is_named_and_the_others_go_on(plan, out, inline, monkeypatch):
+    def broken(self):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(LEARNERS["fine"], "first", broken)
+    with pytest.raises(RuntimeError, match="4? trials failed: fine/tiny-0-0"):
+        Comparison(replace(plan, methods=("fine", "probe")), out).run(1)
+    assert {line["method"] for line in records.read_lines(out / "results.jsonl")} == {"probe"}
+
+
+def test_the_same_trial_gives_the_same_bits(plan, comparison):
+    trial = plan.trial("fine", "tiny", 0, 0)
+    (first, outputs), (second, again) = conduct(trial, comparison), conduct(trial, comparison)
+    assert first["test"] == second["test"]
+    assert all(np.array_equal(outputs[name], again[name]) for name in outputs)
+
+
+def test_the_loss_may_stop_training(plan, learner):
+    made = learner("probe")
+    made.learn("segment")
+    _, loss = made.measure("segment", "valid")
+    made.world = replace(made.world, budget=replace(made.world.budget, stop="loss"))
+    assert made.valid_score(["segment"]) == -loss
+
+
+@pytest.mark.parametrize("bad", ["accuracy", ""])
+def test_an_unknown_stopping_rule_is_refused(bad):
+    with pytest.raises(ValueError, match="stop must be one of metric, loss"):
+        Budget(stop=bad)
+
+
+def test_folds_are_a_dataset_or_a_folder_of_them(comparison, tmp_path):
+    assert list(folds_of(comparison / "data" / "tiny", None)) == ["tiny"]
+    assert list(folds_of(comparison / "data", None)) == ["tiny"]
+    with pytest.raises(SystemExit, match=r"no dataset\.json"):
+        folds_of(tmp_path, None)
+    with pytest.raises(SystemExit, match="--folds must be among tiny, got f9"):
+        folds_of(comparison / "data", ["f9"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "kind"), [("auc", "binary"), ("log_loss", "binary"), ("accuracy", "classes"), ("rmse", "regression")]
+)
+def test_weighted_metrics_are_those_of_the_repeated_sample(metric, kind):
+    spec = TaskSpec("t", kind, num_classes=3 if kind == "classes" else None)
+    output = torch.randn(30, 3) if kind == "classes" else torch.randn(30).mul(2).round()
+    label = torch.randn(30) if kind == "regression" else torch.randint(3 if kind == "classes" else 2, (30,))
+    counts = torch.randint(3, (30,))
+    metrics = TaskMetrics(spec)
+    rows = torch.repeat_interleave(torch.arange(30), counts)
+    metrics.update(output[rows], label[rows], torch.arange(len(rows)))
+    got = weighted(metric, output.double().numpy(), label.numpy(), counts[None].double().numpy())
+    assert got[0] == pytest.approx(metrics.compute()[metric], rel=1e-6)
+
+
+def test_intervals_hold_the_gain_and_see_a_clear_difference():
+    generator = np.random.default_rng(0)
+
+    def outputs(quality):
+        label = generator.integers(0, 2, 400)
+        value = quality * label + generator.normal(size=400)
+        parts = {"a/user": np.arange(400), "a/value": value, "a/label": label}
+        items = {"b/user": np.arange(400), "b/value": np.full(400, 0.2 * quality), "b/label": label}
+        return parts | items
+
+    metric = {"a": "auc", "b": "mrr@5"}
+    good, bad = ({("f", 0): outputs(q), ("f", 1): outputs(q)} for q in (2.0, 0.5))
+    found = compare(good, bad, metric, draws=200)
+    assert all(part.low <= part.gain <= part.high for part in found.values())
+    assert found["a"].low > 0
+    assert found["b"].gain == pytest.approx(3.0)
+    same = compare(good, good, metric, draws=200)
+    assert same["mean"].gain == same["mean"].low == same["mean"].high == 0
+
+
+def test_intervals_refuse_methods_with_other_runs():
+    with pytest.raises(ValueError, match="same folds and seeds"):
+        compare({("f", 0): {}}, {("f", 1): {}}, {})
+
+
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_a_study_has_variants_that_differ(study, comparison, tiny_budget):
+    base = Trial("pcl", str(comparison / "data" / "tiny"), "tiny", 0, 0, tiny_budget)
+    variants = list(studies.STUDIES[study](base))
+    assert len({variant.trial.key for variant in variants}) == len(variants)
+    what = [replace(variant.trial, label=None) for variant in variants]
+    assert all(what.count(trial) <= 2 for trial in what)  # a default may be among the values that are tried
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_a_study_runs(study, comparison, out, inline, tiny_budget):
+    torch.set_num_threads(1)
+    base = Trial("pcl", str(comparison / "data" / "tiny"), "tiny", 0, 0, tiny_budget, ("segment", "range", "click"))
+    variants = list(studies.STUDIES[study](base))
+    studies.run(variants, out, 1)
+    lines = records.read_lines(out / "studies.jsonl")
+    assert {line["study"] for line in lines} == {study}
+    assert {line["task"] for line in lines} >= {"segment", "range", "click"}
+    assert all(np.isfinite(line["value"]) for line in lines)
+
+
+def test_an_unseen_tasks_prompt_is_made_from_the_closed_ones(learner):
+    made = learner("pcl-eq1")
+    made.learn("segment")
+    made.learn("range")
+    rows = [made.model.task(name).memories["tail"].rows for name in ("segment", "range")]
+    for part in rows:
+        torch.nn.init.normal_(part)
+    spec = TaskSpec("new", "binary", made.model.task("range").spec.description)
+    assert (unseen.made_prompt(made.model, spec, "none") == 0).all()
+    torch.testing.assert_close(unseen.made_prompt(made.model, spec, "mean"), torch.stack(rows).mean(0))
+    nearer = unseen.made_prompt(made.model, spec, "attention")
+    assert (nearer - rows[1]).norm() < (nearer - rows[0]).norm()
+
+
+def test_few_labels_learn_the_head_alone(learner):
+    made = learner("pcl-eq1")
+    made.learn("segment")
+    before = made.model.task("segment").memories["tail"].rows.clone()
+    value = unseen.learn_unseen(made, "range", "mean", 10)
+    assert 0 <= value <= 1
+    assert made.model.task_names == ["next", "segment"]
+    assert torch.equal(before, made.model.task("segment").memories["tail"].rows)
+
+
+@pytest.mark.slow
+def test_the_command_runs_in_processes_of_its_own(comparison, tmp_path):
+    command = ["--data", str(comparison / "data"), "--out", str(tmp_path), "--quick", "--jobs", "2"]
+    main([*command, "--methods", "popularity", "probe"])
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {line["method"] for line in lines} == {"popularity", "probe"}
+    assert QUICK.epochs < Budget().epochs
+    assert (tmp_path / "report.html").exists()
