@@ -1,8 +1,8 @@
 """Paired bootstrap over the test users: how sure a difference between two methods is.
 
-Users are drawn with replacement inside each fold, the same draw for both methods, all seeds and all tasks. A task's value
-is the mean over folds and seeds of its metric on the drawn users; a gain is relative to the second method's value (for
-metrics of which less is better, the share that is saved).
+Users are drawn with replacement inside each fold, the same draw for both methods, all seeds and all tasks. A task's
+value is the mean over folds and seeds of its metric on the drawn users; a gain is relative to the second method's value
+(for metrics of which less is better, the share that is saved).
 """
 
 from __future__ import annotations

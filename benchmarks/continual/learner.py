@@ -61,8 +61,8 @@ class View:
 class Learner(nn.Module):
     """A user model and the way in which one method teaches it.
 
-    The loop calls `begin`, then for every step `loss`, `before_step` (gradients are there) and `after_step` (weights have
-    moved), then `end`. `output` is what is measured.
+    The loop calls `begin`, then for every step `loss`, `before_step` (gradients are there) and `after_step` (weights
+    have moved), then `end`. `output` is what is measured.
 
     model     the pretrained model: a frozen backbone and T1, "next", closed
     joint     whether all tasks are learned at once (`learn_all`), not one after another (`learn`)
@@ -120,7 +120,7 @@ class Learner(nn.Module):
     # what the loop uses
 
     def memory(self, name: str) -> MemoryConfig:
-        return readout_of(self.world.setting.readout)
+        return readout_of(self.world.setting)
 
     def encode(self, history: PackedBatch, name: str, view: Backbone | View | None = None) -> Encoded:
         task, view = self.model.task(name), self.view(name) if view is None else view
@@ -225,7 +225,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def valid_score(self, names: list[str]) -> float:
-        """What early stopping watches, the larger the better: the mean over tasks of the metric's logarithm, or the loss."""
+        """What early stopping watches, more is better: the mean over tasks of the metric's logarithm, or the loss."""
         self.eval()
         scores = []
         for name in names:

@@ -44,8 +44,8 @@ _TABLE = (
     "Forgetting: mean over earlier tasks of R[j, j] - R[K, j]. Parameters: numbers of 32 bits per later task."
 )
 _BOOTSTRAP = (
-    "Relative gain with a paired bootstrap interval of 95 % over test users. The best of a kind is the one with the best "
-    "mean on the test users. An interval that holds 0 is a tie."
+    "Relative gain with a paired bootstrap interval of 95 % over test users. The best of a kind is the one with the "
+    "best mean on the test users. An interval that holds 0 is a tie."
 )
 _CURVES = (
     "Share of R[j, j] that is left, mean over earlier tasks, after each task was learned. PCL is 1 by construction."
@@ -151,6 +151,8 @@ def _curves(summary: Summary) -> str:
         left = [float(np.mean(values[i, :i] / own[:i])) for i in range(1, len(after))]
         mine = name == "pcl"
         axes.plot(range(1, len(after)), left, marker="o", ms=3, lw=2.5 if mine else 1.2, label=name)
+    if not axes.lines:
+        return ""
     axes.set_xticks(range(1, len(after := _longest(summary))), after[1:])
     axes.set_ylabel("share of R[j, j] left")
     axes.set_xlabel("after learning")

@@ -19,7 +19,10 @@ from benchmarks.continual.trial import Trial, conduct, pretrained
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: methods on folds {name: dataset folder}, with seeds 0..seeds-1; points: at most so many of a grid."""
+    """What is compared: methods on folds {name: dataset folder}, with seeds 0 .. seeds - 1.
+
+    points  at most so many of each grid
+    """
 
     methods: tuple[str, ...]
     folds: dict[str, str]
@@ -54,7 +57,7 @@ class Comparison:
         self.written = {(line["method"], line["fold"], line["seed"]) for line in written}
 
     def run(self, jobs: int) -> None:
-        """Do everything that is missing, `jobs` processes of one thread each. A trial that fails is named at the end."""
+        """Do what is missing, in `jobs` processes of one thread each. A trial that fails is named at the end."""
         context, failed = multiprocessing.get_context("spawn"), []
         total = sum(1 for _ in self._first()) + sum(1 for _ in self._later())
         with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(total=total, unit="trial") as bar:

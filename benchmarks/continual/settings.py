@@ -19,8 +19,8 @@ class Budget:
 
     Args:
         pretrain_epochs, epochs: at most this many passes over the train users, for T1 and for each later task
-        retrain_epochs: of T1 for a method that has to mark its part of the pretrained backbone (HAT, CONURE, TERACON), and
-            of a task after pruning
+        retrain_epochs: of T1 for a method that has to mark its part of the pretrained backbone (HAT, CONURE, TERACON),
+            and of a task after pruning
         patience: epochs without a better value before training ends; the best epoch is kept
         stop: what is watched on the valid users: the reported metric, or the loss
         dim, num_layers, max_len: of the backbone
@@ -54,6 +54,7 @@ class Setting:
         rate: learning rate of what the method trains besides readout and head
         memory_rate, head_rate: of readout and head, as `LearnConfig` has them
         strength: weight of the method's own penalty
+        dropout: on what the head reads of the backbone's states; None is the package's default
         keep: share of the free weights a task keeps (CONURE)
         memory: what a task of PCL stores; None is the package's default (pcl-eq1: Eq. 1)
     """
@@ -63,6 +64,7 @@ class Setting:
     memory_rate: float = LearnConfig.learning_rate
     head_rate: float = LearnConfig.head_rate
     strength: float = 1.0
+    dropout: float | None = None
     keep: float = 0.3
     memory: MemoryConfig | None = None
 
@@ -71,10 +73,12 @@ READOUTS = {"last": ("last",), "pooled": ("last", "mean"), "pcl": None}  # None:
 EQ1 = MemoryConfig(placement="tail", prompt_len=20, readout=("last",))
 
 
-def readout_of(name: str) -> MemoryConfig:
+def readout_of(setting: Setting) -> MemoryConfig:
     """The memory of a method without prompts: a readout alone."""
     config = replace(MemoryConfig(), placement="none", contextual="none")
-    return config if READOUTS[name] is None else replace(config, readout=READOUTS[name])
+    if READOUTS[setting.readout] is not None:
+        config = replace(config, readout=READOUTS[setting.readout])
+    return config if setting.dropout is None else replace(config, dropout=setting.dropout)
 
 
 def _product(**choices: tuple) -> list[Setting]:
@@ -88,8 +92,8 @@ _BOTH = ("pooled", "pcl")
 GRID: dict[str, list[Setting]] = {
     "popularity": [Setting()],
     "cheap": [Setting()],
-    "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2)),
-    "pooled-probe": _product(readout=("pooled",), head_rate=(2e-3, 1e-2)),
+    "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2), dropout=(0.2, 0.8)),
+    "pooled-probe": _product(readout=("pooled",), head_rate=(2e-3, 1e-2), dropout=(0.2, 0.8)),
     "single": _product(readout=_BOTH, rate=(3e-3,)),
     "copy": _product(readout=_BOTH, rate=(3e-4, 1e-3)),
     "fine": _product(readout=_BOTH, rate=(1e-4, 1e-3)),

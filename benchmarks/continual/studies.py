@@ -71,7 +71,7 @@ def off(base: Trial) -> Iterator[Variant]:
 
 
 def order(base: Trial) -> Iterator[Variant]:
-    """The tasks in another order; prompts that read earlier ones depend on it, and so do baselines that share weights."""
+    """The tasks in another order: prompts that read earlier ones depend on it, and baselines that share weights."""
     tasks = list(base.order(base.dataset()))
     orders = [tuple(tasks)] + [tuple(random.Random(n).sample(tasks, len(tasks))) for n in range(1, PERMUTATIONS)]
     for number, tasks in enumerate(orders):

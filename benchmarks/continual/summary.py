@@ -19,7 +19,7 @@ Key = tuple[str, int]  # fold, seed
 
 @dataclass(frozen=True)
 class Row:
-    """One method over all folds and seeds: by task, the mean and standard deviation of the value and mean forgetting."""
+    """One method over all folds and seeds: by task, mean and standard deviation of the value, and mean forgetting."""
 
     method: str
     runs: int

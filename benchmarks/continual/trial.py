@@ -141,8 +141,11 @@ def measure_one(
     outputs: dict[str, np.ndarray] | None = None,
     newest: int | None = None,
 ) -> float:
-    """A task's own metric; newest: of each history only so many events are known. `outputs` takes, for the bootstrap, of every test target: the user; and for items the value
-    of the metric, else the output and the label."""
+    """A task's own metric; newest: of each history only so many events are known.
+
+    outputs takes, for the bootstrap, of every test target: the user; for items the value of the metric, else the output;
+    and the label.
+    """
     users, values, labels = [], [], []
     spec, examples = learner.model.task(name).spec, learner.world.dataset.examples(name, fold)
 

@@ -29,7 +29,10 @@ class UnionBatch:
 
 
 class Union:
-    """The distinct inputs (user, cut) of several tasks' examples; place [N] of each input in a task's, -1 where it has none."""
+    """The distinct inputs (user, cut) of several tasks' examples.
+
+    place  by task, [N] int64: where each input is among the task's examples, -1 where it is not
+    """
 
     def __init__(self, dataset: Dataset, examples: dict[str, Examples]):
         self.dataset, self.examples = dataset, examples

@@ -1,4 +1,4 @@
-"""CODA-Prompt (Smith et al., 2023): a prompt is a sum of components, weighted by how a user's attended query meets their keys."""
+"""CODA-Prompt (Smith et al., 2023): a prompt is a sum of components, weighted by how a query meets their keys."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ COMPONENTS, LENGTH = 4, 8  # new ones of a task, rows of a prompt
 
 
 class Coda(PoolLearner):
-    """Every task adds components; those of earlier tasks are read, never written. The task is known, so that a task reads
-    the components there were when it was learned."""
+    """Every task adds components; those of earlier tasks are read, never written.
+
+    The task is known, so that a task reads the components there were when it was learned.
+    """
 
     def __init__(self, model, world):
         super().__init__(model, world)

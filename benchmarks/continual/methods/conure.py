@@ -1,4 +1,4 @@
-"""CONURE (Yuan et al., 2021): every task keeps the largest share of the free weights and freezes them; later ones read on."""
+"""CONURE (Yuan et al., 2021): a task keeps the largest of the free weights and freezes them; later ones read them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from benchmarks.continual.methods.gates import HeldWeights
 
 
 class Conure(Learner):
-    """owner: for each weight of the layers' matrices, the number of the task that keeps it, from 1 up; 0 where it is free.
+    """Everything of the backbone but the layers' matrices belongs to T1.
 
-    Everything else of the backbone belongs to T1. The weights a task gives up are set to 0, the start of the next one's.
+    owner  of each weight of a matrix: the number of the task that keeps it, from 1 up, 0 where it is free. What a task
+           gives up is set to 0: there the next one starts.
     """
 
     adapts = True
@@ -30,7 +31,7 @@ class Conure(Learner):
         self.fit_next(self.world.budget.retrain_epochs)
 
     def hold(self, moving: int) -> None:
-        """Only the weights of one owner move (0: the free ones); with those of T1, the rest of the backbone does too."""
+        """Only the weights of one owner move (0: the free ones); with those of T1 the rest of the backbone does."""
         named, factors = dict(self.model.backbone.named_parameters()), {}
         for name, parameter in named.items():
             owned = self.owner[name] == moving if name in self.owner else torch.full_like(parameter, moving == 1)

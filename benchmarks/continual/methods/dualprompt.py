@@ -1,4 +1,4 @@
-"""DualPrompt (Wang et al., 2022): general prompts that all tasks train, in the lower layers, and each task's expert prompts above.
+"""DualPrompt (Wang et al., 2022): general prompts of all tasks in the lower layers, a task's expert prompts above.
 
 Prompts are keys and values of a layer (prefix tuning). The task is known here, so no key has to be learned to guess it.
 """

@@ -1,4 +1,4 @@
-"""EWC (Kirkpatrick et al., 2017): strength / 2 * sum F_i (w_i - w*_i)^2, F the Fisher information of the earlier tasks."""
+"""EWC (Kirkpatrick et al., 2017): strength / 2 * sum F_i (w_i - w*_i)^2, F the Fisher information of earlier tasks."""
 
 from __future__ import annotations
 

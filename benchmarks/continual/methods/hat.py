@@ -1,4 +1,4 @@
-"""HAT (Serra et al., 2018): hard attention to the task. Gates sigmoid(s e) on units; what earlier tasks use moves no more."""
+"""HAT (Serra et al., 2018): gates sigmoid(s e) on units, hard in the end; what earlier tasks use moves no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joint multi-task training: one backbone, every task in every step. Shared bottom, and MMoE; pretrained, or from scratch."""
+"""Joint training: one backbone, every task in every step. Shared bottom, and MMoE; pretrained, or from scratch."""
 
 from __future__ import annotations
 

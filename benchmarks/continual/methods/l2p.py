@@ -1,4 +1,4 @@
-"""L2P (Wang et al., 2022): a shared pool of prompts with keys; a user takes the prompts whose keys match its query best."""
+"""L2P (Wang et al., 2022): a shared pool of prompts; a user takes those whose keys match its query best."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PCL itself, through `pcl_ext.train.learn_task`: the package's default memory, Eq. (1) alone, and the memory without backbone."""
+"""PCL through `pcl_ext.train.learn_task`: the default memory, Eq. (1) alone, and the memory without backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PeterRec (Yuan et al., 2020): a frozen backbone with small patches x + W_up gelu(W_down x) in every block, of width D / 4."""
+"""PeterRec (Yuan et al., 2020): a frozen backbone with patches x + W_up gelu(W_down x), D / 4 wide, in every block."""
 
 from __future__ import annotations
 

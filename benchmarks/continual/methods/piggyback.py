@@ -1,4 +1,4 @@
-"""Piggyback (Mallya et al., 2018): a learned binary mask per task on the frozen weights of the layers, 1 bit a weight."""
+"""Piggyback (Mallya et al., 2018): a learned binary mask per task on the layers' frozen weights, 1 bit a weight."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""TERACON (Kim et al., 2023): soft gates that know the relations between tasks; the backbone keeps training, pseudo-labels
-of the previous model retain the earlier tasks."""
+"""TERACON (Kim et al., 2023): soft gates that know the relations between tasks. The backbone keeps training;
+pseudo-labels of the previous model retain the earlier tasks."""
 
 from __future__ import annotations
 
