@@ -143,8 +143,8 @@ def measure_one(
 ) -> float:
     """A task's own metric; newest: of each history only so many events are known.
 
-    outputs takes, for the bootstrap, of every test target: the user; for items the value of the metric, else the output;
-    and the label.
+    outputs takes what the bootstrap needs of every test target: the user, the label, and the output, or for items the
+    value of the metric.
     """
     users, values, labels = [], [], []
     spec, examples = learner.model.task(name).spec, learner.world.dataset.examples(name, fold)

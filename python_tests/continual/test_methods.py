@@ -315,7 +315,7 @@ def test_teracon_retains_the_previous_outputs(learner):
     batch = one_batch(made, "segment")
     made.relations.met.append("segment")
     made.previous[1].met.append("segment")
-    assert float(made.retention(batch, "segment")) == pytest.approx(0, abs=1e-9)
+    assert made.retention(batch, "segment").item() == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
         made.model.backbone.layers[0].qkv.weight += 0.1
     loss = made.retention(batch, "segment")

@@ -15,7 +15,7 @@ GATE_RATE = 3e-2
 
 
 class Hat(Learner):
-    """Gates are annealed from 1 / S_MAX to S_MAX within each epoch; T1's start open, since the backbone is pretrained."""
+    """Gates are annealed from 1 / S_MAX to S_MAX in each epoch; T1's start open: the backbone is pretrained."""
 
     adapts = True
 
