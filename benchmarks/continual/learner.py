@@ -170,7 +170,8 @@ class Learner(nn.Module):
         """(batches of an epoch, loss) of T1: every position of the train users' histories."""
         dataset, max_len = self.world.dataset, self.model.backbone.config.max_len
         examples = dataset.sequences("train", max_len)
-        items = NextItemLoss(self.model.backbone, self.model.task("next"), dataset, config)
+        exact = replace(config, full_softmax=dataset.num_items)  # a sampled one reads a module's own table
+        items = NextItemLoss(self.model.backbone, self.model.task("next"), dataset, exact)
 
         def loss(batch: ExampleBatch) -> Tensor:
             items.backbone = self.view("next")

@@ -333,12 +333,12 @@ def test_l2p_takes_the_prompts_whose_keys_match_best(learner):
     rows = made.prompts(query, "segment")
     assert 7 in made.match.indices[1]
     assert torch.equal(rows[1, : made.pool.shape[1]], made.pool[made.match.indices[1, 0]])
-    before = float((1 - made.match.values).mean())
+    before = (1 - made.match.values).mean().item()
     (1 - made.match.values).mean().backward()
     with torch.no_grad():
         made.keys -= 0.01 * made.keys.grad
         made.prompts(query, "segment")
-    assert float((1 - made.match.values).mean()) < before
+    assert (1 - made.match.values).mean().item() < before
 
 
 def test_dualprompt_shares_general_prompts_and_freezes_expert_ones(learner):
