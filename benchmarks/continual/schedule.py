@@ -6,6 +6,7 @@ import multiprocessing
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class Comparison:
                     trial = waiting.pop(future)
                     bar.update()
                     bar.set_postfix_str(trial.key)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        raise future.exception()
                     if future.exception() is not None:
                         failed.append(trial.key)
                         traceback.print_exception(future.exception())
@@ -80,9 +83,7 @@ class Comparison:
             raise RuntimeError(f"{len(failed)} trials failed: {', '.join(failed)}; run again to repeat them")
 
     def _pretrain(self, pool: ProcessPoolExecutor) -> None:
-        trials = [
-            self.plan.trial(m, f, s, 0) for f in self.plan.folds for s in range(self.plan.seeds) for m in ("pcl",)
-        ]
+        trials = [self.plan.trial("pcl", fold, seed, 0) for fold in self.plan.folds for seed in range(self.plan.seeds)]
         for future in [pool.submit(_work, "pretrain", trial, self.out) for trial in trials]:
             future.result()
 
