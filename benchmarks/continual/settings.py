@@ -5,7 +5,7 @@ A grid is searched on the valid users of each fold, with the first seed; what wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from pcl_ext.model import MemoryConfig
 from pcl_ext.train import LearnConfig, PretrainConfig
@@ -73,9 +73,14 @@ READOUTS = {"last": ("last",), "pooled": ("last", "mean"), "pcl": None}  # None:
 EQ1 = MemoryConfig(placement="tail", prompt_len=20, readout=("last",))
 
 
+# of a task's memory, what is no readout; a package without one of these parts has nothing to turn off
+NO_READOUT = {"placement": "none", "contextual": "none", "low_rank": 0, "members": 1}
+
+
 def readout_of(setting: Setting) -> MemoryConfig:
     """The memory of a method without prompts: a readout alone."""
-    config = replace(MemoryConfig(), placement="none", contextual="none")
+    known = {field.name for field in fields(MemoryConfig)}
+    config = replace(MemoryConfig(), **{name: off for name, off in NO_READOUT.items() if name in known})
     if READOUTS[setting.readout] is not None:
         config = replace(config, readout=READOUTS[setting.readout])
     return config if setting.dropout is None else replace(config, dropout=setting.dropout)
