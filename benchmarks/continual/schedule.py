@@ -54,58 +54,57 @@ class Comparison:
 
     def __init__(self, plan: Plan, out: Path):
         self.plan, self.out = plan, out
+        self.followed: set[str] = set()  # trials of later seeds that were counted or started
         written = records.read_lines(out / "results.jsonl")
         self.written = {(line["method"], line["fold"], line["seed"]) for line in written}
 
     def run(self, jobs: int) -> None:
-        """Do what is missing, in `jobs` processes of one thread each. A trial that fails is named at the end."""
+        """Do what is missing, in `jobs` processes of one thread each, fold after fold: first the grid, then the other
+        seeds. A trial that fails is named at the end."""
         context, failed = multiprocessing.get_context("spawn"), []
-        total = sum(1 for _ in self._first()) + sum(1 for _ in self._later())
+        total = sum(1 for fold in self.plan.folds for _ in self._first(fold)) + len(self.plan.folds) * self._later()
         with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(total=total, unit="trial") as bar:
             self._pretrain(pool)
-            waiting = {pool.submit(_work, "trial", trial, self.out): trial for trial in self._missing(self._first())}
-            bar.update(total - len(waiting) - sum(1 for _ in self._later()))
-            for trial in self._done_first():
-                waiting |= self._follow(pool, trial, bar)
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    trial = waiting.pop(future)
-                    bar.update()
-                    bar.set_postfix_str(trial.key)
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        raise future.exception()
-                    if future.exception() is not None:
-                        failed.append(trial.key)
-                        traceback.print_exception(future.exception())
-                    else:
-                        waiting |= self._follow(pool, trial, bar)
+            for fold in self.plan.folds:
+                failed += self._run_fold(pool, fold, bar)
         if failed:
             raise RuntimeError(f"{len(failed)} trials failed: {', '.join(failed)}; run again to repeat them")
+
+    def _run_fold(self, pool: ProcessPoolExecutor, fold: str, bar: tqdm) -> list[str]:
+        """-> the trials that failed."""
+        failed, grid = [], list(self._first(fold))
+        missing = [trial for trial in grid if records.load_trial(self.out, trial) is None]
+        waiting = {pool.submit(_work, "trial", trial, self.out): trial for trial in missing}
+        bar.update(len(grid) - len(missing))
+        for method in self.plan.methods:
+            waiting |= self._follow(pool, self.plan.trial(method, fold, 0, 0), bar)
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                trial = waiting.pop(future)
+                bar.update()
+                bar.set_postfix_str(trial.key)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    raise future.exception()
+                if future.exception() is not None:
+                    failed.append(trial.key)
+                    traceback.print_exception(future.exception())
+                else:
+                    waiting |= self._follow(pool, trial, bar)
+        return failed
 
     def _pretrain(self, pool: ProcessPoolExecutor) -> None:
         trials = [self.plan.trial("pcl", fold, seed, 0) for fold in self.plan.folds for seed in range(self.plan.seeds)]
         for future in [pool.submit(_work, "pretrain", trial, self.out) for trial in trials]:
             future.result()
 
-    def _first(self) -> Iterator[Trial]:
+    def _first(self, fold: str) -> Iterator[Trial]:
         """Every grid point, with the first seed."""
-        for fold in self.plan.folds:
-            for method in self.plan.methods:
-                yield from (self.plan.trial(method, fold, 0, point) for point in self.plan.grid(method))
+        for method in self.plan.methods:
+            yield from (self.plan.trial(method, fold, 0, point) for point in self.plan.grid(method))
 
-    def _later(self) -> Iterator[tuple[str, str, int]]:
-        """Methods, folds and seeds that wait for a choice."""
-        for fold in self.plan.folds:
-            for method in self.plan.methods:
-                yield from ((method, fold, seed) for seed in range(1, self.plan.seeds))
-
-    def _missing(self, trials: Iterator[Trial]) -> list[Trial]:
-        return [trial for trial in trials if records.load_trial(self.out, trial) is None]
-
-    def _done_first(self) -> list[Trial]:
-        """One trial of every method and fold whose grid is complete."""
-        starts = [self.plan.trial(m, f, 0, 0) for f in self.plan.folds for m in self.plan.methods]
-        return [trial for trial in starts if self.choice(trial.method, trial.fold) is not None]
+    def _later(self) -> int:
+        """Trials of a fold that wait for a choice."""
+        return len(self.plan.methods) * (self.plan.seeds - 1)
 
     def choice(self, method: str, fold: str) -> int | None:
         """The grid point that is best on the valid users; None while one is missing."""
@@ -126,9 +125,12 @@ class Comparison:
             answer = records.load_trial(self.out, other)
             if answer is not None:
                 self._write(other, answer)
-                if trial.seed == 0 and seed > 0:
-                    bar.update()
-            elif trial.seed == 0:
+            if trial.seed > 0 or seed == 0 or other.key in self.followed:  # two grid points may end in one moment
+                continue
+            self.followed.add(other.key)
+            if answer is not None:
+                bar.update()
+            else:
                 started[pool.submit(_work, "trial", other, self.out)] = other
         return started
 
