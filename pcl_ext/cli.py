@@ -128,7 +128,14 @@ def _encode(parser) -> None:
 
 def _export(parser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--task", type=str, help="name of a task")
+    parser.add_argument("--task", type=str, required=True, help="name of a task")
+    parser.add_argument("--out", type=Path, help="folder for the files; RUN/export when left out")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=("program", "package", "onnx"),
+        help="what to write; all that can be made here when left out",
+    )
 
 
 def _info(parser) -> None:
@@ -149,7 +156,7 @@ _COMMANDS: dict[str, tuple[str, Callable]] = {
     "encode": ("write user vectors of all users of a dataset; under torchrun, in many processes", _encode),
     "report": ("write a page with results, curves and protocol", _report),
     "verify": ("prove that a run is whole and has forgotten nothing", _verify),
-    "export": ("write a compiled model (not in this version)", _export),
+    "export": ("write a task as files that run without this package", _export),
     "info": ("say what is installed and which kernels run", _info),
     "demo": ("from nothing to a report in a minute or two", _demo),
 }

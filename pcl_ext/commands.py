@@ -15,6 +15,7 @@ import torch
 
 from pcl_ext import __version__, infer, ops, run, store
 from pcl_ext.data import Dataset, events, ml_1m, online_retail, synthetic
+from pcl_ext.export import export as write_export
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import MemoryConfig
 from pcl_ext.report import report as write_report
@@ -157,8 +158,14 @@ def encode(args) -> int:
 
 
 def export(args) -> int:
-    print("pcl export is not in this version", file=sys.stderr)
-    return 2
+    files, left_out = write_export(
+        store.from_pretrained(args.run), args.task, args.out or args.run / "export", args.formats
+    )
+    for name, file in files.items():
+        print(f"{name}: {file}")
+    for why in left_out.values():
+        print(f"pcl export: left out: {why}", file=sys.stderr)
+    return 0
 
 
 def report(args) -> int:

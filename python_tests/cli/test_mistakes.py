@@ -62,10 +62,6 @@ def test_predict_names_the_line_that_is_broken(made, refused, line):
     assert "line 2 must be a JSON list of item ids" in refused("predict", made.run, "--task", "next", stdin=stdin)
 
 
-def test_what_is_not_there_yet_says_so(refused):
-    assert "pcl export is not in this version" in refused("export", "run")
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -107,6 +103,10 @@ def test_what_is_not_there_yet_says_so(refused):
             ["encode", "RUN", "--data", "DATA", "--out", "DATA/histories.parquet"],
             "histories.parquet is there and was not made by pcl encode; choose another file",
         ),
+        (["export", "RUN"], "task"),
+        (["export", "RUN", "--task", "churn"], "task must be one of next, click, .*, got 'churn'"),
+        (["export", "RUN", "--task", "click", "--formats", "jit"], "formats"),
+        (["export", "nowhere", "--task", "click"], "manifest.json is missing"),
         (["verify", "nowhere"], "nowhere is no run"),
         (["verify", "DATA"], "is no run: it has no manifest.json"),
         (["report", "DATA"], "manifest.json is missing"),
