@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CUDA ?= 0
 DATA ?=
+# Of pyproject.toml; make test-all EXTRAS=cli,test,export,ray runs the tests of what is exported and of Ray Data too.
+EXTRAS ?= cli,test
 # More for pip, such as the index to take torch from.
 PIP_FLAGS ?=
 
@@ -72,6 +74,6 @@ $(VENV)/.build: $(VENV)/.torch
 	touch $@
 
 $(INSTALLED): $(SOURCES) $(VENV)/.build
-	$(PIP) --no-build-isolation --config-settings=cmake.define.PCL_CUDA=$(if $(filter 1,$(CUDA)),ON,OFF) ".[cli,test]"
+	$(PIP) --no-build-isolation --config-settings=cmake.define.PCL_CUDA=$(if $(filter 1,$(CUDA)),ON,OFF) ".[$(EXTRAS)]"
 	rm -f $(VENV)/.installed-cuda-*
 	touch $@

@@ -233,9 +233,7 @@ def _check(model: UserModel, task: str, name: str, run: Callable[[Tensor], Tenso
         if run is not None:
             torch.testing.assert_close(run(nn.utils.rnn.pad_sequence(histories, batch_first=True)), want)
     except AssertionError as error:
-        raise ValueError(
-            f"the {name} of task {task!r} does not answer as the run, nothing was kept: {error}"
-        ) from error
+        raise ValueError(f"the {name} of task {task!r} does not answer as the run and is not kept: {error}") from error
 
 
 def _facts(model: UserModel, task: str) -> dict[str, Any]:
