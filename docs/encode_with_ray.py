@@ -1,6 +1,7 @@
 """User vectors of a Parquet file by Ray Data: python encode_with_ray.py RUN HISTORIES.parquet OUT TASK...
 
-HISTORIES has user_id and items (a list of ids, oldest first). OUT is a folder of Parquet files.
+HISTORIES has user_id and items (a list of ids, oldest first). OUT is a folder of Parquet files. Leave a CPU or two beside
+those of the workers: reading and writing need them.
 """
 
 import sys
@@ -11,7 +12,7 @@ from pcl_ext import Predictor
 
 
 def main(run: str, histories: str, out: str, *tasks: str, workers: int = 2) -> None:
-    users = ray.data.read_parquet(histories, columns=["user_id", "items"])
+    users = ray.data.read_parquet(histories).select_columns(["user_id", "items"])
     vectors = users.map_batches(
         Predictor,  # every worker opens the run once
         fn_constructor_args=(run,),

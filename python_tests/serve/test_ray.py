@@ -28,7 +28,7 @@ def test_the_recipe_gives_what_a_predictor_gives(tmp_path):
     spec = importlib.util.spec_from_file_location("recipe", RECIPE)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error")
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="error")
     try:
         recipe.main(str(tmp_path / "run"), str(tmp_path / "histories.parquet"), str(tmp_path / "out"), "ctr", "age")
     finally:
