@@ -1,7 +1,7 @@
 """User vectors of a Parquet file by Ray Data: python encode_with_ray.py RUN HISTORIES.parquet OUT TASK...
 
-HISTORIES has user_id and items (a list of ids, oldest first). OUT is a folder of Parquet files. Leave a CPU or two beside
-those of the workers: reading and writing need them.
+HISTORIES has user_id and items (a list of ids, oldest first). OUT is a folder of Parquet files. Leave a CPU or two
+beside those of the workers: reading and writing need them.
 """
 
 import sys

@@ -1,5 +1,6 @@
 """A run that was interrupted ends with the same bits as one that never was."""
 
+import dataclasses
 import multiprocessing
 import random
 import shutil
@@ -57,6 +58,28 @@ def test_a_run_stopped_after_any_step_resumes_with_the_same_bits(whole, tmp_path
     PHASES[phase](whole[0], tmp_path / "run")
     assert contents(tmp_path / "run") == contents(want)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_sampled_pretraining_resumes_with_the_same_bits(whole, tmp_path, monkeypatch):
+    """Sparse gradients and the optimiser's state of single rows go through a checkpoint, and so do the draws."""
+    torch.set_num_threads(1)
+    settings = Dataset(whole[0]), {"dim": 16, "num_heads": 1, "max_len": 20}
+    config = dataclasses.replace(PRETRAIN, full_softmax=1, negatives=20)
+    run.pretrain(settings[0], tmp_path / "whole", settings[1], config)
+    take, done = loop._step, []
+
+    def interrupted(*args):
+        if len(done) == 5:
+            raise Interrupted
+        done.append(None)
+        return take(*args)
+
+    monkeypatch.setattr(loop, "_step", interrupted)
+    with pytest.raises(Interrupted):
+        run.pretrain(settings[0], tmp_path / "run", settings[1], config)
+    monkeypatch.undo()
+    run.pretrain(settings[0], tmp_path / "run", settings[1], config)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
