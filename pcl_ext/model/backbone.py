@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +11,7 @@ from torch import Tensor, nn
 from pcl_ext import ops
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model.config import BackboneConfig
-
-
-@dataclass(frozen=True)
-class LayerPrefix:
-    """Rows that histories may attend to, as the keys and values of every layer.
-
-    keys, values  num_layers tensors [M, H, d]
-    offsets       [R + 1] int64, first row of each prefix
-    index         [B] int64, the prefix of each history, -1 none; may be None when R is 1 or B
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    offsets: Tensor
-    index: Tensor | None = None
+from pcl_ext.model.layout import LayerPrefix, Layout
 
 
 class Layer(nn.Module):
@@ -41,6 +27,30 @@ class Layer(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, layout: Layout, before: tuple[Tensor, Tensor] | None, read: str
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [T, D] -> the output of the rows that are read, as `Backbone.run` says, and keys and values of all.
+
+        before  keys and values [M, H, d] of the prefix
+        """
+        if read == "none":
+            return x[:0], self.keys_values(x)
+        if read == "newest":
+            k, v = self.keys_values(x)
+            x = x.index_select(0, layout.newest)
+            attended = ops.newest_attention(self.queries(x), k, v, layout.offsets, *layout.prefixed(before))
+        else:
+            q, k, v = self.queries_keys_values(x)
+            attended = ops.prompt_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
+        return self.finish(x, attended), (k, v)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x [T, D] -> what its rows ask, [T, H, d]."""
+        dim = x.shape[1]
+        rows = _normed_linear(x, self.norm_attention, self.qkv.weight[:dim], self.qkv.bias[:dim])
+        return rows.unflatten(1, self.heads)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [T, D] -> what its rows ask, and what they answer: three tensors [T, H, d]."""
@@ -113,26 +123,11 @@ class Backbone(nn.Module):
         the keys and values of these rows, to serve as the prefix of others. read says whose last state is wanted:
         "every" row's; the "newest" of each history that is not empty, [m, D] for m such histories; or "none", [0, D].
         """
-        if plan is None:
-            plan = ops.attention_plan(offsets, *((prefix.offsets, prefix.index) if prefix else ()))
+        layout = Layout.of(offsets, plan, prefix)
         states, keys, values = [x], [], []
         for depth, layer in enumerate(self.layers):
-            shared = (prefix.keys[depth], prefix.values[depth], prefix.offsets, prefix.index) if prefix else ()
-            last = depth == len(self.layers) - 1
-            if last and read == "none":
-                k, v = layer.keys_values(x)
-                x = x[:0]
-            elif last and read == "newest" and not prefix:
-                k, v = layer.keys_values(x)
-                x = x.index_select(0, newest_rows(offsets))
-                x = layer.finish(x, _attend_newest(*layer.queries_keys_values(x), offsets, k, v))
-            else:
-                q, k, v = layer.queries_keys_values(x)
-                attended = ops.prompt_attention(q, k, v, offsets, *shared, plan=plan)
-                if last and read == "newest":
-                    newest = newest_rows(offsets)
-                    x, attended = x.index_select(0, newest), attended.index_select(0, newest)
-                x = layer.finish(x, attended)
+            before = (prefix.keys[depth], prefix.values[depth]) if prefix else None
+            x, (k, v) = layer(x, layout, before, read if depth == len(self.layers) - 1 else "every")
             states.append(x)
             keys.append(k)
             values.append(v)
@@ -157,22 +152,6 @@ class Backbone(nn.Module):
         """States of every layer, num_layers + 1 tensors [T, D]; the last one is normalised, of the rows `run` says."""
         rows = self.embed(batch.items, batch.offsets, prompt, prompt_index)
         return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix, read)[0]
-
-
-def newest_rows(offsets: Tensor) -> Tensor:
-    """offsets [B + 1] -> [m] int64, the newest row of each history that is not empty."""
-    return offsets[1:][offsets.diff() > 0] - 1
-
-
-def _attend_newest(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, all_k: Tensor, all_v: Tensor) -> Tensor:
-    """The newest rows q, k, v [m, H, d] of the histories, each attending to its own history all_k, all_v [T, H, d].
-
-    What lies before a newest row is its prefix; the newest rows in between are prefixes that nobody sees.
-    """
-    ends = newest_rows(offsets)
-    prefix_offsets = torch.stack([ends, ends + 1], 1).flatten()
-    own = torch.arange(len(ends) + 1, device=ends.device)
-    return ops.prompt_attention(q, k, v, own, all_k, all_v, torch.cat([own[:1], prefix_offsets]), 2 * own[:-1])
 
 
 def freeze(module: nn.Module) -> None:

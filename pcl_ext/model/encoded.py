@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pcl_ext.batch import PackedBatch
-from pcl_ext.model.backbone import Backbone, LayerPrefix, newest_rows
+from pcl_ext.model.backbone import Backbone
+from pcl_ext.model.layout import LayerPrefix, newest_rows, to_offsets
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class Piece:
     states: list[Tensor]
     items: Tensor
     offsets: Tensor
+    totals: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def total(self, depth: int) -> Tensor:
+        """[B, D], the states of a layer summed over each history; summed once for all tasks that share the piece."""
+        if depth not in self.totals:
+            self.totals[depth] = self.pool(self.states[depth])
+        return self.totals[depth]
 
     def pool(self, rows: Tensor) -> Tensor:
         """rows [T, F] -> [B, F], summed over each history."""
@@ -56,7 +64,7 @@ class Encoded:
 
     def mean(self, depth: int) -> Tensor:
         """[B, D], the states of a layer (0: the embeddings) averaged over each history; 0 where it is empty."""
-        total = sum(piece.pool(piece.states[depth]) for piece in self.pieces)
+        total = sum(piece.total(depth) for piece in self.pieces)
         return total / self.offsets.diff().clamp_min(1)[:, None].to(total.dtype)
 
     def log_lengths(self) -> Tensor:
@@ -105,41 +113,74 @@ def encode(
 
 def encode_on_trunk(
     backbone: Backbone, batch: PackedBatch, prompt: Tensor, index: Tensor | None, *, every_state: bool
-) -> list[Encoded]:
-    """A batch read in one or more ways that differ by their tail prompts alone: the shared trunk once, then the tails.
+) -> Encoded:
+    """A batch read for one task through a trunk: a gradient of the prompts passes through the tails alone.
 
-    prompt [K, P, D], index [C * B]: which prompt each user has in each of C ways, -1 none; left out for one way and
-    one prompt. Under a causal mask everything before the last P positions is the same for all: T + C B P rows are
-    computed instead of C T, equal up to rounding, and a gradient of the prompts passes through the tails alone.
+    prompt [K, P, D] and index [B] as in `ops.embed`.
     """
-    length = prompt.shape[1]
-    ways = 1 if index is None else len(index) // max(len(batch), 1)
-    trunk_items, trunk_offsets, tail_items, tail_offsets = _cut(batch, length)
-    rows = backbone.embed(trunk_items, trunk_offsets, from_end=length)
-    trunk, kept = backbone.run(rows, trunk_offsets, read="every" if every_state else "none")
+    return Trunk.of(backbone, batch, prompt.shape[1], every_state=every_state).read(prompt, index, every_state)[0]
 
-    items, offsets = tail_items.repeat(ways), _offsets(tail_offsets.diff().repeat(ways))
-    prefix = replace(kept, index=torch.arange(len(batch), device=items.device).repeat(ways))
-    rows = backbone.embed(items, offsets, prompt, index)
-    states, _ = backbone.run(rows, offsets, prefix=prefix, read="every" if every_state else "newest")
-    top = _newest(states[-1], offsets, every_state)
-    tops = top.split(len(batch)) if len(batch) else [top] * ways
-    if not every_state:
-        return [Encoded(batch.items, batch.offsets, top, []) for top in tops]
-    parts = zip(*(state.split(len(tail_items)) for state in states)) if len(tail_items) else [states] * ways
-    first = Piece(trunk, trunk_items, trunk_offsets)
-    return [
-        Encoded(batch.items, batch.offsets, top, [first, Piece(list(part), tail_items, tail_offsets)])
-        for top, part in zip(tops, parts)
-    ]
+
+@dataclass(frozen=True)
+class Trunk:
+    """Histories up to their newest P rows, computed once; then ways of reading that differ by their tail prompts alone.
+
+    Under a causal mask everything before the last P positions is the same for all of them: T + C B P rows are computed
+    in place of C T, equal up to rounding.
+
+    items         [T] ids of the histories
+    offsets       [B + 1] int64
+    kept          keys and values of the rows before the tails, index [B]
+    piece         these rows; None where only newest states are read
+    tail_items    [N] the newest P items of each history
+    tail_offsets  [B + 1] int64
+    """
+
+    backbone: Backbone
+    items: Tensor
+    offsets: Tensor
+    kept: LayerPrefix
+    piece: Piece | None
+    tail_items: Tensor
+    tail_offsets: Tensor
+
+    @classmethod
+    def of(cls, backbone: Backbone, batch: PackedBatch, length: int, *, every_state: bool) -> Trunk:
+        """Compute what all ways share; length: P; every_state: some way reads the states of all rows."""
+        items, offsets, tail_items, tail_offsets = _cut(batch, length)
+        rows = backbone.embed(items, offsets, from_end=length)
+        states, kept = backbone.run(rows, offsets, read="every" if every_state else "none")
+        kept = replace(kept, index=torch.arange(len(batch), device=items.device))
+        piece = Piece(states, items, offsets) if every_state else None
+        return cls(backbone, batch.items, batch.offsets, kept, piece, tail_items, tail_offsets)
+
+    def read(self, prompt: Tensor | None, index: Tensor | None, every_state: bool, ways: int = 1) -> list[Encoded]:
+        """The histories in each of C ways; prompt [K, P, D], index [C * B]: which prompt each user has in each way, -1
+        none; left out for one way and one prompt."""
+        users, backbone = len(self.offsets) - 1, self.backbone
+        items, offsets = self.tail_items.repeat(ways), to_offsets(self.tail_offsets.diff().repeat(ways))
+        prefix = replace(self.kept, index=self.kept.index.repeat(ways))
+        rows = backbone.embed(items, offsets, prompt, index)
+        states, _ = backbone.run(rows, offsets, prefix=prefix, read="every" if every_state else "newest")
+        top = _newest(states[-1], offsets, every_state)
+        tops = top.split(users) if users else [top] * ways
+        if not every_state:
+            return [Encoded(self.items, self.offsets, top, []) for top in tops]
+        rows = len(self.tail_items)
+        parts = zip(*(state.split(rows) for state in states)) if rows else [states] * ways
+        tails = (Piece(list(part), self.tail_items, self.tail_offsets) for part in parts)
+        return [Encoded(self.items, self.offsets, top, [self.piece, tail]) for top, tail in zip(tops, tails)]
 
 
 def _cut(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Items and offsets of what lies before the newest `length` rows of each history, and of these."""
     kept = batch.lengths.clamp_max(length)
+    trunk_offsets, tail_offsets = to_offsets(batch.lengths - kept), to_offsets(kept)
+    if batch.max_seqlen <= length:
+        return batch.items[:0], trunk_offsets, batch.items, tail_offsets
     row = torch.arange(len(batch.items), device=batch.items.device)
-    in_tail = row >= (batch.offsets[1:] - kept)[batch.users]
-    return batch.items[~in_tail], _offsets(batch.lengths - kept), batch.items[in_tail], _offsets(kept)
+    in_tail = row >= (batch.offsets[1:] - kept).repeat_interleave(batch.lengths, output_size=len(row))
+    return batch.items[~in_tail], trunk_offsets, batch.items[in_tail], tail_offsets
 
 
 def _newest(states: Tensor, offsets: Tensor, every_state: bool) -> Tensor:
@@ -153,10 +194,6 @@ def _newest(states: Tensor, offsets: Tensor, every_state: bool) -> Tensor:
 
 def _rows_of(offsets: Tensor, users: Tensor) -> tuple[Tensor, Tensor]:
     """The packed rows of some users [b], and their offsets [b + 1]."""
-    picked = _offsets(offsets.diff()[users])
+    picked = to_offsets(offsets.diff()[users])
     first = torch.repeat_interleave(offsets[users] - picked[:-1], picked.diff())
     return first + torch.arange(len(first), device=first.device), picked
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -10,6 +10,7 @@ from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
+from pcl_ext.model.layout import LayerPrefix
 from pcl_ext.model.memory import (
     ContextualPrompt,
     ItemMemory,
@@ -21,6 +22,7 @@ from pcl_ext.model.memory import (
 )
 from pcl_ext.task import TaskSpec
 
+KEPT = ("prefix_keys", "prefix_values")
 SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
 
 
@@ -104,6 +106,31 @@ class Task(nn.Module):
             return None
         rows = getattr(self.memories[placement], placement)()
         return rows if self.context is None else rows + self.context()
+
+    def layer_prefix(self, backbone: Backbone) -> LayerPrefix | None:
+        """Keys and values of the prefix in every layer of the backbone, as they are kept or computed now; or None."""
+        rows = self.prefix()
+        if rows is None or not len(rows):
+            return None
+        offsets = torch.tensor([0, len(rows)], device=rows.device)
+        if not self.keeps_prefix:
+            return backbone.prefix(rows, offsets)
+        return LayerPrefix(list(self.prefix_keys), list(self.prefix_values), offsets)
+
+    @property
+    def keeps_prefix(self) -> bool:
+        """Whether keys and values of its prefix are stored with the task."""
+        return "prefix_keys" in self._buffers
+
+    @torch.no_grad()
+    def keep_prefix(self, backbone: Backbone) -> None:
+        """Store keys and values of the prefix, [num_layers, P, H, d] each; nothing where there is no prefix."""
+        for name in KEPT:
+            self._buffers.pop(name, None)
+        prefix = self.layer_prefix(backbone)
+        if prefix is not None:
+            for name, rows in zip(KEPT, (prefix.keys, prefix.values)):
+                self.register_buffer(name, torch.stack(rows))
 
     def columns(self, target: Tensor) -> Tensor:
         """Targets as the head's output numbers them: item ids [m] become columns of the catalogue."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pcl_ext.batch import PackedBatch
-from pcl_ext.model.backbone import Backbone, LayerPrefix, NamedModules, freeze
+from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.config import MemoryConfig
-from pcl_ext.model.encoded import Encoded, encode, encode_on_trunk
+from pcl_ext.model.encoded import Encoded, Trunk, encode, encode_on_trunk
+from pcl_ext.model.layout import LayerPrefix, to_offsets
 from pcl_ext.model.memory import ContextualPrompt, hashed_text_vector
 from pcl_ext.model.task_module import Task
 from pcl_ext.task import TaskSpec
+
+TAIL_ROWS = 16_384  # tails computed together: more would take memory and no less time
 
 
 class UserModel(nn.Module):
@@ -90,8 +94,13 @@ class UserModel(nn.Module):
         return ContextualPrompt(texts, prompts, config.prompt_len, shape.dim, shape.num_heads)
 
     def freeze_task(self, name: str) -> None:
-        """Close a task: fold its contextual prompt, turn its tensors into buffers. It never changes again."""
+        """Close a task: fold its contextual prompt, turn its tensors into buffers. It never changes again.
+
+        On a frozen backbone the keys and values of a prefix are computed here, once, and kept with the task.
+        """
         self.task(name).close()
+        if self.backbone_frozen:
+            self.task(name).keep_prefix(self.backbone)
 
     def remove_task(self, name: str) -> None:
         """Forget a task. Raises where another one was made from it only if that one is still open."""
@@ -159,45 +168,56 @@ class UserModel(nn.Module):
         every_state = any(task.every_state for task in tasks)
         learns = prompt is not None and prompt.requires_grad and torch.is_grad_enabled()
         if learns and prefix is None and self.backbone_frozen:
-            return encode_on_trunk(self.backbone, batch, prompt, prompt_index, every_state=every_state)[0]
+            return encode_on_trunk(self.backbone, batch, prompt, prompt_index, every_state=every_state)
         return encode(self.backbone, batch, prompt, prompt_index, prefix, every_state=every_state)
 
     def _prefix(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> LayerPrefix | None:
-        rows = [task.prefix() for task in tasks]
-        present = [row for row in rows if row is not None and len(row)]
+        kept = [task.layer_prefix(self.backbone) for task in tasks]
+        present = [prefix for prefix in kept if prefix is not None]
         if not present:
             return None
         number = torch.full((len(tasks),), -1, dtype=torch.int64)
-        number[[row is not None and len(row) > 0 for row in rows]] = torch.arange(len(present))
-        lengths = torch.tensor([0] + [len(row) for row in present], dtype=torch.int64)
+        number[[prefix is not None for prefix in kept]] = torch.arange(len(present))
         index = torch.zeros(len(batch), dtype=torch.int64, device=self.device) if index is None else index
-        return self.backbone.prefix(
-            torch.cat(present), lengths.cumsum(0).to(self.device), number.to(self.device)[index]
+        index = number.to(self.device)[index]
+        if len(present) == 1:
+            return replace(present[0], index=index)
+        keys, values = (
+            [torch.cat(rows) for rows in zip(*(getattr(prefix, name) for prefix in present))]
+            for name in ("keys", "values")
         )
+        lengths = torch.stack([prefix.offsets[1] for prefix in present])
+        return LayerPrefix(keys, values, to_offsets(lengths), index)
 
     def encode(self, batch: PackedBatch, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
         """User vectors [B, F] for each of the tasks (all by default): what its head reads.
 
-        Tasks that differ by tail prompts share one pass over the trunk (design: many tasks, one user).
+        Tasks without a prefix share one pass over what no tail prompt reaches, and only their tails are computed task
+        by task, at most TAIL_ROWS rows at once. A prefix is seen from every row of a history: such a task is a pass of
+        its own.
         """
         names = self.task_names if tasks is None else list(tasks)
         parts = {name: self.task(name) for name in names}
-        shared = [name for name, part in parts.items() if part.prefix() is None]
-        encoded = {}
-        if len(shared) > 1:
-            tasks = [parts[name] for name in shared]
-            ways = torch.arange(len(tasks), device=self.device).repeat_interleave(len(batch))
-            prompt, index = _stack_tails(tasks, ways)
-            every_state = any(task.every_state for task in tasks)
-            if prompt is not None:
-                together = encode_on_trunk(self.backbone, batch, prompt, index, every_state=every_state)
-            else:
-                together = [encode(self.backbone, batch, None, None, None, every_state=every_state)] * len(tasks)
-            encoded = dict(zip(shared, together))
-        return {
-            name: part.features(encoded[name] if name in encoded else self._encode(batch, [part], None))
-            for name, part in parts.items()
-        }
+        vectors = {name: parts[name].features(encoded) for name, encoded in self._encode_each(batch, parts)}
+        return {name: vectors[name] for name in names}
+
+    def _encode_each(self, batch: PackedBatch, tasks: dict[str, Task]) -> Iterator[tuple[str, Encoded]]:
+        """The histories as each task reads them, in any order; few of them exist at a time."""
+        shared = {name: task for name, task in tasks.items() if task.prefix() is None}
+        tails = {name: task for name, task in shared.items() if task.tail() is not None and len(task.tail())}
+        for name, task in tasks.items():
+            if name not in shared or (len(shared) == 1 and tails):
+                yield name, self._encode(batch, [task], None)
+        plain = [name for name in shared if name not in tails]
+        every_state = any(task.every_state for task in shared.values())
+        if not tails:
+            if plain:
+                encoded = encode(self.backbone, batch, None, None, None, every_state=every_state)
+                yield from ((name, encoded) for name in plain)
+        elif len(shared) > 1:
+            longest = max(len(task.tail()) for task in tails.values())
+            trunk = Trunk.of(self.backbone, batch, longest, every_state=every_state)
+            yield from _read_tails(trunk, shared, [plain] if plain else [], list(tails))
 
     @torch.no_grad()
     def predict(self, histories: Sequence[Sequence[int]], task: str, k: int = 10) -> list[dict]:
@@ -232,6 +252,31 @@ def as_predictions(task: Task, output: Tensor, k: int) -> list[dict]:
     if task.spec.kind == "binary":
         return [{"probability": p} for p in output.sigmoid().tolist()]
     return [{"value": value} for value in output.tolist()]
+
+
+def _read_tails(
+    trunk: Trunk, tasks: dict[str, Task], plain: list[list[str]], tails: list[str]
+) -> Iterator[tuple[str, Encoded]]:
+    """Every way to read a trunk, and the tasks that read it so: one way for all `plain` ones, one for each with a tail.
+
+    What reads the newest states alone is kept apart from what reads all of them.
+    """
+    users = len(trunk.offsets) - 1
+    for every_state in (False, True):
+        ways = [
+            [name for name in way if tasks[name].every_state == every_state]
+            for way in plain + [[name] for name in tails]
+        ]
+        ways = [way for way in ways if way]
+        step = max(1, TAIL_ROWS // max(len(trunk.tail_items), 1))
+        for first in range(0, len(ways), step):
+            part = ways[first : first + step]
+            index = torch.arange(len(part), device=trunk.offsets.device).repeat_interleave(users)
+            prompt, index = _stack_tails([tasks[names[0]] for names in part], index)
+            for names, encoded in zip(
+                part, trunk.read(prompt, None if prompt is None else index, every_state, len(part))
+            ):
+                yield from ((name, encoded) for name in names)
 
 
 def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

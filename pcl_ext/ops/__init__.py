@@ -7,6 +7,7 @@ from pcl_ext.ops.embed import embed
 from pcl_ext.ops.feed_forward import feed_forward
 from pcl_ext.ops.gather_histories import gather_histories
 from pcl_ext.ops.linear import linear
+from pcl_ext.ops.newest_attention import newest_attention
 from pcl_ext.ops.plan_batches import plan_batches
 from pcl_ext.ops.prompt_attention import prompt_attention
 from pcl_ext.ops.to_packed import to_packed
@@ -21,6 +22,7 @@ __all__ = [
     "has_fused",
     "linear",
     "native_status",
+    "newest_attention",
     "plan_batches",
     "prompt_attention",
     "reference",

@@ -49,6 +49,13 @@ def prompt_attention(
     return torch.cat(rows)
 
 
+def newest_attention(q, k, v, offsets, prefix_k=None, prefix_v=None, prefix_offsets=None, prefix_index=None) -> Tensor:
+    """q [m, H, d] of the newest rows of histories that are not empty, k, v [T, H, d] -> [m, H, d]."""
+    newest = offsets[1:][offsets.diff() > 0] - 1
+    rows = q.new_zeros(k.shape).index_copy(0, newest, q)
+    return prompt_attention(rows, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index)[newest]
+
+
 def attention_plan(offsets: Tensor, prefix_offsets: Tensor | None, prefix_index: Tensor | None) -> Tensor:
     """The work list of csrc/attention_plan.h: which runs of histories, grouped by prefix, are worked on together."""
     batch = offsets.shape[0] - 1

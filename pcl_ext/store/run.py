@@ -80,7 +80,12 @@ def from_pretrained(path: str | Path) -> UserModel:
             tensors = _read(path, entry, manifest)
             depends_on = entry["depends_on"]
             task = _build(path / NAME, where, model.add_task, spec, config, closed=True, depends_on=depends_on)
+            kept = "prefix_keys" in tensors
+            if kept:
+                task.keep_prefix(model.backbone)  # makes room for them
             _fill(task, tensors, path / entry["file"])
+            if not kept:  # saved before tasks kept them, or on a backbone that was not frozen
+                task.keep_prefix(model.backbone)
     return model.eval()
 
 

@@ -1,0 +1,92 @@
+"""Many tasks in one pass: what each task alone gives, in any chunks, and prefixes that are computed once for good."""
+
+import pytest
+import torch
+from test_user_model import SPECS, add, histories, model, pack  # noqa: F401 (a fixture)
+
+from pcl_ext.model import Backbone, BackboneConfig, UserModel, user_model
+from pcl_ext.store import from_pretrained, save_pretrained, tensor_file
+from pcl_ext.task import TaskSpec
+
+READOUTS = [("last",), ("last", "mean", "item_memory")]
+
+
+def add_many(model, placements):  # noqa: F811
+    """A binary task for each placement; lengths and readouts in turn."""
+    for place, placement in enumerate(placements):
+        spec = TaskSpec(f"t{place}", "binary")
+        SPECS[spec.name] = spec
+        add(model, spec.name, placement, [3, 5, 25][place % 3], readout=READOUTS[place % 2])
+        del SPECS[spec.name]
+
+
+@pytest.mark.parametrize("rows", [1, 40, 16_384])
+@pytest.mark.parametrize("placements", [["tail"] * 7, ["none"] * 3, ["tail", "none", "none", "prefix", "both", "tail"]])
+def test_one_pass_equals_every_task_alone(model, monkeypatch, placements, rows):  # noqa: F811
+    monkeypatch.setattr(user_model, "TAIL_ROWS", rows)
+    add_many(model, placements)
+    batch = pack(histories())
+    together, again = model.encode(batch), model.encode(batch)
+    assert list(together) == model.task_names
+    for name in model.task_names:
+        assert torch.equal(together[name], again[name])
+        torch.testing.assert_close(together[name], model.encode(batch, [name])[name])
+
+
+@pytest.mark.needs_ext
+def test_chunks_change_no_bit(model, monkeypatch):  # noqa: F811
+    add_many(model, ["tail"] * 6)
+    batch = pack(histories())
+    with torch.no_grad():
+        whole = model.encode(batch)
+        monkeypatch.setattr(user_model, "TAIL_ROWS", 30)
+        parts = model.encode(batch)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_no_histories(model):  # noqa: F811
+    add_many(model, ["tail", "none", "prefix", "tail"])
+    assert all(vectors.shape[0] == 0 for vectors in model.encode(pack([])).values())
+
+
+def test_a_closed_prefix_is_not_computed_again(model, monkeypatch):  # noqa: F811
+    add(model, "click", "both")
+    batch = pack(histories())
+    before = model(batch, "click")
+    model.freeze_task("click")
+    assert torch.equal(model(batch, "click"), before)
+    monkeypatch.setattr(Backbone, "prefix", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(model(batch, "click"), before)
+    add(model, "age", "tail")
+    outputs = model(batch, task_index=torch.tensor([0, 1, 0, 1, 0, 1]))
+    torch.testing.assert_close(outputs["click"][1], before[::2])
+
+
+def test_a_prefix_is_kept_only_on_a_frozen_backbone():
+    model = UserModel(Backbone(BackboneConfig(40, dim=16, max_len=20)))  # noqa: F811
+    add(model, "click", "prefix")
+    model.freeze_task("click")
+    batch = pack(histories())
+    before = model(batch, "click")
+    with torch.no_grad():
+        model.backbone.layers[0].qkv.weight.add_(0.1)
+    assert not torch.equal(model(batch, "click"), before)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "saved before they were kept"])
+def test_a_run_keeps_keys_and_values_of_prefixes(model, tmp_path, kept):  # noqa: F811
+    add(model, "click", "prefix")
+    model.freeze_task("click")
+    batch = pack(histories())
+    want, stored = model(batch, "click"), model.task("click").prefix_keys.clone()
+    if not kept:
+        for name in ("prefix_keys", "prefix_values"):
+            del model.task("click")._buffers[name]
+    save_pretrained(model, tmp_path)
+    (file,) = (tmp_path / "tasks").glob("click-*.safetensors")
+    assert ("prefix_keys" in tensor_file.read_tensors(file).tensors) == kept
+    loaded = from_pretrained(tmp_path)
+    assert torch.equal(loaded.task("click").prefix_keys, stored)
+    assert torch.equal(loaded(batch, "click"), want)
+    save_pretrained(loaded, tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(batch, "click"), want)

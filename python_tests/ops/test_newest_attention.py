@@ -1,0 +1,94 @@
+"""newest_attention gives each history's newest row what prompt_attention gives it, in any company."""
+
+import pytest
+import torch
+from attention_cases import make
+from test_prefix_sharing import IMPLS, as_right_as
+
+from pcl_ext import ops
+
+LENGTHS = [5, 0, 33, 1, 18, 2, 0]
+PREFIXES = {
+    "none": ([], None),
+    "shared": ([16], None),
+    "chosen": ([16, 0, 300], [2, 0, -1, 2, 1, 0, 0]),
+}
+
+
+def rows_of(case, names=("q", "k", "v", "prefix_k", "prefix_v")):
+    return [case.rows.get(name) for name in names]
+
+
+def newest_of(case, impl):
+    """The op on a case's rows, and all rows of prompt_attention at the newest places."""
+    q, k, v, prefix_k, prefix_v = rows_of(case)
+    newest = case.offsets[1:][case.offsets.diff() > 0] - 1
+    shared = () if prefix_k is None else (prefix_k, prefix_v, case.prefix_offsets, case.prefix_index)
+    got = ops.newest_attention(q[newest], k, v, case.offsets, *shared, impl=impl)
+    return got, ops.prompt_attention(q, k, v, case.offsets, *shared, impl="reference")[newest]
+
+
+def case_of(prefix):
+    lengths, index = PREFIXES[prefix]
+    return make(LENGTHS, lengths, index, dim=32) if lengths else make(LENGTHS, dim=32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_equals_prompt_attention(prefix, impl):
+    case = case_of(prefix)
+    with torch.no_grad():
+        got, reference = newest_of(case, impl)
+        exact = newest_of(case.to(torch.float64), "reference")[1]
+    as_right_as(got, reference, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_gradients_are_those_of_prompt_attention(prefix, impl):
+    case = case_of(prefix)
+    exact_case = case.to(torch.float64)
+    (got, reference), exact = newest_of(case, impl), newest_of(exact_case, "reference")[1]
+    grad = torch.randn(got.shape)
+    inputs, exact_inputs = ([x for x in rows_of(c) if x is not None] for c in (case, exact_case))
+    for ours, theirs, right in zip(
+        torch.autograd.grad(got, inputs, grad),
+        torch.autograd.grad(reference, inputs, grad),
+        torch.autograd.grad(exact, exact_inputs, grad.double()),
+    ):
+        as_right_as(ours, theirs, right)
+
+
+@pytest.mark.needs_ext
+def test_scores_far_apart_do_not_overflow():
+    case = case_of("chosen")
+    with torch.no_grad():
+        case.rows["q"].mul_(1e3)
+        got, want = newest_of(case, "fused")
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.needs_ext
+def test_a_history_has_the_same_bits_in_any_company():
+    case = case_of("chosen")
+    q, k, v, prefix_k, prefix_v = (x.detach() for x in rows_of(case))
+    newest = case.offsets[1:][case.offsets.diff() > 0] - 1
+    shared = (prefix_k, prefix_v, case.prefix_offsets)
+    together = ops.newest_attention(q[newest], k, v, case.offsets, *shared, case.prefix_index)
+    place = 0
+    for b, (begin, end) in enumerate(zip(case.offsets[:-1].tolist(), case.offsets[1:].tolist())):
+        if begin == end:
+            continue
+        own = slice(begin, end)
+        alone = ops.newest_attention(
+            q[end - 1 : end], k[own], v[own], torch.tensor([0, end - begin]), *shared, case.prefix_index[b : b + 1]
+        )
+        assert torch.equal(alone[0], together[place])
+        place += 1
+
+
+def test_the_number_of_queries_must_fit():
+    case = case_of("none")
+    q, k, v = rows_of(case, ("q", "k", "v"))
+    with pytest.raises(ValueError, match="q must"):
+        ops.newest_attention(q, k, v, case.offsets)
