@@ -38,7 +38,7 @@ def pretrain(
     """
     shape = BackboneConfig(dataset.num_items, **(backbone or {}))
     config = config or PretrainConfig()
-    settings = json.loads(json.dumps({"backbone": asdict(shape), "pretrain": asdict(config)}))
+    settings = json.loads(json.dumps({"backbone": shape.to_json(), "pretrain": asdict(config)}))
     out = Path(out)
     checkpoint = out / "checkpoints" / "next.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def pretrain(
         def batches(epoch: int, start: int):
             return epoch_batches(dataset, examples, config, backbone.max_len + 1, epoch, start)
 
-        identity = {"dataset": dataset.sha256, "backbone": asdict(backbone), "config": asdict(config)}
+        identity = {"dataset": dataset.sha256, "backbone": backbone.to_json(), "config": asdict(config)}
         problem = Problem("next", batches, loss, lambda: validate(model, dataset, "next"), task.spec.metric, identity)
         steps = config.epochs * batches(0, 0)[0]
         optimizer = adamw([(list(model.parameters()), config.learning_rate)], config, steps)

@@ -146,3 +146,14 @@ def test_a_sampled_step_touches_the_rows_it_reads(dataset):
     assert set(touched.tolist()) == set(batch.history.items.tolist()) | set(drawn.tolist())
     optimizer.step()
     assert (table != before).any(1).nonzero()[:, 0].tolist() == touched.tolist()
+
+
+@pytest.mark.parametrize("kind", [{"kind": "nextitnet"}, {"positions": "rotary"}], ids=str)
+def test_every_kind_of_backbone_learns(dataset, kind):
+    torch.set_num_threads(1)
+    shape = BackboneConfig(dataset.num_items, **BACKBONE, **kind)
+    model, curve = pretrain(dataset, shape, PretrainConfig(epochs=3, batch_tokens=256))
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert not hasattr(model.backbone, "position")
+    curve = learn_task(model, dataset, "click", LearnConfig(epochs=3, batch_tokens=256))
+    assert curve[-1]["loss"] < curve[0]["loss"]

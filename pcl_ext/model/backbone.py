@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pcl_ext import ops
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model.config import BackboneConfig
+from pcl_ext.model.conv_layer import ConvLayer
 from pcl_ext.model.layout import LayerPrefix, Layout
 
 
@@ -19,6 +20,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
+        self.rotary = config.rotary
         self.heads = (config.num_heads, config.dim // config.num_heads)
         self.norm_attention = nn.LayerNorm(config.dim)
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
@@ -35,14 +37,20 @@ class Layer(nn.Module):
 
         before  keys and values [M, H, d] of the prefix
         """
-        if read == "none":
-            return x[:0], self.keys_values(x)
-        if read == "newest":
-            k, v = self.keys_values(x)
-            x = x.index_select(0, layout.newest)
-            attended = ops.newest_attention(self.queries(x), k, v, layout.offsets, *layout.prefixed(before))
-        else:
+        if read == "every":
             q, k, v = self.queries_keys_values(x)
+        else:
+            k, v = self.keys_values(x)
+        k = layout.turn(k) if self.rotary else k
+        if read == "none":
+            return x[:0], (k, v)
+        if read == "newest":
+            x = x.index_select(0, layout.newest)
+            q = self.queries(x)
+            q = layout.turn(q, layout.newest) if self.rotary else q
+            attended = ops.newest_attention(q, k, v, layout.offsets, *layout.prefixed(before))
+        else:
+            q = layout.turn(q) if self.rotary else q
             attended = ops.prompt_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
         return self.finish(x, attended), (k, v)
 
@@ -79,17 +87,22 @@ def _normed_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) 
 
 
 class Backbone(nn.Module):
-    """Item and position embeddings and `num_layers` causal layers.
+    """Item embeddings and `num_layers` causal layers: attention, or convolutions (`BackboneConfig.kind`).
 
-    Positions count from the history's end (newest event 0), as prompts do (method.md, Eq. 1).
+    Learned positions count from the history's end (newest event 0), as prompts do (Eq. 1); rotary ones from its first
+    row, after those of its prefix, and only their differences matter.
     """
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
         self.table = nn.Parameter(torch.randn(config.num_items + 1, config.dim) * config.dim**-0.5)
-        self.position = nn.Parameter(torch.randn(config.max_len, config.dim) * 0.02)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        if config.counts_from_end:
+            self.position = nn.Parameter(torch.randn(config.max_len, config.dim) * 0.02)
+        self.layers = nn.ModuleList(
+            Layer(config) if config.kind == "transformer" else ConvLayer(config, depth)
+            for depth in range(config.num_layers)
+        )
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("trained_items", torch.zeros(config.num_items + 1, dtype=torch.bool))
@@ -107,7 +120,8 @@ class Backbone(nn.Module):
 
         prompt [K, P, D] is added to the newest rows, index [B] chooses (-1 none).
         """
-        return self.dropout(ops.embed(items, offsets, self.table, self.position[from_end:], prompt, index))
+        position = self.position[from_end:] if self.config.counts_from_end else None
+        return self.dropout(ops.embed(items, offsets, self.table, position, prompt, index))
 
     def run(
         self,

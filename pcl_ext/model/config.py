@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+KINDS = ("transformer", "nextitnet")
+POSITIONS = ("learned_from_end", "rotary")
 PLACEMENTS = ("none", "tail", "prefix", "both")
 READOUTS = ("last", "mean", "item_memory")
 CONTEXTS = ("none", "texts", "prompts")
@@ -14,6 +17,12 @@ def _check_whole(owner: object, **minimum: int) -> None:
         value = getattr(owner, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
+
+
+def _check_one_of(owner: object, **choices: tuple[str, ...]) -> None:
+    for name, allowed in choices.items():
+        if getattr(owner, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(owner, name)!r}")
 
 
 def _check_share(owner: object, *names: str) -> None:
@@ -31,10 +40,14 @@ class BackboneConfig:
         num_items: V, item ids are 1..V
         dim: D, width of the embeddings and layers, a multiple of num_heads
         num_heads: attention heads of a layer
-        num_layers: layers
+        num_layers: layers; of a nextitnet, residual blocks of two causal convolutions
         ffn_dim: width of the feed-forward layers; null is 4 D
         max_len: how many of the newest events of a history count
         dropout: on embeddings and residual branches, while pretraining only
+        kind: of the layers: transformer, or nextitnet (causal dilated convolutions, which take neither num_heads nor
+            ffn_dim nor positions into account)
+        positions: of a transformer: learned_from_end (a learned row for each distance to the newest event), or rotary
+            (queries and keys turned by their place, which new events do not change: what a UserState needs)
     """
 
     num_items: int
@@ -44,8 +57,11 @@ class BackboneConfig:
     ffn_dim: int | None = None
     max_len: int = 200
     dropout: float = 0.2
+    kind: str = "transformer"
+    positions: str = "learned_from_end"
 
     def __post_init__(self):
+        _check_one_of(self, kind=KINDS, positions=POSITIONS)
         _check_whole(self, num_items=1, dim=1, num_heads=1, num_layers=1, max_len=1)
         _check_share(self, "dropout")
         if self.dim % self.num_heads:
@@ -53,6 +69,26 @@ class BackboneConfig:
         if self.ffn_dim is None:
             object.__setattr__(self, "ffn_dim", 4 * self.dim)
         _check_whole(self, ffn_dim=1)
+        if self.rotary and self.dim // self.num_heads % 2:
+            width = self.dim // self.num_heads
+            raise ValueError(
+                f"rotary positions need an even dim / num_heads, got {self.dim} / {self.num_heads} = {width}"
+            )
+
+    @property
+    def rotary(self) -> bool:
+        """Whether attention turns queries and keys by their place."""
+        return self.kind == "transformer" and self.positions == "rotary"
+
+    @property
+    def counts_from_end(self) -> bool:
+        """Whether a row depends on how many events come after it."""
+        return self.kind == "transformer" and self.positions == "learned_from_end"
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; those that came later are left out at their defaults, so that older runs keep their hashes."""
+        later = {"kind": "transformer", "positions": "learned_from_end"}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pcl_ext import ops
@@ -15,7 +16,7 @@ from pcl_ext import ops
 class LayerPrefix:
     """Rows computed before that histories may look back at, as the keys and values of every layer.
 
-    keys, values  num_layers tensors [M, H, d]
+    keys, values  num_layers tensors [M, H, d]; of convolutions [M, D], what their first and second one read
     offsets       [R + 1] int64, first row of each prefix
     index         [B] int64, the prefix of each history, -1 none; may be None when R is 1 or B
     """
@@ -24,6 +25,27 @@ class LayerPrefix:
     values: list[Tensor]
     offsets: Tensor
     index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LookBack:
+    """Rows [m, n] that m rows see at n distances.
+
+    own     [m, n] int64, among the rows of the pass; T where there is none
+    places  [p] int64, which of these m n see a row of a prefix
+    rows    [p] int64, which one
+    """
+
+    own: Tensor
+    places: Tensor
+    rows: Tensor
+
+    def take(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """x [T, D], before [M, D] of the prefix -> [m, n D], 0 where nothing is seen."""
+        taken = F.embedding(self.own.flatten(), torch.cat([x, x.new_zeros(1, x.shape[1])]))
+        if before is not None and len(self.places):
+            taken = taken.index_copy(0, self.places, before.index_select(0, self.rows).to(taken.dtype))
+        return taken.view(len(self.own), self.own.shape[1] * x.shape[1])
 
 
 @dataclass(frozen=True)
@@ -48,10 +70,57 @@ class Layout:
         plan = plan or ops.attention_plan(offsets, *shared)
         return cls(offsets, plan, *((prefix.offsets, plan.prefix_index) if prefix else ()))
 
+    _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
     @cached_property
     def newest(self) -> Tensor:
         """[m] int64, the newest row of each history that is not empty."""
         return newest_rows(self.offsets)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """[B] int64, the place of each history's first row: it follows its prefix."""
+        if self.prefix_offsets is None:
+            return torch.zeros_like(self.offsets[1:])
+        return torch.cat([self.prefix_offsets.diff(), self.offsets.new_zeros(1)])[self.prefix_index]
+
+    @cached_property
+    def place(self) -> Tensor:
+        """[T] int64, how many rows come before each row, its prefix included."""
+        rows = torch.arange(self.plan.total, device=self.offsets.device)
+        return rows + self._of_rows(self.first - self.offsets[:-1])
+
+    def _of_rows(self, values: Tensor) -> Tensor:
+        """A value of each history [B] for each of its rows [T]."""
+        return values.repeat_interleave(self.offsets.diff(), output_size=self.plan.total)
+
+    def turn(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x [T, H, d] turned by the places of its rows (rotary positions: Su et al., 2021, eq. 34).
+
+        Coordinates j and j + d/2 are turned together by place / 10000^(2j / d). With rows [m], x [m, H, d] is of these.
+        """
+        half = x.shape[2] // 2
+        if half not in self._angles:
+            speed = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+            angle = self.place.double()[:, None, None] * speed
+            self._angles[half] = (angle.cos().float(), angle.sin().float())
+        cos, sin = (t if rows is None else t.index_select(0, rows) for t in self._angles[half])
+        if x.dtype == torch.float64:
+            cos, sin = cos.double(), sin.double()
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+    def look_back(self, distances: tuple[int, ...], rows: Tensor | None = None) -> LookBack:
+        """Where the rows lie that each row (or each of rows [m]) sees at these distances, 0: itself."""
+        here = torch.arange(self.plan.total, device=self.offsets.device) if rows is None else rows
+        back = torch.tensor(distances, device=here.device)
+        place, begin = self.place[here, None] - back, self._of_rows(self.first)[here, None]
+        own = torch.where(place >= begin, here[:, None] - back, self.plan.total)
+        if self.prefix_offsets is None:
+            return LookBack(own, here[:0], here[:0])
+        before = (place >= 0) & (place < begin)
+        starts = self._of_rows(self.prefix_offsets[self.prefix_index.clamp_min(0)])[here, None]
+        return LookBack(own, before.flatten().nonzero()[:, 0], (starts + place)[before])
 
     def prefixed(self, before: tuple[Tensor, Tensor] | None) -> tuple:
         """The last arguments of an attention: keys and values of a layer's prefix, and who sees which; or nothing."""

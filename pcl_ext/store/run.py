@@ -121,7 +121,7 @@ def lock(path: str | Path) -> Iterator[None]:
 
 def _backbone_entry(model: UserModel) -> dict[str, Any]:
     state = _finite(model.backbone.state_dict(), "the backbone")
-    entry = {"config": _json(asdict(model.backbone.config)), "tensors": describe(state), "state": state}
+    entry = {"config": _json(model.backbone.config.to_json()), "tensors": describe(state), "state": state}
     entry["hash"] = backbone_hash(entry["config"], entry["tensors"])
     entry["metadata"] = _metadata(entry, entry["hash"])
     return entry
