@@ -8,6 +8,7 @@ from pcl_ext.model.layout import LayerPrefix
 from pcl_ext.model.memory import ContextualPrompt, Memory, hashed_text_vector
 from pcl_ext.model.task_module import Task
 from pcl_ext.model.user_model import UserModel, as_predictions
+from pcl_ext.model.user_state import UserState
 
 __all__ = [
     "Backbone",
@@ -20,6 +21,7 @@ __all__ = [
     "Piece",
     "Task",
     "UserModel",
+    "UserState",
     "as_predictions",
     "freeze",
     "hashed_text_vector",

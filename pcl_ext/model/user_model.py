@@ -16,6 +16,7 @@ from pcl_ext.model.encoded import Encoded, Trunk, encode, encode_on_trunk
 from pcl_ext.model.layout import LayerPrefix, to_offsets
 from pcl_ext.model.memory import ContextualPrompt, hashed_text_vector
 from pcl_ext.model.task_module import Task
+from pcl_ext.model.user_state import UserState
 from pcl_ext.task import TaskSpec
 
 TAIL_ROWS = 16_384  # tails computed together: more would take memory and no less time
@@ -124,7 +125,7 @@ class UserModel(nn.Module):
         return self
 
     def forward(
-        self, batch: PackedBatch, task: str | None = None, *, task_index: Tensor | None = None
+        self, batch: PackedBatch | UserState, task: str | None = None, *, task_index: Tensor | None = None
     ) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
         """Outputs of a batch, for one task or for a task per row.
 
@@ -134,6 +135,11 @@ class UserModel(nn.Module):
         """
         if (task is None) == (task_index is None):
             raise ValueError("give either task or task_index")
+        if task is not None and isinstance(batch, UserState):
+            ((_, encoded),) = self._encode_each(batch, {task: self.task(task)})
+            return self.task(task)(encoded, self.backbone.table)
+        if isinstance(batch, UserState):
+            raise ValueError("task_index takes a PackedBatch, got a UserState; give task, or read state.batch()")
         if task is not None:
             return self.task(task)(self._encode(batch, [self.task(task)], None), self.backbone.table)
         index = self._check_task_index(batch, task_index)
@@ -189,7 +195,15 @@ class UserModel(nn.Module):
         lengths = torch.stack([prefix.offsets[1] for prefix in present])
         return LayerPrefix(keys, values, to_offsets(lengths), index)
 
-    def encode(self, batch: PackedBatch, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def user_state(self, batch: PackedBatch, *, keep: int | None = None) -> UserState:
+        """What is known of these users, to take new events by `extend` and to be read in place of a batch.
+
+        States of all rows are held where a task of the model reads them. keep: see `UserState`.
+        """
+        every_state = any(task.every_state for task in self.tasks.values())
+        return UserState.of(self.backbone, batch.to(self.device), every_state=every_state, keep=keep)
+
+    def encode(self, batch: PackedBatch | UserState, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
         """User vectors [B, F] for each of the tasks (all by default): what its head reads.
 
         Tasks without a prefix share one pass over what no tail prompt reaches, and only their tails are computed task
@@ -201,22 +215,31 @@ class UserModel(nn.Module):
         vectors = {name: parts[name].features(encoded) for name, encoded in self._encode_each(batch, parts)}
         return {name: vectors[name] for name in names}
 
-    def _encode_each(self, batch: PackedBatch, tasks: dict[str, Task]) -> Iterator[tuple[str, Encoded]]:
+    def _encode_each(self, batch: PackedBatch | UserState, tasks: dict[str, Task]) -> Iterator[tuple[str, Encoded]]:
         """The histories as each task reads them, in any order; few of them exist at a time."""
         shared = {name: task for name, task in tasks.items() if task.prefix() is None}
         tails = {name: task for name, task in shared.items() if task.tail() is not None and len(task.tail())}
-        for name, task in tasks.items():
-            if name not in shared or (len(shared) == 1 and tails):
-                yield name, self._encode(batch, [task], None)
         plain = [name for name in shared if name not in tails]
+        state = batch if isinstance(batch, UserState) else None
         every_state = any(task.every_state for task in shared.values())
-        if not tails:
-            if plain:
+        if state is not None:
+            _check_state(state, tasks, shared, every_state)
+        for name, task in tasks.items():
+            if name not in shared or (state is None and len(shared) == 1 and tails):
+                yield name, self._encode(batch, [task], None)
+        if plain and (state is not None or not tails):
+            if state is not None:
+                encoded = state.read()
+            else:
                 encoded = encode(self.backbone, batch, None, None, None, every_state=every_state)
-                yield from ((name, encoded) for name in plain)
-        elif len(shared) > 1:
+            yield from ((name, encoded) for name in plain)
+            plain = []
+        if tails and (state is not None or len(shared) > 1):
             longest = max(len(task.tail()) for task in tails.values())
-            trunk = Trunk.of(self.backbone, batch, longest, every_state=every_state)
+            if state is not None:
+                trunk = state.trunk(longest, every_state=every_state)
+            else:
+                trunk = Trunk.of(self.backbone, batch, longest, every_state=every_state)
             yield from _read_tails(trunk, shared, [plain] if plain else [], list(tails))
 
     @torch.no_grad()
@@ -252,6 +275,17 @@ def as_predictions(task: Task, output: Tensor, k: int) -> list[dict]:
     if task.spec.kind == "binary":
         return [{"probability": p} for p in output.sigmoid().tolist()]
     return [{"value": value} for value in output.tolist()]
+
+
+def _check_state(state: UserState, tasks: dict[str, Task], shared: dict[str, Task], every_state: bool) -> None:
+    if prefixed := [name for name in tasks if name not in shared]:
+        raise ValueError(
+            f"task {prefixed[0]!r} has a prefix, which every row of a history sees, and a UserState holds rows "
+            "without one; read state.batch() instead"
+        )
+    if every_state and not state.every_state:
+        name = next(name for name, task in shared.items() if task.every_state)
+        raise ValueError(f"task {name!r} reads the states of all rows; make the UserState with every_state=True")
 
 
 def _read_tails(

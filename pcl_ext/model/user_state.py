@@ -1,0 +1,240 @@
+"""UserState: what is known of histories, kept so that new events cost what they are and not what came before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model.backbone import Backbone
+from pcl_ext.model.encoded import Encoded, Piece, Trunk, pool
+from pcl_ext.model.layout import LayerPrefix, to_offsets
+
+ROOM = 32  # rows that a history is given ahead
+
+
+class UserState:
+    """Histories of B users with the keys and values of every layer, which take new events in O(new).
+
+    Needs a backbone that does not count positions from the end: rotary ones, or convolutions. What is held is without
+    prompts and therefore the same for all tasks; a tail prompt of P rows is read in O(P). Reading gives what a full
+    pass over `batch()` gives, up to rounding.
+
+    The window: a history that would grow past max_len is started again from its newest `keep` events, one full pass
+    over these; so a long history is read through a window of keep to max_len events. keep is 3/4 of max_len unless
+    given.
+    """
+
+    def __init__(self, backbone: Backbone, users: int, *, every_state: bool = False, keep: int | None = None):
+        """Empty histories. every_state: hold the states of all rows too, for tasks that read them (means, votes)."""
+        config = backbone.config
+        if config.counts_from_end:
+            raise ValueError(
+                "UserState needs positions that new events do not change, got positions='learned_from_end'; pretrain "
+                "a backbone with positions='rotary' or kind='nextitnet'"
+            )
+        if any(True for _ in backbone.parameters()):
+            raise ValueError("UserState needs a frozen backbone: call freeze_backbone() first")
+        keep = max(1, config.max_len * 3 // 4) if keep is None else keep
+        if not 1 <= keep <= config.max_len:
+            raise ValueError(f"keep must be in 1..max_len = {config.max_len}, got {keep}")
+        self.backbone, self.keep = backbone, keep
+        table = backbone.table
+        layers, shape = range(config.num_layers), (0, config.dim)
+        rows = shape if config.kind == "nextitnet" else (0, config.num_heads, config.dim // config.num_heads)
+        self.starts, self.lengths = (torch.zeros(users + n, dtype=torch.int64, device=table.device) for n in (1, 0))
+        self.items = self.lengths.new_zeros(0)
+        self.keys, self.values = ([table.new_zeros(rows) for _ in layers] for _ in range(2))
+        self.newest = table.new_zeros(users, config.dim)
+        depths = range(config.num_layers + 1) if every_state else ()
+        self.states = [table.new_zeros(shape) for _ in depths]
+        self.totals = [table.new_zeros(users, config.dim) for _ in depths]
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, batch: PackedBatch, *, every_state: bool = False, keep: int | None = None
+    ) -> UserState:
+        """The state after the events of a batch."""
+        state = cls(backbone, len(batch), every_state=every_state, keep=keep)
+        state.extend(batch)
+        return state
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def every_state(self) -> bool:
+        """Whether states of all rows are held."""
+        return bool(self.states)
+
+    def batch(self) -> PackedBatch:
+        """The histories as they are held: after the window, in order."""
+        items, offsets = self._items()
+        return PackedBatch.from_packed(items.cpu(), offsets.cpu()).to(items.device)
+
+    @torch.no_grad()
+    def extend(self, batch: PackedBatch) -> None:
+        """Take the new events of every user [B], oldest first; a user may have none."""
+        if len(batch) != len(self):
+            raise ValueError(f"batch must hold a history of new events for each of {len(self)} users, got {len(batch)}")
+        config, items, offsets = self.backbone.config, batch.items.long(), batch.offsets
+        if len(items) and not 1 <= int(items.min()) <= int(items.max()) <= config.num_items:
+            raise ValueError(f"items must be in 1..{config.num_items}, got {int(items.min())}..{int(items.max())}")
+        over = (self.lengths + batch.lengths > config.max_len).nonzero()[:, 0]
+        if len(over):
+            events = list(items.split(batch.lengths.tolist()))
+            for user, start, length in zip(over.tolist(), self.starts[over].tolist(), self.lengths[over].tolist()):
+                events[user] = torch.cat([self.items[start : start + length], events[user]])[-self.keep :]
+            items, offsets = torch.cat(events), to_offsets(offsets.new_tensor([len(part) for part in events]))
+            self.lengths[over] = 0
+            for total in self.totals:
+                total[over] = 0
+        self._append(items, offsets)
+
+    def _append(self, items: Tensor, offsets: Tensor) -> None:
+        new = offsets.diff()
+        self._make_room(self.lengths + new)
+        rows = self.backbone.embed(items, offsets)
+        read = "every" if self.every_state else "newest"
+        states, kept = self.backbone.run(rows, offsets, prefix=self._prefix(self.lengths), read=read)
+        place = _places(self.starts[:-1] + self.lengths, new)
+        self.items[place] = items
+        stored = [*self.keys, *self.values, *self.states]
+        for target, fresh in zip(stored, [*kept.keys, *kept.values, *states]):
+            target[place] = fresh.to(target.dtype)
+        filled = (new > 0).nonzero()[:, 0]
+        top = states[-1].index_select(0, offsets[1:][filled] - 1) if self.every_state else states[-1]
+        self.newest[filled] = top.to(self.newest.dtype)
+        for total, state in zip(self.totals, states):
+            total += pool(state, torch.arange(len(state), device=state.device), offsets)
+        self.lengths = self.lengths + new
+
+    def _make_room(self, lengths: Tensor) -> None:
+        """Give users more rows where theirs do not hold so many; all are moved then, seldom."""
+        room = self.starts.diff()
+        if not bool((lengths > room).any()):
+            return
+        limit = self.backbone.config.max_len
+        room = torch.where(lengths > room, (lengths + torch.clamp_min(lengths // 4, ROOM)).clamp_max(limit), room)
+        self._move(to_offsets(room), torch.arange(len(self), device=room.device))
+
+    def _move(self, starts: Tensor, users: Tensor) -> None:
+        """Lay out anew: the rows of some users [b] at starts [b + 1]."""
+        lengths = self.lengths[users]
+        old, new = _places(self.starts[users], lengths), _places(starts[:-1], lengths)
+
+        def moved(rows: Tensor) -> Tensor:
+            fresh = rows.new_zeros(int(starts[-1]), *rows.shape[1:])
+            fresh[new] = rows[old]
+            return fresh
+
+        self.items = moved(self.items)
+        for rows in (self.keys, self.values, self.states):
+            rows[:] = [moved(row) for row in rows]
+        self.starts, self.lengths = starts, lengths
+
+    def _prefix(self, lengths: Tensor) -> LayerPrefix:
+        """The first `lengths` [B] rows of each user as the prefix of what comes after; nobody sees the others."""
+        ends = torch.stack([self.starts[:-1], self.starts[:-1] + lengths], 1).flatten()
+        index = 2 * torch.arange(len(lengths), device=lengths.device)
+        return LayerPrefix(self.keys, self.values, torch.cat([ends, self.starts[-1:]]), index)
+
+    def _items(self) -> tuple[Tensor, Tensor]:
+        return self.items[_places(self.starts[:-1], self.lengths)], to_offsets(self.lengths)
+
+    def read(self) -> Encoded:
+        """The histories as a task without prompts reads them."""
+        items, offsets = self._items()
+        return Encoded(items, offsets, self.newest, self._pieces(items, offsets, self.lengths, None))
+
+    def trunk(self, length: int, *, every_state: bool) -> Trunk:
+        """The histories up to their newest `length` rows, as `Trunk.of` gives them, at the cost of these rows."""
+        items, offsets = self._items()
+        tails = self.lengths.clamp_max(length)
+        before = self.lengths - tails
+        rows = _places(self.starts[:-1] + before, tails)
+        pieces = self._pieces(items, offsets, before, rows) if every_state else [None]
+        tail_offsets = to_offsets(tails)
+        return Trunk(self.backbone, items, offsets, self._prefix(before), pieces[0], self.items[rows], tail_offsets)
+
+    def _pieces(self, items: Tensor, offsets: Tensor, lengths: Tensor, left_out: Tensor | None) -> list[Piece]:
+        """The first `lengths` rows of each history with their states; left_out: the rows [N] after these."""
+        if not self.every_state:
+            return []
+        place = _places(self.starts[:-1], lengths)
+        totals = dict(enumerate(self.totals))
+        if left_out is not None:
+            tails = to_offsets(offsets.diff() - lengths)
+            totals = {depth: total - pool(self.states[depth], left_out, tails) for depth, total in totals.items()}
+            items = self.items[place]
+        return [Piece(_Rows(self.states, place), items, to_offsets(lengths), totals)]
+
+    def select(self, users: Tensor) -> UserState:
+        """The state of some of the users [b] int64, a copy."""
+        part = UserState(self.backbone, 0, every_state=self.every_state, keep=self.keep)
+        for name in ("items", "keys", "values", "states", "starts", "lengths"):
+            value = getattr(self, name)
+            setattr(part, name, list(value) if isinstance(value, list) else value)
+        part._move(to_offsets(self.starts.diff()[users]), users)
+        part.newest, part.totals = self.newest[users], [total[users] for total in self.totals]
+        return part
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as plain tensors, for `store.save_tensors`; `backbone` is a hash of the backbone's own."""
+        parts = {"keys": self.keys, "values": self.values, "states": self.states, "totals": self.totals}
+        named = {f"{name}.{depth}": t for name, rows in parts.items() for depth, t in enumerate(rows)}
+        single = {name: getattr(self, name) for name in ("items", "starts", "lengths", "newest")}
+        return named | single | {"keep": torch.tensor(self.keep), "backbone": _hash(self.backbone)}
+
+    @classmethod
+    def from_tensors(cls, backbone: Backbone, tensors: Mapping[str, Tensor]) -> UserState:
+        """What `tensors` gave. ValueError where a tensor is missing, or they are of another backbone."""
+        wanted = cls(backbone, 0, every_state="states.0" in tensors).tensors()
+        if missing := sorted(wanted.keys() - tensors.keys()):
+            raise ValueError(f"tensors must hold {missing[0]!r}, they hold {', '.join(sorted(tensors))}")
+        if not torch.equal(tensors["backbone"].cpu(), wanted["backbone"]):
+            raise ValueError("tensors are the state of another backbone; make it again from the users' histories")
+        state = cls(backbone, 0, every_state="states.0" in tensors, keep=int(tensors["keep"]))
+        for name in wanted.keys() - {"keep", "backbone"}:
+            part, _, depth = name.partition(".")
+            tensor = tensors[name].to(backbone.table.device)
+            if depth:
+                getattr(state, part)[int(depth)] = tensor
+            else:
+                setattr(state, part, tensor)
+        return state
+
+
+class _Rows(Sequence):
+    """States of some rows, layer by layer, gathered only where they are asked for."""
+
+    def __init__(self, stored: list[Tensor], place: Tensor):
+        self.stored, self.place = stored, place
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, depth: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(depth, slice):
+            return [rows.index_select(0, self.place) for rows in self.stored[depth]]
+        return self.stored[depth].index_select(0, self.place)
+
+
+def _places(first: Tensor, lengths: Tensor) -> Tensor:
+    """Rows first[b] .. first[b] + lengths[b] - 1 of every b, in order."""
+    offsets = to_offsets(lengths)
+    total = int(offsets[-1])
+    return torch.arange(total, device=first.device) + (first - offsets[:-1]).repeat_interleave(
+        lengths, output_size=total
+    )
+
+
+def _hash(backbone: Backbone) -> Tensor:
+    """[32] uint8, sha256 of a backbone's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)

@@ -1,0 +1,116 @@
+"""A UserState that has taken events bit by bit reads like a full pass over them, on every backbone that allows it."""
+
+import pytest
+import torch
+from test_backbone_kinds import KINDS, make
+from test_user_model import SPECS, V, add, histories, pack
+
+from pcl_ext import store
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model import Backbone, BackboneConfig, UserState
+from pcl_ext.task import TaskSpec
+
+LENGTHS = [[5, 0, 1, 12, 3, 0], [1, 2, 0, 3, 1, 0], [4, 1, 0, 0, 9, 0]]  # rounds of events of six users
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return make(request.param)
+
+
+def rounds(lengths=LENGTHS):
+    return [histories(row, seed) for seed, row in enumerate(lengths)]
+
+
+def grown(model, events, **options):
+    """A state that took the events round by round."""
+    state = model.user_state(pack(events[0]), **options)
+    for new in events[1:]:
+        state.extend(pack(new))
+    return state
+
+
+def joined(events):
+    return [sum(parts, []) for parts in zip(*events)]
+
+
+@pytest.mark.parametrize("readout", [("last",), ("last", "mean", "item_memory")], ids=str)
+@pytest.mark.parametrize("length", [0, 3, 25])
+def test_equals_a_full_pass(model, length, readout):
+    events = rounds()
+    for name in SPECS:
+        add(model, name, "tail", length, readout=readout)
+    add_plain(model, readout)
+    state, batch = grown(model, events), pack(joined(events))
+    assert torch.equal(state.batch().items, batch.items)
+    assert torch.equal(state.batch().offsets, batch.offsets)
+    together = model.encode(state)
+    for name in model.task_names:
+        torch.testing.assert_close(together[name], model.encode(batch, [name])[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(state, name), model(batch, name), rtol=1e-4, atol=1e-5)
+
+
+def add_plain(model, readout):
+    SPECS["plain"] = TaskSpec("plain", "binary")
+    add(model, "plain", "none", readout=readout)
+    del SPECS["plain"]
+
+
+def test_votes_of_a_history_need_all_states(model):
+    task = model.add_task(TaskSpec("again", "items", repeats=True))
+    torch.nn.init.normal_(task.repeats.vote.weight)
+    torch.nn.init.normal_(task.tail())
+    events = rounds()
+    torch.testing.assert_close(model(grown(model, events), "again"), model(pack(joined(events)), "again"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keep", [None, 1, 8])
+def test_a_full_window_starts_again_from_its_newest_events(kind, keep):
+    model = make(kind, max_len=8)
+    add(model, "click", "tail", 3, readout=("last", "mean"))
+    state, held = UserState(model.backbone, 6, every_state=True, keep=keep), [[] for _ in range(6)]
+    for new in rounds([*LENGTHS, [0, 0, 0, 30, 2, 1], [1] * 6]):
+        held = [old + more for old, more in zip(held, new)]
+        state.extend(PackedBatch.from_lists(new, num_items=V, max_len=100))
+        held = [ids if len(ids) <= 8 else ids[-(keep or 6) :] for ids in held]
+        batch = PackedBatch.from_lists(held, num_items=V, max_len=8)
+        assert torch.equal(state.batch().items, batch.items)
+        torch.testing.assert_close(model(state, "click"), model(batch, "click"))
+
+
+def test_there_and_back_and_some_users(model, tmp_path):
+    add(model, "click", "tail", 3)
+    state = grown(model, rounds())
+    store.save_tensors(tmp_path / "state.safetensors", state.tensors(), {})
+    loaded = UserState.from_tensors(model.backbone, store.load_tensors(tmp_path / "state.safetensors")[0])
+    assert torch.equal(model(loaded, "click"), model(state, "click"))
+    users = torch.tensor([3, 0, 5])
+    some = state.select(users)
+    torch.testing.assert_close(model(some, "click"), model(state, "click")[users])
+    some.extend(pack([[1, 2], [], [3]]))
+    loaded.extend(pack([[], [], [], [1, 2], [], [3]]))
+    torch.testing.assert_close(model(some, "click"), model(loaded, "click")[users])
+    torch.testing.assert_close(model(state, "click"), model(state.batch(), "click"))  # untouched
+
+
+def test_mistakes_are_named(model):
+    state = model.user_state(pack(histories()))
+    add(model, "click", "prefix")
+    add(model, "age", "tail", readout=("mean",))
+    with pytest.raises(ValueError, match="'click' has a prefix"):
+        model(state, "click")
+    with pytest.raises(ValueError, match="'age' reads the states of all rows"):
+        model(state, "age")
+    with pytest.raises(ValueError, match="each of 6 users, got 1"):
+        state.extend(pack([[1]]))
+    tensors = state.tensors()
+    model.backbone.table.add_(1)
+    with pytest.raises(ValueError, match="another backbone"):
+        UserState.from_tensors(model.backbone, tensors)
+    with pytest.raises(ValueError, match="must hold 'backbone'"):
+        UserState.from_tensors(model.backbone, {})
+    with pytest.raises(ValueError, match="learned_from_end"):
+        UserState(Backbone(BackboneConfig(V)), 1)
+    with pytest.raises(ValueError, match="frozen backbone"):
+        UserState(Backbone(BackboneConfig(V, positions="rotary")), 1)
