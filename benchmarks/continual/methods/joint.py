@@ -15,8 +15,9 @@ from benchmarks.continual.union import Share, Union, UnionBatch
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import ExampleBatch
 from pcl_ext.model import Backbone, Encoded, Task, UserModel, task_loss
-from pcl_ext.model.backbone import NamedModules, newest_rows
+from pcl_ext.model.backbone import NamedModules
 from pcl_ext.model.encoded import encode
+from pcl_ext.model.layout import newest_rows
 from pcl_ext.train import PretrainConfig
 
 
