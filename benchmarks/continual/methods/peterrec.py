@@ -32,14 +32,9 @@ class PatchedLayer(nn.Module):
         super().__init__()
         self.layer, self.patch = layer, patch
 
-    def queries_keys_values(self, *rows):
-        return self.layer.queries_keys_values(*rows)
-
-    def keys_values(self, *rows):
-        return self.layer.keys_values(*rows)
-
-    def finish(self, *rows) -> Tensor:
-        return self.patch(self.layer.finish(*rows))
+    def forward(self, *rows):
+        output, kept = self.layer(*rows)
+        return self.patch(output), kept
 
 
 def patched(backbone: Backbone, patches: nn.ModuleList) -> Backbone:
