@@ -10,7 +10,7 @@ from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
-from pcl_ext.model.memory import (
+from pcl_ext.model.memories import (
     ContextualPrompt,
     ItemMemory,
     LastState,

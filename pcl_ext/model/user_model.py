@@ -12,7 +12,7 @@ from pcl_ext.batch import PackedBatch
 from pcl_ext.model.backbone import Backbone, LayerPrefix, NamedModules, freeze
 from pcl_ext.model.config import MemoryConfig
 from pcl_ext.model.encoded import Encoded, encode, encode_on_trunk
-from pcl_ext.model.memory import ContextualPrompt, hashed_text_vector
+from pcl_ext.model.memories import ContextualPrompt, hashed_text_vector
 from pcl_ext.model.task_module import Task
 from pcl_ext.task import TaskSpec
 
