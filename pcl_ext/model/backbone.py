@@ -125,7 +125,7 @@ class Backbone(nn.Module):
             elif last and read == "newest" and not prefix:
                 k, v = layer.keys_values(x)
                 x = x.index_select(0, newest_rows(offsets))
-                x = layer.finish(x, _attend_newest(*layer.queries_keys_values(x), offsets, k, v))
+                x = layer.finish(x, attend_newest(*layer.queries_keys_values(x), offsets, k, v))
             else:
                 q, k, v = layer.queries_keys_values(x)
                 attended = ops.prompt_attention(q, k, v, offsets, *shared, plan=plan)
@@ -164,7 +164,7 @@ def newest_rows(offsets: Tensor) -> Tensor:
     return offsets[1:][offsets.diff() > 0] - 1
 
 
-def _attend_newest(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, all_k: Tensor, all_v: Tensor) -> Tensor:
+def attend_newest(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, all_k: Tensor, all_v: Tensor) -> Tensor:
     """The newest rows q, k, v [m, H, d] of the histories, each attending to its own history all_k, all_v [T, H, d].
 
     What lies before a newest row is its prefix; the newest rows in between are prefixes that nobody sees.

@@ -16,7 +16,7 @@ from pcl_ext.model.backbone import Backbone, LayerPrefix, newest_rows
 class Piece:
     """Consecutive rows of every history, oldest first.
 
-    states   num_layers + 1 tensors [T, D], the last one normalised
+    states   num_layers + 1 tensors [T, D], the last one normalised; num_layers where nobody reads all rows of that one
     items    [T] ids
     offsets  [B + 1] int64
     """
@@ -25,9 +25,9 @@ class Piece:
     items: Tensor
     offsets: Tensor
 
-    def pool(self, rows: Tensor) -> Tensor:
-        """rows [T, F] -> [B, F], summed over each history."""
-        return pool(rows, torch.arange(len(rows), device=rows.device), self.offsets)
+    def pool(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """rows [T, F], weights [T] -> [B, F], summed over each history."""
+        return pool(rows, torch.arange(len(rows), device=rows.device), self.offsets, weights)
 
     def users(self) -> Tensor:
         """[T] int64, which history each row belongs to."""
@@ -46,13 +46,27 @@ class Encoded:
     items    [T] ids
     offsets  [B + 1] int64
     newest   [B, D] last state of each history; 0 where it is empty
-    pieces   together all rows of every history with their states; none where only the newest are read
+    pieces   together all rows of every history with their states, older rows in an earlier piece; none where only the
+             newest are read
     """
 
     items: Tensor
     offsets: Tensor
     newest: Tensor
     pieces: list[Piece]
+
+    def rows(self, depth: int) -> Tensor:
+        """[T, D], the states of a layer (0: the embeddings) in the order of `items`."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].states[depth]
+        starts = self.offsets[:-1].clone()
+        places, states = [], []
+        for piece in self.pieces:
+            within = torch.arange(len(piece.items), device=starts.device) - piece.offsets[:-1][piece.users()]
+            places.append(starts[piece.users()] + within)
+            states.append(piece.states[depth])
+            starts = starts + piece.offsets.diff()
+        return torch.cat(states)[torch.cat(places).argsort()]
 
     def mean(self, depth: int) -> Tensor:
         """[B, D], the states of a layer (0: the embeddings) averaged over each history; 0 where it is empty."""
@@ -93,18 +107,27 @@ def encode(
     prefix: LayerPrefix | None,
     *,
     every_state: bool,
+    lower_states: bool = False,
 ) -> Encoded:
-    """One pass over a batch. every_state: all rows' states are read, not the newest ones alone.
+    """One pass over a batch. every_state: all rows' states are read, not the newest ones alone; lower_states: all rows'
+    but those of the last layer.
 
     prompt [K, P, D] and index [B] as in `ops.embed`.
     """
     states = backbone(batch, prompt, index, prefix, "every" if every_state else "newest")
-    pieces = [Piece(states, batch.items, batch.offsets)] if every_state else []
-    return Encoded(batch.items, batch.offsets, _newest(states[-1], batch.offsets, every_state), pieces)
+    kept = states if every_state else states[:-1]
+    pieces = [Piece(kept, batch.items, batch.offsets)] if every_state or lower_states else []
+    return Encoded(batch.items, batch.offsets, newest_of(states[-1], batch.offsets, every_state), pieces)
 
 
 def encode_on_trunk(
-    backbone: Backbone, batch: PackedBatch, prompt: Tensor, index: Tensor | None, *, every_state: bool
+    backbone: Backbone,
+    batch: PackedBatch,
+    prompt: Tensor,
+    index: Tensor | None,
+    *,
+    every_state: bool,
+    lower_states: bool = False,
 ) -> list[Encoded]:
     """A batch read in one or more ways that differ by their tail prompts alone: the shared trunk once, then the tails.
 
@@ -122,10 +145,12 @@ def encode_on_trunk(
     prefix = replace(kept, index=torch.arange(len(batch), device=items.device).repeat(ways))
     rows = backbone.embed(items, offsets, prompt, index)
     states, _ = backbone.run(rows, offsets, prefix=prefix, read="every" if every_state else "newest")
-    top = _newest(states[-1], offsets, every_state)
+    top = newest_of(states[-1], offsets, every_state)
     tops = top.split(len(batch)) if len(batch) else [top] * ways
-    if not every_state:
+    if not every_state and not lower_states:
         return [Encoded(batch.items, batch.offsets, top, []) for top in tops]
+    if not every_state:
+        trunk, states = trunk[:-1], states[:-1]
     parts = zip(*(state.split(len(tail_items)) for state in states)) if len(tail_items) else [states] * ways
     first = Piece(trunk, trunk_items, trunk_offsets)
     return [
@@ -142,7 +167,7 @@ def _cut(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return batch.items[~in_tail], _offsets(batch.lengths - kept), batch.items[in_tail], _offsets(kept)
 
 
-def _newest(states: Tensor, offsets: Tensor, every_state: bool) -> Tensor:
+def newest_of(states: Tensor, offsets: Tensor, every_state: bool) -> Tensor:
     """[B, D], the newest states among every one [T, D] or given as they are [m, D]; 0 where a history is empty."""
     rows = states.index_select(0, newest_rows(offsets)) if every_state else states
     filled = offsets.diff() > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,8 +14,11 @@ from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
 from pcl_ext.model.memories import (
     ContextualPrompt,
+    EarlierReadouts,
     ItemMemory,
     LastState,
+    LearnedPool,
+    LowRankPrompts,
     MeanStates,
     Memory,
     PrefixPrompt,
@@ -27,24 +32,26 @@ SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
 class Task(nn.Module):
     """Memories and head of one task, open (trainable) until `close` folds and freezes it.
 
-    depends_on  names of the tasks whose stored prompts the contextual prompt was made from
+    earlier     closed tasks whose readouts this one reads, where its configuration says so
+    depends_on  names of the tasks that it was made from: these, or those its contextual prompt attended to
     """
 
-    def __init__(
-        self, spec: TaskSpec, config: MemoryConfig, backbone: Backbone, context: ContextualPrompt | None = None
-    ):
+    def __init__(self, spec: TaskSpec, config: MemoryConfig, backbone: Backbone, earlier: Sequence[Task] = ()):
         super().__init__()
-        self.spec, self.config, self.depends_on, self.closed = spec, config, [], False
-        shape = backbone.config
+        self.spec, self.config, self.closed = spec, config, False
+        self.depends_on = [task.spec.name for task in earlier]
         self.memories = NamedModules()
+        shape = backbone.config
         if config.placement in ("tail", "both"):
             self.memories["tail"] = TailPrompt(config.prompt_len, shape.dim)
         if config.placement in ("prefix", "both"):
             self.memories["prefix"] = PrefixPrompt(config.prompt_len, shape.dim)
+        if config.low_rank:
+            self.memories["low_rank"] = LowRankPrompts(backbone, config.low_rank)
         self.tied = spec.kind == "items" and self._is_tied(backbone)
         for name in config.readout or self._default_readout():
-            self.memories[name] = self._readout(name, shape)
-        self.context = context
+            self.memories[name] = self._readout(name, shape, earlier)
+        self.context: ContextualPrompt | None = None
         self.repeats = RepeatScores(shape.dim) if spec.repeats else None
         self.dropout = nn.Dropout(config.dropout)
         fixed = [memory.standardise for memory in self.memories.values() for _ in range(memory.num_features)]
@@ -58,13 +65,17 @@ class Task(nn.Module):
             return ("last", "mean", "item_memory")
         return ("last",) if self.tied else ("last", "item_memory")
 
-    def _readout(self, name: str, shape: BackboneConfig) -> Memory:
+    def _readout(self, name: str, shape: BackboneConfig, earlier: Sequence[Task]) -> Memory:
         if name == "last":
             return LastState(shape)
         if name == "mean":
             return MeanStates(shape)
+        if name == "pooled":
+            return LearnedPool(shape, self.config.pooled_units, self.config.item_dropout)
+        if name == "earlier":
+            return EarlierReadouts(shape, earlier, self.config.earlier_units)
         width = self.config.item_width or (shape.dim if self.spec.kind == "items" else 16)
-        return ItemMemory(shape, width, self.config.item_dropout)
+        return ItemMemory(shape.num_items, width, self.config.item_dropout, self.config.item_rows)
 
     def _is_tied(self, backbone: Backbone) -> bool:
         """Whether items are scored against the frozen table; lists the catalogue and its columns."""
@@ -125,8 +136,29 @@ class Task(nn.Module):
         """Whether this task reads the states of all rows of a history, not the newest ones alone."""
         return self.repeats is not None or any(memory.every_state for memory in self.memories.values())
 
+    @property
+    def lower_states(self) -> bool:
+        """Whether this task reads the states of all rows of a history below the last layer."""
+        return any(memory.lower_states for memory in self.memories.values())
+
+    def reread(self, encoded: Encoded) -> Encoded:
+        """The histories as this task's readouts see them."""
+        for memory in self.memories.values():
+            encoded = memory.reread(encoded) or encoded
+        return encoded
+
     def features(self, encoded: Encoded) -> Tensor:
         """[B, F], what the head reads."""
+        return self._features(self.reread(encoded))
+
+    def standardised(self, encoded: Encoded) -> Tensor:
+        """[B, F], the features as the head takes them."""
+        return self._standardised(self.reread(encoded))
+
+    def _standardised(self, encoded: Encoded) -> Tensor:
+        return (self._features(encoded) - self.shift) * self.scale
+
+    def _features(self, encoded: Encoded) -> Tensor:
         parts = [memory.features(encoded) for memory in self.memories.values() if memory.num_features]
         return torch.cat(parts, dim=1)
 
@@ -137,17 +169,18 @@ class Task(nn.Module):
         """
         if self.spec.kind == "items":
             return self.item_scores(self.queries(encoded), encoded, table)
-        output = self.head(self._head_features(encoded))
+        output = self.head(self._head_features(self.reread(encoded)))
         if self.spec.kind == "classes":
             return output
         return output[:, 0] * self.head.unit[1] + self.head.unit[0]
 
     def _head_features(self, encoded: Encoded) -> Tensor:
-        features = (self.features(encoded) - self.shift) * self.scale
+        features = self._standardised(encoded)
         return torch.where(self.fixed, self.dropout(features), features)
 
     def queries(self, encoded: Encoded) -> Tensor:
         """[B, D], what the items of an items task are scored against."""
+        encoded = self.reread(encoded)
         return self.head.queries(self._head_features(encoded), encoded.newest)
 
     def item_scores(

@@ -60,7 +60,7 @@ class UserModel(nn.Module):
         if spec.name in self.tasks:
             raise ValueError(f"task {spec.name!r} is there already; remove_task it first")
         config = config or MemoryConfig()
-        task = Task(spec, config, self.backbone)
+        task = Task(spec, config, self.backbone, self._earlier(spec.name, config, depends_on if closed else None))
         task.register_buffer("text", hashed_text_vector(spec.description or spec.name) if text is None else text)
         if config.contextual != "none" and not closed:
             task.context, task.depends_on = self._context(task), list(self._context_sources(config))
@@ -69,6 +69,16 @@ class UserModel(nn.Module):
             task.close()
         self.tasks[spec.name] = task.to(self.device).train(self.training and not closed)
         return task
+
+    def _earlier(self, name: str, config: MemoryConfig, names: Sequence[str] | None) -> list[Task]:
+        """Tasks whose readouts a new one reads: those named, else all closed ones that read what it reads."""
+        if "earlier" not in (config.readout or ()):
+            return []
+        if names is None:
+            return [task for task in self.tasks.values() if task.closed and task.config.placement == "none"]
+        if missing := [other for other in names if other not in self.tasks]:
+            raise ValueError(f"task {name!r} reads task {missing[0]!r}, which is not there; restore that one first")
+        return [self.tasks[other] for other in names]
 
     def _context_sources(self, config: MemoryConfig) -> list[str]:
         """Closed tasks that the contextual prompt of a new one reads."""
@@ -94,11 +104,13 @@ class UserModel(nn.Module):
         self.task(name).close()
 
     def remove_task(self, name: str) -> None:
-        """Forget a task. Raises where another one was made from it only if that one is still open."""
+        """Forget a task. Raises where an open task is being made from it, or where one reads it for good."""
         self.task(name)
-        users = [other for other, task in self.tasks.items() if name in task.depends_on and not task.closed]
-        if users:
-            raise ValueError(f"task {name!r} is read by open tasks: {', '.join(users)}; close them first")
+        users = {other: task for other, task in self.tasks.items() if name in task.depends_on}
+        if readers := [other for other, task in users.items() if "earlier" in task.memories]:
+            raise ValueError(f"task {name!r} is read by: {', '.join(readers)}; remove them first")
+        if learners := [other for other, task in users.items() if not task.closed]:
+            raise ValueError(f"task {name!r} is read by open tasks: {', '.join(learners)}; close them first")
         del self.tasks[name]
 
     def task(self, name: str) -> Task:
@@ -156,11 +168,11 @@ class UserModel(nn.Module):
         """
         prompt, prompt_index = _stack_tails(tasks, index)
         prefix = self._prefix(batch, tasks, index)
-        every_state = any(task.every_state for task in tasks)
+        reads = what_is_read(tasks)
         learns = prompt is not None and prompt.requires_grad and torch.is_grad_enabled()
         if learns and prefix is None and self.backbone_frozen:
-            return encode_on_trunk(self.backbone, batch, prompt, prompt_index, every_state=every_state)[0]
-        return encode(self.backbone, batch, prompt, prompt_index, prefix, every_state=every_state)
+            return encode_on_trunk(self.backbone, batch, prompt, prompt_index, **reads)[0]
+        return encode(self.backbone, batch, prompt, prompt_index, prefix, **reads)
 
     def _prefix(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> LayerPrefix | None:
         rows = [task.prefix() for task in tasks]
@@ -188,11 +200,11 @@ class UserModel(nn.Module):
             tasks = [parts[name] for name in shared]
             ways = torch.arange(len(tasks), device=self.device).repeat_interleave(len(batch))
             prompt, index = _stack_tails(tasks, ways)
-            every_state = any(task.every_state for task in tasks)
+            reads = what_is_read(tasks)
             if prompt is not None:
-                together = encode_on_trunk(self.backbone, batch, prompt, index, every_state=every_state)
+                together = encode_on_trunk(self.backbone, batch, prompt, index, **reads)
             else:
-                together = [encode(self.backbone, batch, None, None, None, every_state=every_state)] * len(tasks)
+                together = [encode(self.backbone, batch, None, None, None, **reads)] * len(tasks)
             encoded = dict(zip(shared, together))
         return {
             name: part.features(encoded[name] if name in encoded else self._encode(batch, [part], None))
@@ -232,6 +244,11 @@ def as_predictions(task: Task, output: Tensor, k: int) -> list[dict]:
     if task.spec.kind == "binary":
         return [{"probability": p} for p in output.sigmoid().tolist()]
     return [{"value": value} for value in output.tolist()]
+
+
+def what_is_read(tasks: Sequence[Task]) -> dict[str, bool]:
+    """Which states of a history the tasks read besides its newest one, as `encode` takes it."""
+    return {name: any(getattr(task, name) for task in tasks) for name in ("every_state", "lower_states")}
 
 
 def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

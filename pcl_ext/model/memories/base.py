@@ -12,7 +12,8 @@ class Memory(nn.Module):
 
     num_features = 0
     standardise = True  # whether the head scales these features to mean 0, deviation 1 before the task learns
-    every_state = False  # whether features() reads the states of all rows, not the newest ones alone
+    every_state = False  # whether it reads the states of all rows in all layers, not the newest ones alone
+    lower_states = False  # whether it reads those of all rows below the last layer
 
     def tail(self) -> Tensor | None:
         """[P, D], added to the P newest embeddings of a history, row P - 1 to the newest."""
@@ -20,6 +21,10 @@ class Memory(nn.Module):
 
     def prefix(self) -> Tensor | None:
         """[P, D], rows in front of a history."""
+        return None
+
+    def reread(self, encoded: Encoded) -> Encoded | None:
+        """The histories as the task's readouts shall see them, where the memory changes that."""
         return None
 
     def features(self, encoded: Encoded) -> Tensor | None:

@@ -6,26 +6,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcl_ext.model.config import BackboneConfig
 from pcl_ext.model.encoded import Encoded, pool
 from pcl_ext.model.memories.base import Memory
+
+_MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # constants of splitmix64 (Steele et al., 2014)
 
 
 class ItemMemory(Memory):
     """A table of the task's own, [V + 1, width], summed over the history and divided by sqrt(n): memory by item.
 
-    While the task learns, each event is left out with probability `dropout`: the bag of items must not be learned by
-    heart.
+    With more items than `rows` the table is [rows, width], and an item is the sum of two of its rows, each with a sign,
+    that its id picks (Weinberger et al., 2009): a task does not grow with the catalogue, and two items that share one
+    row hardly ever share the other. While the task learns, each event is left out with probability `dropout`: the bag
+    of items must not be learned by heart.
     """
 
     standardise = False
 
-    def __init__(self, config: BackboneConfig, width: int, dropout: float):
+    def __init__(self, num_items: int, width: int, dropout: float, rows: int):
         super().__init__()
         self.num_features, self.dropout = width, dropout
-        self.table = nn.Parameter(torch.randn(config.num_items + 1, width) * 0.1)
+        self.hashed = num_items + 1 > rows
+        deviation = 0.1 * 2**-0.5 if self.hashed else 0.1
+        self.table = nn.Parameter(torch.randn(rows if self.hashed else num_items + 1, width) * deviation)
+        if self.hashed:
+            index, sign = hashed_rows(num_items, rows)
+            self.register_buffer("index", index, persistent=False)
+            self.register_buffer("sign", sign, persistent=False)
 
     def features(self, encoded: Encoded) -> Tensor:
         scale = encoded.offsets.diff().clamp_min(1).to(self.table.dtype).rsqrt()
         weights = F.dropout(scale[encoded.users()], self.dropout, self.training)
-        return pool(self.table, encoded.items, encoded.offsets, weights)
+        if not self.hashed:
+            return pool(self.table, encoded.items, encoded.offsets, weights)
+        items = encoded.items.long()
+        weights = weights[:, None] * self.sign[items].to(weights)
+        return pool(self.table, self.index[items].flatten(), encoded.offsets * 2, weights.flatten())
+
+
+def hashed_rows(num_items: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The two rows, [V + 1, 2] int64, and their signs, [V + 1, 2] int8, of each item: always the same ones."""
+    ids = torch.arange(num_items + 1, dtype=torch.int64)[:, None]
+    mixed = (ids * 2 + torch.arange(2) + 1) * _signed(_MIX[0])
+    for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
+        mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
+    mixed = mixed ^ _shifted(mixed, 31)
+    return _shifted(mixed, 1) % rows, ((mixed & 1) * 2 - 1).to(torch.int8)
+
+
+def _signed(word: int) -> int:
+    """An unsigned 64-bit word as int64 has it."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(words: Tensor, places: int) -> Tensor:
+    """int64 words moved right as unsigned ones."""
+    return (words >> places) & ((1 << (64 - places)) - 1)
