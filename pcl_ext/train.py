@@ -112,8 +112,8 @@ def learn_task(
             return epoch_batches(dataset, examples, config, max_len, epoch, start)
 
         def loss(batch) -> Tensor:
-            output = model(batch.history, name)
-            return task_loss(task.spec, output, task.columns(batch.target), batch.target_row)
+            outputs, target = model.member_outputs(batch.history, name), task.columns(batch.target)
+            return sum(task_loss(task.spec, output, target, batch.target_row) for output in outputs) / len(outputs)
 
         infer.fit_head(model, dataset, name)
         tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
@@ -148,12 +148,12 @@ def _rates(task: Task, config: LearnConfig) -> list[tuple]:
     A label is one number a user, so a rare item has few and small gradients. Adam would move its row as far as a common
     item's; with RARE_EPS it moves in proportion to its gradient.
     """
-    table = task.memories["item_memory"].table if "item_memory" in task.memories else None
-    rest = [p for p in task.memory_parameters() if p is not table]
-    groups = [(rest, config.learning_rate), (list(task.head.parameters()), config.head_rate)]
-    if table is not None:
+    tables = task.item_tables()
+    rest = [p for p in task.memory_parameters() if not any(p is table for table in tables)]
+    groups = [(rest, config.learning_rate), (task.head_parameters(), config.head_rate)]
+    if tables:
         eps = (RARE_EPS,) if task.spec.kind != "items" else ()
-        groups.append(([table], config.learning_rate, *eps))
+        groups.append((tables, config.learning_rate, *eps))
     return groups
 
 

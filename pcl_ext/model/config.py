@@ -73,6 +73,8 @@ class MemoryConfig:
         pooled_units: width of pooled
         earlier_units: width of earlier
         low_rank: rank of the task's change to the top layer's weights; 0 is none; not with a prefix
+        members: labels only, so many readouts and heads learn side by side from starts of their own; closing averages
+            them into one
         contextual: what the task takes from others: none, texts (their descriptions) or prompts (their stored rows)
         tied: items only, score against the frozen item table; null ties where every item of the catalogue was
             trained in pretraining, and gives the task an output table of its own elsewhere
@@ -88,12 +90,13 @@ class MemoryConfig:
     pooled_units: int = 32
     earlier_units: int = 16
     low_rank: int = 0
+    members: int = 1
     contextual: str = "none"
     tied: bool | None = None
     dropout: float = 0.8
 
     def __post_init__(self):
-        _check_whole(self, prompt_len=0, item_rows=2, pooled_units=1, earlier_units=1, low_rank=0)
+        _check_whole(self, prompt_len=0, item_rows=2, pooled_units=1, earlier_units=1, low_rank=0, members=1)
         _check_share(self, "dropout", "item_dropout")
         if self.item_width is not None:
             _check_whole(self, item_width=1)

@@ -84,6 +84,18 @@ class LabelHead(nn.Module):
         """[b, F] -> [b, columns]."""
         return self.linear(features)
 
+    @torch.no_grad()
+    def fit(self, kind: str, target: Tensor) -> None:
+        """Start at the base rates of targets [m]."""
+        if kind == "regression":
+            deviation, mean = torch.std_mean(target.double(), correction=0)
+            self.unit.copy_(torch.stack([mean, deviation.clamp_min(1e-12)]))
+            return
+        classes = max(self.linear.out_features, 2)
+        counts = torch.bincount(target.long(), minlength=classes).double() + 1.0
+        prior = counts.log() - counts.log().mean()
+        self.linear.bias.copy_(prior if kind == "classes" else (prior[1] - prior[0])[None])
+
 
 def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> Tensor:
     """Mean loss over targets.

@@ -60,13 +60,15 @@ class UserModel(nn.Module):
         if spec.name in self.tasks:
             raise ValueError(f"task {spec.name!r} is there already; remove_task it first")
         config = config or MemoryConfig()
-        task = Task(spec, config, self.backbone, self._earlier(spec.name, config, depends_on if closed else None))
+        task = Task(
+            spec, config, self.backbone, self._earlier(spec.name, config, depends_on if closed else None), closed=closed
+        )
         task.register_buffer("text", hashed_text_vector(spec.description or spec.name) if text is None else text)
         if config.contextual != "none" and not closed:
             task.context, task.depends_on = self._context(task), list(self._context_sources(config))
         if closed:
             task.depends_on = list(depends_on)
-            task.close()
+            task.freeze()
         self.tasks[spec.name] = task.to(self.device).train(self.training and not closed)
         return task
 
@@ -148,6 +150,11 @@ class UserModel(nn.Module):
             rows = torch.nonzero(index == place)[:, 0]
             outputs[part.spec.name] = (rows, part(encoded.select(rows), self.backbone.table))
         return outputs
+
+    def member_outputs(self, batch: PackedBatch, task: str) -> list[Tensor]:
+        """As `forward` for one task, but the output of each of its members (`MemoryConfig.members`), to be trained on a
+        loss of its own; `forward` gives their mean."""
+        return self.task(task).member_outputs(self._encode(batch, [self.task(task)], None), self.backbone.table)
 
     def _check_task_index(self, batch: PackedBatch, index: Tensor) -> Tensor:
         if index.dtype != torch.int64 or index.shape != (len(batch),):

@@ -14,7 +14,13 @@ KINDS = {
     "pooled": {"readout": ("pooled",), "pooled_units": 5},
     "low_rank": {"readout": ("last",), "low_rank": 3},
     "earlier": {"readout": ("last", "earlier"), "earlier_units": 4},
-    "all": {"readout": ("last", "mean", "item_memory", "pooled", "earlier"), "item_rows": 7, "low_rank": 2},
+    "members": {"readout": ("mean", "item_memory", "pooled"), "pooled_units": 5, "members": 3},
+    "all": {
+        "readout": ("last", "mean", "item_memory", "pooled", "earlier"),
+        "item_rows": 7,
+        "low_rank": 2,
+        "members": 2,
+    },
 }
 
 
@@ -209,3 +215,33 @@ def test_a_reader_without_its_sources_is_refused(model):
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MemoryConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["click", "age", "value"])
+@pytest.mark.parametrize("item_width", [1, 4])
+def test_closing_averages_members_into_one_small_memory(name, item_width):
+    model = make_model()
+    model.remove_task("age")
+    readout = ("item_memory", "mean", "pooled", "last")
+    task = add(model, name, "tail", readout=readout, item_width=item_width, pooled_units=5, members=3)
+    with torch.no_grad():
+        task.shift[task.fixed] = 0.5
+        task.scale[task.fixed] = 2.0
+    batch = pack(histories())
+    before, each = model(batch, name), model.member_outputs(batch, name)
+    torch.testing.assert_close(before, torch.stack(each).mean(0))
+    assert (each[0] - each[1]).abs().max() > 0.1
+    model.freeze_task(name)
+    torch.testing.assert_close(model(batch, name), before, rtol=1e-4, atol=1e-5)
+    outputs = 3 if name == "age" else 1
+    assert task.memories["item_memory"].table.shape == (V + 1, min(outputs, 3 * item_width))
+    assert task.memories["pooled"].linear.weight.shape == (15, 32)
+    assert len(model.member_outputs(batch, name)) == 1
+
+
+def test_each_member_learns_from_a_loss_of_its_own(model):
+    task = add(model, "click", "none", readout=("item_memory",), members=2)
+    outputs = model.member_outputs(pack(histories()), "click")
+    outputs[1].square().sum().backward()
+    assert task.others[0].memories["item_memory"].table.grad.any()
+    assert task.memories["item_memory"].table.grad is None
