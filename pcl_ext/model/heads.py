@@ -27,7 +27,7 @@ class TiedItemsHead(nn.Module):
 class ItemsHead(nn.Module):
     """Scores items with rows of the task's own, A f . r_c + b_c, for a catalogue that the backbone need not know.
 
-    table [C, D] and trained [C] bool: rows the backbone has trained start there, the others near zero.
+    table [C, width] and trained [C] bool: rows the backbone has trained start there, the others near zero.
     started [F] bool: A starts at zero but for these features, the task's own.
     """
 
@@ -43,8 +43,16 @@ class ItemsHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(table)))
 
     def queries(self, features: Tensor, newest: Tensor) -> Tensor:
-        """features [b, F], newest [b, D] (not read) -> [b, D], to be multiplied with item rows."""
+        """features [b, F], newest [b, D] (not read) -> [b, width], to be multiplied with item rows."""
         return self.project(features)
+
+    @torch.no_grad()
+    def start(self, rows: Tensor, bias: Tensor, features: Tensor) -> None:
+        """Start at the scores f . rows_c + bias_c of some features [width] int64: rows [C, width], bias [C]."""
+        self.project.weight.zero_()
+        self.project.weight[torch.arange(len(features)), features] = 1.0
+        self.rows.copy_(rows)
+        self.bias.copy_(bias)
 
 
 class RepeatScores(nn.Module):

@@ -27,6 +27,7 @@ from pcl_ext.model.memories import (
 )
 from pcl_ext.task import TaskSpec
 
+COLD_WIDTH = 128  # a regression of this rank ranks nearly as the whole one does
 SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
 
 
@@ -59,6 +60,7 @@ class Task(nn.Module):
         if config.low_rank:
             self.memories["low_rank"] = LowRankPrompts(backbone, config.low_rank)
         self.tied = spec.kind == "items" and self._is_tied(backbone)
+        self.cold = spec.kind == "items" and self._is_cold(backbone)
         members = config.members if spec.kind != "items" else 1
         for name in config.readout or self._default_readout():
             self.memories[name] = self._readout(name, shape, earlier, closed)
@@ -95,8 +97,13 @@ class Task(nn.Module):
             return LearnedPool(shape, self._width(name, config.pooled_units, closed), config.item_dropout)
         if name == "earlier":
             return EarlierReadouts(shape, earlier, self.config.earlier_units)
-        width = config.item_width or (shape.dim if self.spec.kind == "items" else 16)
+        width = config.item_width or self._item_width(shape)
         return ItemMemory(shape.num_items, self._width(name, width, closed), config.item_dropout, config.item_rows)
+
+    def _item_width(self, shape: BackboneConfig) -> int:
+        if self.spec.kind != "items":
+            return 16
+        return COLD_WIDTH if self.cold else shape.dim
 
     def _width(self, name: str, width: int, closed: bool) -> int:
         if self.spec.kind == "items" or not closed:
@@ -119,14 +126,23 @@ class Task(nn.Module):
         self.register_buffer("column_of", column_of, persistent=False)
         return bool(backbone.trained_items[self.catalogue].all()) if self.config.tied is None else self.config.tied
 
+    def _is_cold(self, backbone: Backbone) -> bool:
+        """Whether an item memory has to do what the backbone cannot: most of the catalogue was never trained."""
+        readout = self.config.readout or self._default_readout()
+        share = backbone.trained_items[self.catalogue].double().mean()
+        return not self.tied and "item_memory" in readout and float(share) < 0.5
+
     def _build_head(self, backbone: Backbone) -> nn.Module:
         num_features = len(self.fixed)
         if self.spec.kind != "items":
             return LabelHead(num_features, self.spec.num_outputs(backbone.config.num_items))
         if self.tied:
             return TiedItemsHead(num_features, backbone.config.dim, len(self.catalogue))
-        trained = backbone.trained_items[self.catalogue]
-        return ItemsHead(backbone.table.detach()[self.catalogue], trained, ~self.fixed)
+        table, trained = backbone.table.detach()[self.catalogue], backbone.trained_items[self.catalogue]
+        if self.cold:
+            width = self.memories["item_memory"].num_features
+            table, trained = table.new_zeros(len(table), width), torch.zeros_like(trained)
+        return ItemsHead(table, trained, ~self.fixed)
 
     def tail(self) -> Tensor | None:
         """[P, D] added to the newest embeddings, the contextual prompt included while the task is open."""
@@ -264,6 +280,13 @@ class Task(nn.Module):
             return
         for part in (self, *self.others):
             part.head.fit(self.spec.kind, target)
+
+    @torch.no_grad()
+    def start_items(self, table: Tensor, rows: Tensor, bias: Tensor) -> None:
+        """Start a cold items task with this item memory [R, width], output rows [C, width] and bias [C]."""
+        names = [name for name, memory in self.memories.items() for _ in range(memory.num_features)]
+        self.memories["item_memory"].table.copy_(table)
+        self.head.start(rows, bias, torch.tensor([name == "item_memory" for name in names]).nonzero()[:, 0])
 
     def close(self) -> None:
         """Fold the contextual prompt into the stored one and the members into one, and freeze everything, for good."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcl_ext.model.encoded import Encoded, pool
+from pcl_ext.model.encoded import Encoded, pool, users_of
 from pcl_ext.model.memories.base import Memory
 
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # constants of splitmix64 (Steele et al., 2014)
@@ -35,13 +35,17 @@ class ItemMemory(Memory):
             self.register_buffer("sign", sign, persistent=False)
 
     def features(self, encoded: Encoded) -> Tensor:
-        scale = encoded.offsets.diff().clamp_min(1).to(self.table.dtype).rsqrt()
-        weights = F.dropout(scale[encoded.users()], self.dropout, self.training)
+        index, offsets, weights = self.bags(encoded.items, encoded.offsets)
+        return pool(self.table, index, offsets, weights)
+
+    def bags(self, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Histories as weighted sums of the table's rows: index [t], offsets [B + 1], weights [t]."""
+        scale = offsets.diff().clamp_min(1).to(self.table.dtype).rsqrt()
+        weights = F.dropout(scale[users_of(offsets, len(items))], self.dropout, self.training)
         if not self.hashed:
-            return pool(self.table, encoded.items, encoded.offsets, weights)
-        items = encoded.items.long()
-        weights = weights[:, None] * self.sign[items].to(weights)
-        return pool(self.table, self.index[items].flatten(), encoded.offsets * 2, weights.flatten())
+            return items, offsets, weights
+        weights = weights[:, None] * self.sign[items.long()].to(weights)
+        return self.index[items.long()].flatten(), offsets * 2, weights.flatten()
 
 
 def hashed_rows(num_items: int, rows: int) -> tuple[Tensor, Tensor]:
