@@ -163,8 +163,8 @@ def _rates(task: Task, config: LearnConfig, factor: float = 1.0) -> list[tuple]:
     """Groups of a task's parameters for `adamw`.
 
     A label is one number a user, so a rare item has few and small gradients. Adam would move its row as far as a common
-    item's; with RARE_EPS it moves in proportion to its gradient, of which
-    each of several members has its share.
+    item's; with RARE_EPS it moves in proportion to its gradient, of which each of several members
+    has its share.
     """
     tables = task.item_tables()
     rest = [p for p in task.memory_parameters() if not any(p is table for table in tables)]
