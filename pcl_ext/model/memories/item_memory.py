@@ -38,6 +38,10 @@ class ItemMemory(Memory):
         index, offsets, weights = self.bags(encoded.items, encoded.offsets)
         return pool(self.table, index, offsets, weights)
 
+    def item_table(self) -> Tensor:
+        """[V + 1, width], what each item adds: the table itself, or made from hashed rows."""
+        return (self.table[self.index] * self.sign[:, :, None]).sum(1) if self.hashed else self.table
+
     def bags(self, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Histories as weighted sums of the table's rows: index [t], offsets [B + 1], weights [t]."""
         scale = offsets.diff().clamp_min(1).to(self.table.dtype).rsqrt()
