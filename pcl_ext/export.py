@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model import Task, UserModel
-from pcl_ext.model.memory import ItemMemory, LastState, MeanStates, Memory
+from pcl_ext.model.memories import ItemMemory, LastState, LearnedPool, MeanStates, Memory
 from pcl_ext.model.task_module import SEEN_SCORE
 from pcl_ext.store.atomic import fsync_folder
 
@@ -118,21 +118,37 @@ def _read_mean(memory: Memory) -> Callable:
     return read
 
 
-def _read_item_memory(memory: Memory) -> Callable:
+def _read_pooled(memory: Memory) -> Callable:
     def read(states, items, used, newest):
         count = used.sum(1, keepdim=True).to(newest.dtype)
-        return (F.embedding(items, memory.table) * used[:, :, None]).sum(1) * count.clamp_min(1).rsqrt()
+        units = F.gelu(memory.linear(torch.cat(states[:2], 2)))
+        return (units * used[:, :, None]).sum(1) / count.clamp_min(1)
 
     return read
 
 
-_READOUTS = {LastState: _read_last, MeanStates: _read_mean, ItemMemory: _read_item_memory}
+def _read_item_memory(memory: Memory) -> Callable:
+    table = memory.item_table()
+
+    def read(states, items, used, newest):
+        count = used.sum(1, keepdim=True).to(newest.dtype)
+        return (F.embedding(items, table) * used[:, :, None]).sum(1) * count.clamp_min(1).rsqrt()
+
+    return read
+
+
+_READOUTS = {
+    LastState: _read_last,
+    MeanStates: _read_mean,
+    LearnedPool: _read_pooled,
+    ItemMemory: _read_item_memory,
+}
 
 
 def _readouts(part: Task) -> list[Callable]:
     read = {name: memory for name, memory in part.memories.items() if memory.num_features}
-    for name, memory in read.items():
-        if type(memory) not in _READOUTS:
+    for name, memory in part.memories.items():
+        if type(memory) not in _READOUTS and name not in ("tail", "prefix"):
             raise ValueError(f"task {part.spec.name!r} reads {name}, which cannot be exported yet")
     return [_READOUTS[type(memory)](memory) for memory in read.values()]
 

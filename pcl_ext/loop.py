@@ -61,13 +61,15 @@ class LoopConfig:
 
 @dataclass
 class Progress:
-    """Where a run stands: the step to do next, and one entry an epoch of the learning curve."""
+    """Where a run stands: the step to do next, one entry an epoch of the learning curve, and the metrics before
+    the first epoch where the start may be kept."""
 
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
     curve: list[dict] = field(default_factory=list)
+    start: dict[str, float] | None = None
 
     def stale_epochs(self) -> int:
         """Epochs since the best one."""
@@ -83,6 +85,7 @@ class Problem:
     loss      of one batch
     validate  metrics of the model as it is; `metric` among them stops training
     identity  JSON values: a checkpoint made for others is refused
+    keep_start  the weights are good as they are: kept where no epoch beats them
     """
 
     label: str
@@ -91,6 +94,7 @@ class Problem:
     validate: Callable[[], dict[str, float]]
     metric: str
     identity: dict[str, Any]
+    keep_start: bool = False
 
 
 def fit(
@@ -110,6 +114,10 @@ def fit(
     schedule = CosineSchedule(optimizer)
     keeper = Checkpoint(checkpoint, config.checkpoint_seconds, trained, optimizer, problem.identity)
     progress, best = keeper.load()
+    if problem.keep_start and progress.start is None:
+        model.eval()
+        progress.start = problem.validate()
+        best = {name: p.detach().clone() for name, p in trained.items()}
     while progress.epoch < config.epochs and progress.stale_epochs() < config.patience:
         steps, batches = problem.batches(progress.epoch, progress.step)
         model.train()
@@ -166,6 +174,8 @@ def _step(
 def _end_epoch(progress: Progress, values: dict[str, float], metric: str) -> bool:
     """Append the epoch to the curve; True where it is the best so far."""
     seen = [entry["valid"][metric] for entry in progress.curve]
+    if progress.start is not None:
+        seen.append(progress.start[metric])
     better = max if higher_is_better(metric) else min
     best = not seen or (values[metric] != better(seen) and better([values[metric], *seen]) == values[metric])
     entry = {"epoch": progress.epoch, "loss": progress.loss_sum / max(progress.step, 1), "valid": values}

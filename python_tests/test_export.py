@@ -39,7 +39,8 @@ def model():
 def with_repeats(placement):
     model = make_model(placement=placement)
     spec = TaskSpec("again", "items", repeats=True, catalogue=(19, 2, 5, 7, 11, 3))
-    config = MemoryConfig(placement=placement, prompt_len=2, readout=("last", "mean", "item_memory"))
+    readout = ("last", "mean", "item_memory")
+    config = MemoryConfig(placement=placement, prompt_len=2, readout=readout, item_width=4)
     task = model.add_task(spec, config)
     for parameter in task.parameters():
         parameter.data.normal_()
@@ -55,6 +56,35 @@ def test_the_plain_model_is_the_model(task, placement, front):
     plain = PlainModel(model, task).eval()
     for histories in PARTS:
         torch.testing.assert_close(plain(padded(histories, front)), output(model, task, histories))
+
+
+def closed(**options):
+    model = make_model("next", "age")
+    task = model.add_task(SPECS["ctr"], MemoryConfig(placement="none", **options))
+    for parameter in task.parameters():
+        parameter.data.normal_()
+    model.freeze_task("ctr")
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "options", [{"readout": ("item_memory",), "item_rows": 5}, {"readout": ("last", "pooled"), "members": 2}], ids=str
+)
+def test_the_plain_model_is_the_model_for_hashed_rows_and_learned_pooling(options):
+    model = closed(**options)
+    plain = PlainModel(model, "ctr").eval()
+    for histories in PARTS:
+        torch.testing.assert_close(plain(padded(histories)), output(model, "ctr", histories))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("low_rank", {"low_rank": 2, "readout": ("last",)}), ("earlier", {"readout": ("last", "earlier")})],
+)
+def test_a_memory_without_a_plain_form_is_refused(name, options, tmp_path):
+    model = closed(**options)
+    with pytest.raises(ValueError, match=f"task 'ctr' reads {name}, which cannot be exported yet"):
+        export(model, "ctr", tmp_path)
 
 
 def check(run, model, task):

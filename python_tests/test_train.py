@@ -1,5 +1,6 @@
 """What training needs before it starts, and what decays."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 from runs import BACKBONE, write_dataset
 
-from pcl_ext.data import Dataset
-from pcl_ext.model import Backbone, BackboneConfig, UserModel
+from pcl_ext.data import Dataset, make_batch
+from pcl_ext.item_start import start_items
+from pcl_ext.loop import Problem, fit
+from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.task import TaskSpec
 from pcl_ext.train import (
     NEXT,
@@ -157,3 +160,60 @@ def test_every_kind_of_backbone_learns(dataset, kind):
     assert not hasattr(model.backbone, "position")
     curve = learn_task(model, dataset, "click", LearnConfig(epochs=3, batch_tokens=256))
     assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+def bags_of(memory, history):
+    """[B, rows of its table]: how much of each row a history's item memory adds up."""
+    index, offsets, weights = memory.bags(history.items, history.offsets)
+    user = torch.repeat_interleave(offsets.diff())
+    bags = torch.zeros(len(history), len(memory.table))
+    return bags.index_put_((user, index.long()), weights, accumulate=True)
+
+
+@pytest.fixture(scope="module")
+def pretrained(dataset):
+    torch.set_num_threads(1)
+    return pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1))[0]
+
+
+@pytest.mark.parametrize("item_rows", [1000, 40])
+def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, pretrained, item_rows):
+    """At a width that W fits into, scores are one factor times those of the dense formula."""
+    model = copy.deepcopy(pretrained).eval()
+    model.backbone.trained_items[:] = False
+    config = MemoryConfig(placement="none", item_width=60, item_rows=item_rows)
+    task = model.add_task(dataset.task("range").spec, config).eval()
+    assert task.cold
+    torch.manual_seed(0)
+    start_items(model, dataset, "range", 3.0)
+    examples = dataset.examples("range", "train")
+    batch = make_batch(dataset, examples, torch.arange(len(examples)), 20)
+    memory, columns, n = task.memories["item_memory"], len(task.catalogue), len(examples)
+    eye = bags_of(memory, batch.history).double()
+    y = torch.zeros(n, columns).double()
+    y.index_put_((batch.target_row, task.columns(batch.target)), torch.ones(len(batch.target)).double(), True)
+    ridge = torch.linalg.solve(eye.T @ eye + 3.0 * torch.eye(eye.shape[1]), eye.T @ (y - y.mean(0)))
+    want = eye @ ridge + y.mean(0)
+    got = model(batch.history, "range").double()
+    listed = got > -1e8  # not what the history holds
+    factor = (got[listed] * want[listed]).sum() / want[listed].square().sum()
+    assert factor > 0.5
+    assert (got - factor * want)[listed].norm() < 0.02 * got[listed].norm()
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_a_start_is_kept_where_training_does_not_beat_it(better):
+    layer = torch.nn.Linear(2, 1)
+    first = layer.weight.detach().clone()
+    values = iter([0.5, 0.4, 0.6 if better else 0.5, 0.3])
+    batches = lambda epoch, start: (1, iter([torch.ones(3, 2)][start:]))  # noqa: E731
+    problem = Problem("t", batches, lambda x: layer(x).square().sum(), lambda: {"auc": next(values)}, "auc", {}, True)
+    config = LearnConfig(epochs=3)
+    curve = fit(layer, torch.optim.SGD(layer.parameters(), 0.01), problem, config)
+    assert [entry["best"] for entry in curve] == [False, better, False]
+    assert torch.equal(layer.weight, first) == (not better)
+
+
+def test_settings_of_the_start_are_checked():
+    with pytest.raises(ValueError, match="ridge must be at least 0 and ridge_rate above 0, got 1 and 0"):
+        LearnConfig(ridge=1, ridge_rate=0)

@@ -5,7 +5,7 @@ from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded, Piece
 from pcl_ext.model.heads import task_loss
 from pcl_ext.model.layout import LayerPrefix
-from pcl_ext.model.memory import ContextualPrompt, Memory, hashed_text_vector
+from pcl_ext.model.memories import ContextualPrompt, Memory, hashed_text_vector
 from pcl_ext.model.task_module import Task
 from pcl_ext.model.user_model import UserModel, as_predictions
 from pcl_ext.model.user_state import UserState

@@ -8,7 +8,7 @@ from typing import Any
 KINDS = ("transformer", "nextitnet")
 POSITIONS = ("learned_from_end", "rotary")
 PLACEMENTS = ("none", "tail", "prefix", "both")
-READOUTS = ("last", "mean", "item_memory")
+READOUTS = ("last", "mean", "item_memory", "pooled", "earlier")
 CONTEXTS = ("none", "texts", "prompts")
 
 
@@ -99,10 +99,18 @@ class MemoryConfig:
         placement: where its prompt goes: tail (added to the last embeddings, Eq. 1), prefix, both or none
         prompt_len: t, rows of each prompt
         readout: what the head reads: any of last (newest state), mean (means of every layer's states), item_memory
-            (a table of the task's own with item_width numbers an item, pooled over the history); null is last for
-            an items task that is tied, last and item_memory for one with a table of its own, all three for labels
+            (a table of the task's own with item_width numbers an item, pooled over the history), pooled (learned
+            pooling of the first states), earlier (attention over the readouts of closed tasks, asked by the user's
+            state; needs placement none); null is last for an items task that is tied, last and item_memory for one
+            with a table of its own, last, mean and item_memory for labels
         item_width: width of the item memory; null is 16 for labels and D for items
-        item_dropout: share of the events that the item memory leaves out at random while the task learns
+        item_rows: rows of the item memory at most; with more items than that, an item is the sum of two hashed rows
+        item_dropout: share of the events that item memory and pooled leave out at random while the task learns
+        pooled_units: width of pooled
+        earlier_units: width of earlier
+        low_rank: rank of the task's change to the top layer's weights; 0 is none; not with a prefix
+        members: labels only, so many readouts and heads learn side by side from starts of their own; closing averages
+            them into one
         contextual: what the task takes from others: none, texts (their descriptions) or prompts (their stored rows)
         tied: items only, score against the frozen item table; null ties where every item of the catalogue was
             trained in pretraining, and gives the task an output table of its own elsewhere
@@ -113,13 +121,18 @@ class MemoryConfig:
     prompt_len: int = 20
     readout: tuple[str, ...] | None = None
     item_width: int | None = None
+    item_rows: int = 16_384
     item_dropout: float = 0.5
+    pooled_units: int = 32
+    earlier_units: int = 16
+    low_rank: int = 0
+    members: int = 1
     contextual: str = "none"
     tied: bool | None = None
     dropout: float = 0.8
 
     def __post_init__(self):
-        _check_whole(self, prompt_len=0)
+        _check_whole(self, prompt_len=0, item_rows=2, pooled_units=1, earlier_units=1, low_rank=0, members=1)
         _check_share(self, "dropout", "item_dropout")
         if self.item_width is not None:
             _check_whole(self, item_width=1)
@@ -131,9 +144,13 @@ class MemoryConfig:
             raise ValueError(f"contextual must be one of {', '.join(CONTEXTS)}, got {self.contextual!r}")
         if self.contextual != "none" and self.placement == "none":
             raise ValueError(f"contextual {self.contextual!r} needs a prompt to act on, got placement 'none'")
+        if self.low_rank and self.placement in ("prefix", "both"):
+            raise ValueError(f"low_rank reads histories without a prefix, got placement {self.placement!r}")
         if self.readout is not None:
             names = (self.readout,) if isinstance(self.readout, str) else self.readout
             object.__setattr__(self, "readout", tuple(names))
             unknown = [name for name in self.readout if name not in READOUTS]
             if unknown or not self.readout or len(set(self.readout)) != len(self.readout):
                 raise ValueError(f"readout must name one or more of {', '.join(READOUTS)} once, got {self.readout}")
+            if "earlier" in self.readout and self.placement != "none":
+                raise ValueError(f"readout 'earlier' reads histories without prompts, got placement {self.placement!r}")

@@ -33,9 +33,9 @@ class Piece:
             self.totals[depth] = self.pool(self.states[depth])
         return self.totals[depth]
 
-    def pool(self, rows: Tensor) -> Tensor:
-        """rows [T, F] -> [B, F], summed over each history."""
-        return pool(rows, torch.arange(len(rows), device=rows.device), self.offsets)
+    def pool(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """rows [T, F], weights [T] -> [B, F], summed over each history."""
+        return pool(rows, torch.arange(len(rows), device=rows.device), self.offsets, weights)
 
     def users(self) -> Tensor:
         """[T] int64, which history each row belongs to."""
@@ -61,6 +61,19 @@ class Encoded:
     offsets: Tensor
     newest: Tensor
     pieces: list[Piece]
+
+    def rows(self, depth: int) -> Tensor:
+        """[T, D], the states of a layer (0: the embeddings) in the order of `items`."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].states[depth]
+        starts = self.offsets[:-1].clone()
+        places, states = [], []
+        for piece in self.pieces:
+            within = torch.arange(len(piece.items), device=starts.device) - piece.offsets[:-1][piece.users()]
+            places.append(starts[piece.users()] + within)
+            states.append(piece.states[depth])
+            starts = starts + piece.offsets.diff()
+        return torch.cat(states)[torch.cat(places).argsort()]
 
     def mean(self, depth: int) -> Tensor:
         """[B, D], the states of a layer (0: the embeddings) averaged over each history; 0 where it is empty."""
@@ -108,7 +121,7 @@ def encode(
     """
     states = backbone(batch, prompt, index, prefix, "every" if every_state else "newest")
     pieces = [Piece(states, batch.items, batch.offsets)] if every_state else []
-    return Encoded(batch.items, batch.offsets, _newest(states[-1], batch.offsets, every_state), pieces)
+    return Encoded(batch.items, batch.offsets, newest_of(states[-1], batch.offsets, every_state), pieces)
 
 
 def encode_on_trunk(
@@ -162,7 +175,7 @@ class Trunk:
         prefix = replace(self.kept, index=self.kept.index.repeat(ways))
         rows = backbone.embed(items, offsets, prompt, index)
         states, _ = backbone.run(rows, offsets, prefix=prefix, read="every" if every_state else "newest")
-        top = _newest(states[-1], offsets, every_state)
+        top = newest_of(states[-1], offsets, every_state)
         tops = top.split(users) if users else [top] * ways
         if not every_state:
             return [Encoded(self.items, self.offsets, top, []) for top in tops]
@@ -183,7 +196,7 @@ def _cut(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return batch.items[~in_tail], trunk_offsets, batch.items[in_tail], tail_offsets
 
 
-def _newest(states: Tensor, offsets: Tensor, every_state: bool) -> Tensor:
+def newest_of(states: Tensor, offsets: Tensor, every_state: bool) -> Tensor:
     """[B, D], the newest states among every one [T, D] or given as they are [m, D]; 0 where a history is empty."""
     rows = states.index_select(0, newest_rows(offsets)) if every_state else states
     filled = offsets.diff() > 0

@@ -27,7 +27,7 @@ class TiedItemsHead(nn.Module):
 class ItemsHead(nn.Module):
     """Scores items with rows of the task's own, A f . r_c + b_c, for a catalogue that the backbone need not know.
 
-    table [C, D] and trained [C] bool: rows the backbone has trained start there, the others near zero.
+    table [C, width] and trained [C] bool: rows the backbone has trained start there, the others near zero.
     started [F] bool: A starts at zero but for these features, the task's own.
     """
 
@@ -43,8 +43,16 @@ class ItemsHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(table)))
 
     def queries(self, features: Tensor, newest: Tensor) -> Tensor:
-        """features [b, F], newest [b, D] (not read) -> [b, D], to be multiplied with item rows."""
+        """features [b, F], newest [b, D] (not read) -> [b, width], to be multiplied with item rows."""
         return self.project(features)
+
+    @torch.no_grad()
+    def start(self, rows: Tensor, bias: Tensor, features: Tensor) -> None:
+        """Start at the scores f . rows_c + bias_c of some features [width] int64: rows [C, width], bias [C]."""
+        self.project.weight.zero_()
+        self.project.weight[torch.arange(len(features)), features] = 1.0
+        self.rows.copy_(rows)
+        self.bias.copy_(bias)
 
 
 class RepeatScores(nn.Module):
@@ -83,6 +91,18 @@ class LabelHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[b, F] -> [b, columns]."""
         return self.linear(features)
+
+    @torch.no_grad()
+    def fit(self, kind: str, target: Tensor) -> None:
+        """Start at the base rates of targets [m]."""
+        if kind == "regression":
+            deviation, mean = torch.std_mean(target.double(), correction=0)
+            self.unit.copy_(torch.stack([mean, deviation.clamp_min(1e-12)]))
+            return
+        classes = max(self.linear.out_features, 2)
+        counts = torch.bincount(target.long(), minlength=classes).double() + 1.0
+        prior = counts.log() - counts.log().mean()
+        self.linear.bias.copy_(prior if kind == "classes" else (prior[1] - prior[0])[None])
 
 
 def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +13,14 @@ from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
 from pcl_ext.model.layout import LayerPrefix
-from pcl_ext.model.memory import (
+from pcl_ext.model.members import OWN, Member, fold, folded_width
+from pcl_ext.model.memories import (
     ContextualPrompt,
+    EarlierReadouts,
     ItemMemory,
     LastState,
+    LearnedPool,
+    LowRankPrompts,
     MeanStates,
     Memory,
     PrefixPrompt,
@@ -22,6 +28,7 @@ from pcl_ext.model.memory import (
 )
 from pcl_ext.task import TaskSpec
 
+COLD_WIDTH = 128  # a regression of this rank ranks nearly as the whole one does
 KEPT = ("prefix_keys", "prefix_values")
 SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
 
@@ -29,44 +36,81 @@ SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
 class Task(nn.Module):
     """Memories and head of one task, open (trainable) until `close` folds and freezes it.
 
-    depends_on  names of the tasks whose stored prompts the contextual prompt was made from
+    earlier     closed tasks whose readouts this one reads, where its configuration says so
+    closed      builds the shapes of a task that is closed, to be filled from a file
+    depends_on  names of the tasks that it was made from: these, or those its contextual prompt attended to
     """
 
     def __init__(
-        self, spec: TaskSpec, config: MemoryConfig, backbone: Backbone, context: ContextualPrompt | None = None
+        self,
+        spec: TaskSpec,
+        config: MemoryConfig,
+        backbone: Backbone,
+        earlier: Sequence[Task] = (),
+        *,
+        closed: bool = False,
     ):
         super().__init__()
-        self.spec, self.config, self.depends_on, self.closed = spec, config, [], False
-        shape = backbone.config
+        self.spec, self.config, self.closed = spec, config, False
+        self.depends_on = [task.spec.name for task in earlier]
         self.memories = NamedModules()
+        self.shape = shape = backbone.config
         if config.placement in ("tail", "both"):
             self.memories["tail"] = TailPrompt(config.prompt_len, shape.dim)
         if config.placement in ("prefix", "both"):
             self.memories["prefix"] = PrefixPrompt(config.prompt_len, shape.dim)
+        if config.low_rank:
+            self.memories["low_rank"] = LowRankPrompts(backbone, config.low_rank)
         self.tied = spec.kind == "items" and self._is_tied(backbone)
+        self.cold = spec.kind == "items" and self._is_cold(backbone)
+        members = config.members if spec.kind != "items" else 1
         for name in config.readout or self._default_readout():
-            self.memories[name] = self._readout(name, shape)
-        self.context = context
+            self.memories[name] = self._readout(name, shape, earlier, closed)
+        self.context: ContextualPrompt | None = None
         self.repeats = RepeatScores(shape.dim) if spec.repeats else None
         self.dropout = nn.Dropout(config.dropout)
-        fixed = [memory.standardise for memory in self.memories.values() for _ in range(memory.num_features)]
-        self.register_buffer("fixed", torch.tensor(fixed, dtype=torch.bool), persistent=False)
+        fixed = self._list_fixed()
+        self.register_buffer("fixed", fixed, persistent=False)
         self.register_buffer("shift", torch.zeros(len(fixed)))
         self.register_buffer("scale", torch.ones(len(fixed)))
         self.head = self._build_head(backbone)
+        self.others = nn.ModuleList()
+        for _ in range(0 if closed else members - 1):
+            own = {name: self._readout(name, shape, (), False) for name in self.memories if name in OWN}
+            self.others.append(Member(own, self._build_head(backbone)))
 
     def _default_readout(self) -> tuple[str, ...]:
         if self.spec.kind != "items":
             return ("last", "mean", "item_memory")
         return ("last",) if self.tied else ("last", "item_memory")
 
-    def _readout(self, name: str, shape: BackboneConfig) -> Memory:
+    def _list_fixed(self) -> Tensor:
+        """[F] bool, which features are standardised."""
+        fixed = [memory.standardise for memory in self.memories.values() for _ in range(memory.num_features)]
+        return torch.tensor(fixed, dtype=torch.bool)
+
+    def _readout(self, name: str, shape: BackboneConfig, earlier: Sequence[Task], closed: bool) -> Memory:
+        config = self.config
         if name == "last":
             return LastState(shape)
         if name == "mean":
             return MeanStates(shape)
-        width = self.config.item_width or (shape.dim if self.spec.kind == "items" else 16)
-        return ItemMemory(shape, width, self.config.item_dropout)
+        if name == "pooled":
+            return LearnedPool(shape, self._width(name, config.pooled_units, closed), config.item_dropout)
+        if name == "earlier":
+            return EarlierReadouts(shape, earlier, self.config.earlier_units)
+        width = config.item_width or self._item_width(shape)
+        return ItemMemory(shape.num_items, self._width(name, width, closed), config.item_dropout, config.item_rows)
+
+    def _item_width(self, shape: BackboneConfig) -> int:
+        if self.spec.kind != "items":
+            return 16
+        return COLD_WIDTH if self.cold else shape.dim
+
+    def _width(self, name: str, width: int, closed: bool) -> int:
+        if self.spec.kind == "items" or not closed:
+            return width
+        return folded_width(name, width, self.config.members, self.spec.num_outputs(0))
 
     def _is_tied(self, backbone: Backbone) -> bool:
         """Whether items are scored against the frozen table; lists the catalogue and its columns."""
@@ -84,14 +128,23 @@ class Task(nn.Module):
         self.register_buffer("column_of", column_of, persistent=False)
         return bool(backbone.trained_items[self.catalogue].all()) if self.config.tied is None else self.config.tied
 
+    def _is_cold(self, backbone: Backbone) -> bool:
+        """Whether an item memory has to do what the backbone cannot: most of the catalogue was never trained."""
+        readout = self.config.readout or self._default_readout()
+        share = backbone.trained_items[self.catalogue].double().mean()
+        return not self.tied and "item_memory" in readout and float(share) < 0.5
+
     def _build_head(self, backbone: Backbone) -> nn.Module:
         num_features = len(self.fixed)
         if self.spec.kind != "items":
             return LabelHead(num_features, self.spec.num_outputs(backbone.config.num_items))
         if self.tied:
             return TiedItemsHead(num_features, backbone.config.dim, len(self.catalogue))
-        trained = backbone.trained_items[self.catalogue]
-        return ItemsHead(backbone.table.detach()[self.catalogue], trained, ~self.fixed)
+        table, trained = backbone.table.detach()[self.catalogue], backbone.trained_items[self.catalogue]
+        if self.cold:
+            width = self.memories["item_memory"].num_features
+            table, trained = table.new_zeros(len(table), width), torch.zeros_like(trained)
+        return ItemsHead(table, trained, ~self.fixed)
 
     def tail(self) -> Tensor | None:
         """[P, D] added to the newest embeddings, the contextual prompt included while the task is open."""
@@ -144,16 +197,37 @@ class Task(nn.Module):
 
     def memory_parameters(self) -> list[nn.Parameter]:
         """What is trained besides the head."""
-        head = {id(p) for p in self.head.parameters()}
+        head = {id(p) for p in self.head_parameters()}
         return [p for p in self.parameters() if id(p) not in head]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [p for part in (self, *self.others) for p in part.head.parameters()]
+
+    def item_tables(self) -> list[nn.Parameter]:
+        """Tables of the item memories."""
+        parts = [part.memories["item_memory"] for part in (self, *self.others) if "item_memory" in part.memories]
+        return [part.table for part in parts]
 
     @property
     def every_state(self) -> bool:
         """Whether this task reads the states of all rows of a history, not the newest ones alone."""
         return self.repeats is not None or any(memory.every_state for memory in self.memories.values())
 
+    def reread(self, encoded: Encoded) -> Encoded:
+        """The histories as this task's readouts see them."""
+        for memory in self.memories.values():
+            encoded = memory.reread(encoded) or encoded
+        return encoded
+
     def features(self, encoded: Encoded) -> Tensor:
-        """[B, F], what the head reads."""
+        """[B, F], what the head reads; of several members the first one's."""
+        return self._features(self.reread(encoded))
+
+    def standardised(self, encoded: Encoded) -> Tensor:
+        """[B, F], the features as the head takes them."""
+        return (self.features(encoded) - self.shift) * self.scale
+
+    def _features(self, encoded: Encoded) -> Tensor:
         parts = [memory.features(encoded) for memory in self.memories.values() if memory.num_features]
         return torch.cat(parts, dim=1)
 
@@ -162,20 +236,32 @@ class Task(nn.Module):
 
         Where targets are new items (`spec.repeats` is False), what the history holds already scores SEEN_SCORE.
         """
-        if self.spec.kind == "items":
-            return self.item_scores(self.queries(encoded), encoded, table)
-        output = self.head(self._head_features(encoded))
-        if self.spec.kind == "classes":
-            return output
-        return output[:, 0] * self.head.unit[1] + self.head.unit[0]
+        outputs = self.member_outputs(encoded, table)
+        return outputs[0] if len(outputs) == 1 else sum(outputs) / len(outputs)
 
-    def _head_features(self, encoded: Encoded) -> Tensor:
-        features = (self.features(encoded) - self.shift) * self.scale
+    def member_outputs(self, encoded: Encoded, table: Tensor) -> list[Tensor]:
+        """The output of each member; `forward` is their mean, and each learns from a loss of its own."""
+        if self.spec.kind == "items":
+            return [self.item_scores(self.queries(encoded), encoded, table)]
+        encoded = self.reread(encoded)
+        shared = {name: m.features(encoded) for name, m in self.memories.items() if m.num_features and name not in OWN}
+        outputs = []
+        for part in (self, *self.others):
+            names = [name for name, memory in self.memories.items() if memory.num_features]
+            read = [shared[name] if name in shared else part.memories[name].features(encoded) for name in names]
+            output, unit = part.head(self._head_features(torch.cat(read, 1))), part.head.unit
+            outputs.append(output if self.spec.kind == "classes" else output[:, 0] * unit[1] + unit[0])
+        return outputs
+
+    def _head_features(self, features: Tensor) -> Tensor:
+        """Standardised, some left out while the task learns."""
+        features = (features - self.shift) * self.scale
         return torch.where(self.fixed, self.dropout(features), features)
 
     def queries(self, encoded: Encoded) -> Tensor:
-        """[B, D], what the items of an items task are scored against."""
-        return self.head.queries(self._head_features(encoded), encoded.newest)
+        """[B, width of the rows], what the items of an items task are scored against."""
+        encoded = self.reread(encoded)
+        return self.head.queries(self._head_features(self._features(encoded)), encoded.newest)
 
     def item_scores(
         self, queries: Tensor, encoded: Encoded, table: Tensor, first: int = 0, last: int | None = None
@@ -214,17 +300,18 @@ class Task(nn.Module):
             counts = torch.bincount(target, minlength=self.head.bias.numel()).double() + 1.0
             self.head.bias.copy_((counts / counts.mean()).log())
             return
-        if self.spec.kind == "regression":
-            deviation, mean = torch.std_mean(target.double(), correction=0)
-            self.head.unit.copy_(torch.stack([mean, deviation.clamp_min(1e-12)]))
-            return
-        classes = max(self.head.linear.out_features, 2)
-        counts = torch.bincount(target.long(), minlength=classes).double() + 1.0
-        prior = counts.log() - counts.log().mean()
-        self.head.linear.bias.copy_(prior if self.spec.kind == "classes" else (prior[1] - prior[0])[None])
+        for part in (self, *self.others):
+            part.head.fit(self.spec.kind, target)
+
+    @torch.no_grad()
+    def start_items(self, table: Tensor, rows: Tensor, bias: Tensor) -> None:
+        """Start a cold items task with this item memory [R, width], output rows [C, width] and bias [C]."""
+        names = [name for name, memory in self.memories.items() for _ in range(memory.num_features)]
+        self.memories["item_memory"].table.copy_(table)
+        self.head.start(rows, bias, torch.tensor([name == "item_memory" for name in names]).nonzero()[:, 0])
 
     def close(self) -> None:
-        """Fold the contextual prompt into the stored one and freeze everything, for good."""
+        """Fold the contextual prompt into the stored one and the members into one, and freeze everything, for good."""
         if self.context is not None:
             with torch.no_grad():
                 rows = self.context()
@@ -232,5 +319,32 @@ class Task(nn.Module):
                     if placement in self.memories:
                         self.memories[placement].rows += rows
             self.context = None
+        if self.spec.kind != "items":
+            self._fold_members()
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Make everything buffers: what `close` ends with, and all that a task loaded from a file needs."""
         freeze(self)
         self.closed = True
+
+    @torch.no_grad()
+    def _fold_members(self) -> None:
+        shared = {name: memory for name, memory in self.memories.items() if memory.num_features}
+        parts = zip(self._blocks(self.shift), self._blocks(self.scale))
+        kept = {name: part for name, part in zip(shared, parts)}
+        one = fold(
+            shared,
+            [Member(self.memories, self.head), *self.others],
+            lambda name: self._readout(name, self.shape, (), True),
+        )
+        for name, memory in one.memories.items():
+            self.memories[name] = memory.to(self.shift.device)
+            kept[name] = (self.shift.new_zeros(memory.num_features), self.scale.new_ones(memory.num_features))
+        self.head, self.others = one.head.to(self.shift.device), nn.ModuleList()
+        self.fixed = self._list_fixed().to(self.shift.device)
+        self.shift, self.scale = (torch.cat(parts) for parts in zip(*kept.values()))
+
+    def _blocks(self, features: Tensor) -> tuple[Tensor, ...]:
+        """features [F] memory by memory."""
+        return features.split([memory.num_features for memory in self.memories.values() if memory.num_features])

@@ -14,7 +14,7 @@ from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.config import MemoryConfig
 from pcl_ext.model.encoded import Encoded, Trunk, encode, encode_on_trunk
 from pcl_ext.model.layout import LayerPrefix, to_offsets
-from pcl_ext.model.memory import ContextualPrompt, hashed_text_vector
+from pcl_ext.model.memories import ContextualPrompt, hashed_text_vector
 from pcl_ext.model.task_module import Task
 from pcl_ext.model.user_state import UserState
 from pcl_ext.task import TaskSpec
@@ -65,15 +65,27 @@ class UserModel(nn.Module):
         if spec.name in self.tasks:
             raise ValueError(f"task {spec.name!r} is there already; remove_task it first")
         config = config or MemoryConfig()
-        task = Task(spec, config, self.backbone)
+        task = Task(
+            spec, config, self.backbone, self._earlier(spec.name, config, depends_on if closed else None), closed=closed
+        )
         task.register_buffer("text", hashed_text_vector(spec.description or spec.name) if text is None else text)
         if config.contextual != "none" and not closed:
             task.context, task.depends_on = self._context(task), list(self._context_sources(config))
         if closed:
             task.depends_on = list(depends_on)
-            task.close()
+            task.freeze()
         self.tasks[spec.name] = task.to(self.device).train(self.training and not closed)
         return task
+
+    def _earlier(self, name: str, config: MemoryConfig, names: Sequence[str] | None) -> list[Task]:
+        """Tasks whose readouts a new one reads: those named, else all closed ones that read what it reads."""
+        if "earlier" not in (config.readout or ()):
+            return []
+        if names is None:
+            return [task for task in self.tasks.values() if task.closed and task.config.placement == "none"]
+        if missing := [other for other in names if other not in self.tasks]:
+            raise ValueError(f"task {name!r} reads task {missing[0]!r}, which is not there; restore that one first")
+        return [self.tasks[other] for other in names]
 
     def _context_sources(self, config: MemoryConfig) -> list[str]:
         """Closed tasks that the contextual prompt of a new one reads."""
@@ -104,11 +116,13 @@ class UserModel(nn.Module):
             self.task(name).keep_prefix(self.backbone)
 
     def remove_task(self, name: str) -> None:
-        """Forget a task. Raises where another one was made from it only if that one is still open."""
+        """Forget a task. Raises where an open task is being made from it, or where one reads it for good."""
         self.task(name)
-        users = [other for other, task in self.tasks.items() if name in task.depends_on and not task.closed]
-        if users:
-            raise ValueError(f"task {name!r} is read by open tasks: {', '.join(users)}; close them first")
+        users = {other: task for other, task in self.tasks.items() if name in task.depends_on}
+        if readers := [other for other, task in users.items() if "earlier" in task.memories]:
+            raise ValueError(f"task {name!r} is read by: {', '.join(readers)}; remove them first")
+        if learners := [other for other, task in users.items() if not task.closed]:
+            raise ValueError(f"task {name!r} is read by open tasks: {', '.join(learners)}; close them first")
         del self.tasks[name]
 
     def task(self, name: str) -> Task:
@@ -151,6 +165,11 @@ class UserModel(nn.Module):
             rows = torch.nonzero(index == place)[:, 0]
             outputs[part.spec.name] = (rows, part(encoded.select(rows), self.backbone.table))
         return outputs
+
+    def member_outputs(self, batch: PackedBatch, task: str) -> list[Tensor]:
+        """As `forward` for one task, but the output of each of its members (`MemoryConfig.members`), to be trained on a
+        loss of its own; `forward` gives their mean."""
+        return self.task(task).member_outputs(self._encode(batch, [self.task(task)], None), self.backbone.table)
 
     def _check_task_index(self, batch: PackedBatch, index: Tensor) -> Tensor:
         if index.dtype != torch.int64 or index.shape != (len(batch),):

@@ -54,9 +54,10 @@ def test_a_closed_prefix_is_not_computed_again(model, monkeypatch):  # noqa: F81
     batch = pack(histories())
     before = model(batch, "click")
     model.freeze_task("click")
-    assert torch.equal(model(batch, "click"), before)
+    after = model(batch, "click")
+    torch.testing.assert_close(after, before)  # closing folds the item memory, to rounding
     monkeypatch.setattr(Backbone, "prefix", lambda *_: pytest.fail("computed again"))
-    assert torch.equal(model(batch, "click"), before)
+    assert torch.equal(model(batch, "click"), after)
     add(model, "age", "tail")
     outputs = model(batch, task_index=torch.tensor([0, 1, 0, 1, 0, 1]))
     torch.testing.assert_close(outputs["click"][1], before[::2])

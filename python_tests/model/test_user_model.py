@@ -37,6 +37,7 @@ def model():
 
 def add(model, name, placement="tail", prompt_len=4, **options):
     """A task whose every tensor is random, so that nothing is 0 by luck."""
+    options = {"item_width": 16} | options
     config = MemoryConfig(placement=placement, prompt_len=prompt_len, dropout=0.0, **options)
     task = model.add_task(SPECS[name], config)
     with torch.no_grad():

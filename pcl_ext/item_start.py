@@ -1,0 +1,85 @@
+"""The closed-form start of an items task: its item memory and output rows from a ridge regression on bags of items."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pcl_ext.data import Dataset, Examples, iterate
+from pcl_ext.model import Task, UserModel
+from pcl_ext.model.ridge import Ridge, csr
+
+_MOST_EXAMPLES = 20_000  # time grows with them, the regression hardly gains
+_MOST_SCORES = 4_000_000
+_SCALES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+@torch.no_grad()
+def start_items(model: UserModel, dataset: Dataset, name: str, strength: float) -> None:
+    """Start a new task where its item memory alone already ranks as a ridge regression of that strength does.
+
+    Each target is one number of n users' rows Y [n, C], regressed on what the item memory sums of their histories; the
+    best approximation of the memory's width splits into its table and the head's rows. A softmax needs larger numbers
+    than a regression of zeros and ones gives: one factor, the one with the least loss when half of the events are left
+    out.
+    """
+    task = model.task(name)
+    memory = task.memories["item_memory"]
+    examples = _sample(dataset.examples(name, "train"))
+    bags, targets = _bags(model, dataset, task, examples)
+    rows, columns = len(memory.table), len(task.catalogue)
+    x = csr(*bags, rows)
+    counts = torch.bincount(targets[0], minlength=len(examples))
+    y = csr(targets[1], _offsets(counts), torch.ones(len(targets[1])), columns)
+    regression = Ridge(x, y, strength)
+    left, right = regression.factors(memory.num_features)
+    dropped = csr(bags[0], bags[1], _half(bags[2], task), rows)
+    factor = _factor(dropped @ left, right, regression.means, targets)
+    task.start_items(left * factor**0.5, right.T * factor**0.5, regression.means * factor)
+
+
+def _sample(examples: Examples) -> Examples:
+    if len(examples) <= _MOST_EXAMPLES:
+        return examples
+    return examples.select(torch.randperm(len(examples))[:_MOST_EXAMPLES].sort().values)
+
+
+def _bags(
+    model: UserModel, dataset: Dataset, task: Task, examples: Examples
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What the item memory sums for each example: index [t], offsets [n + 1], weights [t]; and of all targets, by
+    row, the row and the column, [m] int64 each."""
+    index, lengths, weights, rows, columns, count = [], [], [], [], [], 0
+    for batch in iterate(dataset, examples, max_tokens=65_536, max_len=model.backbone.config.max_len, seed=None):
+        part, offsets, weight = task.memories["item_memory"].bags(batch.history.items, batch.history.offsets)
+        index.append(part)
+        lengths.append(offsets.diff())
+        weights.append(weight)
+        rows.append(batch.target_row + count)
+        columns.append(task.columns(batch.target))
+        count += len(batch.history)
+    bags = torch.cat(index), _offsets(torch.cat(lengths)), torch.cat(weights)
+    return bags, (torch.cat(rows), torch.cat(columns))
+
+
+def _half(weights: Tensor, task: Task) -> Tensor:
+    """Half of the events left out, the others twice as heavy; an event's hashed rows go together."""
+    each = 2 if task.memories["item_memory"].hashed else 1
+    kept = torch.rand(len(weights) // each) < 0.5
+    return weights * kept.repeat_interleave(each) * 2.0
+
+
+def _factor(read: Tensor, right: Tensor, means: Tensor, targets: tuple[Tensor, Tensor]) -> float:
+    """The factor with the least cross-entropy, on some of the users: read [n, k], right [k, C]."""
+    users = max(1, _MOST_SCORES // right.shape[1])
+    scores = read[:users] @ right + means
+    row, column = (part[targets[0] < users] for part in targets)
+
+    def loss(factor: float) -> float:
+        return float((torch.logsumexp(scores * factor, 1)[row] - scores[row, column] * factor).mean())
+
+    return float(min(_SCALES, key=loss))
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

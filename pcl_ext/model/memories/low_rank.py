@@ -1,0 +1,46 @@
+"""Low-rank prompts: the top layer as the task would have it, W + B A; the layers below are shared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pcl_ext.model.backbone import Backbone
+from pcl_ext.model.encoded import Encoded, newest_of
+from pcl_ext.model.layout import Layout
+from pcl_ext.model.memories.base import Memory
+
+_PARTS = ("qkv", "out", "ffn_in", "ffn_out")
+
+
+class LowRankPrompts(Memory):
+    """Each weight W of the top layer plus B A of a small rank (Hu et al., 2021); the newest state is computed with
+    them. B starts at zero: the frozen backbone itself, bit for bit. Needs layers of attention."""
+
+    every_state = True
+
+    def __init__(self, backbone: Backbone, rank: int):
+        super().__init__()
+        if backbone.config.kind != "transformer":
+            raise ValueError(f"low_rank needs layers of attention, the backbone is a {backbone.config.kind}")
+        self._shared = (backbone,)  # in a tuple: the backbone is no part of what the task stores
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for name in _PARTS:
+            columns, rows = getattr(backbone.layers[-1], name).weight.shape
+            self.down[name] = nn.Parameter(torch.randn(rank, rows) * rows**-0.5)
+            self.up[name] = nn.Parameter(torch.zeros(columns, rank))
+
+    def reread(self, encoded: Encoded) -> Encoded:
+        backbone, offsets = self._shared[0], encoded.offsets
+        rows, layout = encoded.rows(len(backbone.layers) - 1), Layout.of(offsets, None, None)
+        states, _ = functional_call(backbone.layers[-1], self._weights(), (rows, layout, None, "newest"))
+        return replace(encoded, newest=newest_of(backbone.norm(states), offsets, every_state=False))
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The top layer's weights as the task would have them."""
+        frozen = {name: getattr(self._shared[0].layers[-1], name).weight for name in _PARTS}
+        changes = {name: (self.up[name] @ self.down[name]).to(frozen[name]) for name in _PARTS}
+        return {f"{name}.weight": frozen[name] + changes[name] for name in _PARTS}
