@@ -15,6 +15,7 @@ from benchmarks.continual.loop import Run, train
 from benchmarks.continual.settings import Budget, Setting, readout_of
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import Dataset, ExampleBatch, Examples, iterate
+from pcl_ext.item_start import start_items
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.model import Backbone, LayerPrefix, MemoryConfig, Task, UserModel, task_loss
 from pcl_ext.model.encoded import Encoded, encode
@@ -186,10 +187,13 @@ class Learner(nn.Module):
     def _train(self, names: list[str], batches: Callable, loss: Callable[[Any], Tensor], config) -> None:
         steps = config.epochs * batches(0)[0]
         opened = [self.model.task(name) for name in names if not self.model.task(name).closed]
-        groups = [group for task in opened for group in _rates(task, self.world.learn_config())]
-        optimizer = adamw(groups, self.world.learn_config(), steps) if groups else None
+        learn = self.world.learn_config()
+        factors = {task: learn.ridge_rate if task.cold and learn.ridge else 1.0 for task in opened}
+        groups = [group for task, factor in factors.items() for group in _rates(task, learn, factor)]
+        optimizer = adamw(groups, learn, steps) if groups else None
         optimizer = self._with_method(optimizer, config.epochs, steps)
-        train(self, optimizer, Run(batches, loss, lambda: self.valid_score(names), config.epochs, config.patience))
+        run = Run(batches, loss, lambda: self.valid_score(names), config.epochs, config.patience)
+        train(self, optimizer, replace(run, keep_start=any(factor < 1 for factor in factors.values())))
 
     def _with_method(self, optimizer, epochs: int, steps: int) -> torch.optim.Optimizer:
         parameters, decay = self.trained(), BACKBONE_DECAY * (1000 / steps) ** 0.5
@@ -207,7 +211,8 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def fit_head(self, name: str, most: int = 20_000) -> None:
-        """Start a task's head at the base rates of its training data, on standardised features."""
+        """Start a task's head at the base rates of its training data, on standardised features; a cold catalogue at the
+        ridge regression that PCL starts it at: the same readout for every method."""
         task, features, targets, rows, count = self.model.task(name), [], [], [], 0
         self.eval()
         for batch in batches_of(self.world.dataset, self.world.train_examples(name), self.model, seed=0):
@@ -218,6 +223,8 @@ class Learner(nn.Module):
             if count >= most:
                 break
         task.fit_head(torch.cat(features), torch.cat(targets), torch.cat(rows))
+        if task.cold and self.world.learn_config().ridge:
+            start_items(self.model, self.world.dataset, name, self.world.learn_config().ridge)
 
     def train(self, mode: bool = True) -> Learner:
         super().train(mode)

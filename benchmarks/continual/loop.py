@@ -25,12 +25,16 @@ class Run:
     score: Callable[[], float]
     epochs: int
     patience: int
+    keep_start: bool = False  # the weights are good as they are: kept where no epoch beats them
 
 
 def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
     """Train until the score stops rising; the best epoch's weights stay. -> the number of epochs that were run."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     schedule, best, best_epoch, kept = CosineSchedule(optimizer), -math.inf, -1, []
+    if run.keep_start:
+        learner.eval()
+        best, kept = run.score(), [p.detach().clone() for p in trained]
     for epoch in range(run.epochs):
         steps, batches = run.batches(epoch)
         learner.train()
