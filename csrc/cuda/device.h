@@ -1,0 +1,69 @@
+// What every CUDA kernel is made of, for sm_80 and newer. nvcc takes nvidia.h, where all inline PTX lives; a plain C++
+// compiler takes emulated/device.h, which runs the same sources on the CPU: every thread a fiber, every collective a
+// meeting. Both offer, besides what is below,
+//
+//   on the host
+//     Grid{x, y, z}                            blocks; y and z at most 65,535
+//     launch(kernel, grid, threads, shared_bytes, stream, arguments...) -> error number, 0 when it was launched
+//     resident_blocks(kernel, threads, shared_bytes)   how many blocks run at the same time, for persistent kernels
+//     max_shared_bytes()                       what a block may ask for
+//     error_text(number)
+//   of a thread; blocks are one-dimensional and whole warps
+//     thread_index(), num_threads(), block_x/y/z(), grid_x/y/z()
+//     shared_memory()                          unsigned char*, 128-byte aligned, as launch was asked for; uninitialised
+//     sync_threads(), sync_warp()              every thread of the block, of the warp, in the same place
+//     exp2_approx(x)                           2^x within 2 units in the last place; 0 for -infinity
+//     load_once(const Vec16*), store_once(Vec16*, value)   16 bytes that nobody reads again soon
+//   of a warp, all 32 lanes together
+//     shuffle(value, from), shuffle_xor(value, mask)       int, unsigned, float, double
+//     ballot(condition)                        bit i: lane i's condition
+//     ldmatrix<N, kTransposed>(registers[N], row)   N = 1, 2, 4 matrices of 8 x 8 two-byte numbers from shared memory;
+//                                              lane 8 m + i gives the address of the 16 bytes of row i of matrix m
+//     mma_m16n8k16<bf16 or fp16>(d[4], a[4], b[2])  d += a b, accumulated in float, fragments as PTX lays them out
+//   copies to shared memory that the thread does not wait for; 16-byte aligned at both ends
+//     cp_async<16>(shared, global, valid)      zeros, and global is not read, where valid is false
+//     cp_async_commit(), cp_async_wait<N>()    all but the N newest groups of this thread have arrived; others see
+//                                              them after sync_threads()
+//     round_to<bf16 or fp16>(x), to_float(x), pack2<T>(low, high), unpack2<T>(bits, low, high)
+#pragma once
+
+#include <cstdint>
+
+#include "scalars.h"
+#ifdef __CUDACC__
+#include "nvidia.h"
+#else
+#include "emulated/device.h"
+#endif
+
+namespace pcl {
+
+inline constexpr int kWarp = 32;
+
+__device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
+__device__ __forceinline__ int warp_index() { return thread_index() / kWarp; }
+
+// Sum over runs of kWidth neighbouring lanes, a power of two; every lane gets it. The order of adding is fixed.
+template <int kWidth = kWarp, class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int mask = 1; mask < kWidth; mask *= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+template <int kWidth = kWarp>
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int mask = 1; mask < kWidth; mask *= 2) value = fmaxf(value, shuffle_xor(value, mask));
+  return value;
+}
+
+// value, moved to the nearer end of low..high; low where high is below it. For indices read from memory that nobody
+// has checked.
+template <class T>
+__device__ __forceinline__ T clamp(T value, T low, T high) {
+  value = value < high ? value : high;
+  return value > low ? value : low;
+}
+
+}  // namespace pcl
