@@ -16,6 +16,6 @@ Isa best_isa();
 
 const char* isa_name(Isa isa);
 
-enum class Scalar : int { kFloat = 0, kDouble = 1, kBfloat16 = 2 };
+enum class Scalar : int { kFloat = 0, kDouble = 1, kBfloat16 = 2, kHalf = 3 };  // kHalf: CUDA alone
 
 }  // namespace pcl

@@ -3,7 +3,7 @@
 //   padded   [B, L, ...]   by history and row stride, contiguous from the third dimension on
 //   offsets  [B + 1]       int64; history b owns packed[offsets[b] : offsets[b + 1]]
 //   packed   [T, ...]      contiguous
-// Offsets are checked here; shapes, dtypes, strides and device by the caller.
+// Offsets are checked here on the CPU; shapes, dtypes, strides and device by the caller.
 #pragma once
 
 #include <cstdint>
@@ -19,5 +19,9 @@ struct PaddedShape {
 bool padded_check_cpu(const int64_t* offsets, const PaddedShape& shape);
 
 void to_packed_cpu(const char* padded, const int64_t* offsets, char* packed, const PaddedShape& shape, int threads);
+
+// On the device, on a stream; an error number of CUDA's, 0 for none. Offsets are clamped to 0..T where they are read; a
+// packed row whose place they put outside the padded block is zeros.
+int to_packed_cuda(const char* padded, const int64_t* offsets, char* packed, const PaddedShape& shape, void* stream);
 
 }  // namespace pcl

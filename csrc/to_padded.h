@@ -4,7 +4,7 @@
 //   offsets  [B + 1]       int64; history b owns packed[offsets[b] : offsets[b + 1]]
 //   padding  row_bytes     the bytes of one row of padding; null for zeros
 //   padded   [B, L, ...]   contiguous
-// The caller has checked shapes, dtypes, strides and device, and the offsets by padded_check_cpu.
+// The caller has checked shapes, dtypes, strides and device and, on the CPU, the offsets by padded_check_cpu.
 #pragma once
 
 #include "to_packed.h"
@@ -13,5 +13,9 @@ namespace pcl {
 
 void to_padded_cpu(const char* packed, const int64_t* offsets, const char* padding, char* padded,
                    const PaddedShape& shape, int threads);
+
+// On the device, on a stream; an error number of CUDA's, 0 for none. Offsets are clamped to 0..T where they are read.
+int to_padded_cuda(const char* packed, const int64_t* offsets, const char* padding, char* padded,
+                   const PaddedShape& shape, void* stream);
 
 }  // namespace pcl

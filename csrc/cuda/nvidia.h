@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "scalars.h"
@@ -78,13 +79,35 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-__device__ __forceinline__ Vec16 load_once(const Vec16* from) {
-  const uint4 x = __ldcs(reinterpret_cast<const uint4*>(from));
-  return {{x.x, x.y, x.z, x.w}};
+__device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
+
+template <class Unit>
+__device__ __forceinline__ Unit load(const Unit* from) {
+  if constexpr (std::is_same_v<Unit, Vec16>) {
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    return {{x.x, x.y, x.z, x.w}};
+  } else {
+    return *from;
+  }
 }
 
-__device__ __forceinline__ void store_once(Vec16* to, const Vec16& x) {
-  __stcs(reinterpret_cast<uint4*>(to), make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]));
+template <class Unit>
+__device__ __forceinline__ Unit load_once(const Unit* from) {
+  if constexpr (std::is_same_v<Unit, Vec16>) {
+    const uint4 x = __ldcs(reinterpret_cast<const uint4*>(from));
+    return {{x.x, x.y, x.z, x.w}};
+  } else {
+    return *from;
+  }
+}
+
+template <class Unit>
+__device__ __forceinline__ void store_once(Unit* to, const Unit& x) {
+  if constexpr (std::is_same_v<Unit, Vec16>) {
+    __stcs(reinterpret_cast<uint4*>(to), make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]));
+  } else {
+    *to = x;
+  }
 }
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;

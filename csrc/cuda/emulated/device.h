@@ -64,8 +64,22 @@ inline void sync_threads(int line = __builtin_LINE()) { emulated::meet_block(lin
 inline void sync_warp(int line = __builtin_LINE()) { emulated::meet_warp("sync_warp", line, nullptr, nullptr); }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
-inline Vec16 load_once(const Vec16* from) { return *from; }
-inline void store_once(Vec16* to, const Vec16& x) { *to = x; }
+inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
+
+template <class Unit>
+Unit load(const Unit* from) {
+  return *from;
+}
+
+template <class Unit>
+Unit load_once(const Unit* from) {
+  return *from;
+}
+
+template <class Unit>
+void store_once(Unit* to, const Unit& x) {
+  *to = x;
+}
 
 template <class T>
 T round_to(float x);
