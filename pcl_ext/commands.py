@@ -195,6 +195,7 @@ def info(args) -> int:
         f"processor: {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
     print(f"kernels: {ops.native_status()}")
+    print(f"CUDA kernels: {ops.native_status('cuda')}")
     return 0
 
 

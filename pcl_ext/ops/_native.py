@@ -8,13 +8,16 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
 
+from pcl_ext.ops import _gpu
+
 if find_spec("pcl_ext._C") is None:  # PyTorch-only install
     C = None
 else:
     from pcl_ext import _C as C  # a broken build must raise here
 
 LIBRARY = torch.library.Library("pcl_ext", "FRAGMENT")
-SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # csrc/isa.h
+SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/isa.h
+CPU_FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 IMPLS = ("auto", "fused", "reference")
 BEST_ISA = -1
 AVX512_BF16 = 3  # csrc/isa.h: the first that multiplies bfloat16
@@ -26,33 +29,68 @@ def has_fused() -> bool:
     return C is not None
 
 
-def native_status() -> str:
-    """One line about the compiled module, for `pcl info`."""
+def native_status(device: str = "cpu") -> str:
+    """One line about the compiled module for a kind of device, "cpu" or "cuda", for `pcl info`."""
+    if device == "cuda":
+        return _gpu.cuda_status()
     if C is None:
         return "not built: every op runs on its PyTorch reference (install without -Cwheel.cmake=false to build it)"
     return f"{C.__file__}, {C.compiler()}, instruction sets {', '.join(C.isas())}, using {C.isas()[-1]}"
 
 
-def use_fused(impl: str, tensor: Tensor, dtypes=tuple(SCALARS)) -> bool:
-    """Choose the path for tensor: auto takes the fused one when it can, fused takes it or raises."""
+def use_fused(
+    impl: str,
+    tensor: Tensor,
+    cpu: tuple[torch.dtype, ...] | None = CPU_FLOATS,
+    cuda: tuple[torch.dtype, ...] | None = None,
+) -> bool:
+    """Choose the path for tensor: auto takes the fused one when it can, fused takes it or raises.
+
+    cpu and cuda: dtypes that kernels take there; empty for any, None without kernels.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "reference":
         return False
-    can = C is not None and tensor.device.type == "cpu" and (not dtypes or tensor.dtype in dtypes)
+    if _gpu.runs_cuda(tensor):
+        there, dtypes = _gpu.has_cuda(tensor), cuda
+    else:
+        there, dtypes = C is not None and tensor.device.type == "cpu", cpu
+    can = there and dtypes is not None and (not dtypes or tensor.dtype in dtypes)
     if impl == "fused" and not can:
-        if C is None:
-            raise RuntimeError("impl='fused' needs the compiled module pcl_ext._C, which is not built")
-        names = ", ".join(str(d)[6:] for d in dtypes) or "all"
-        raise TypeError(f"impl='fused' takes cpu tensors of {names}, got {str(tensor.dtype)[6:]} on {tensor.device}")
+        _refuse(tensor, there, cpu, cuda)
     return can
 
 
-def define(name: str, schema: str, kernel, fake, autograd: type[torch.autograd.Function] | None = None) -> None:
-    """Register pcl_ext::name: its schema, its CPU kernel where the module is there, its fake and its autograd rule."""
+def _refuse(tensor: Tensor, there: bool, cpu: tuple | None, cuda: tuple | None) -> None:
+    kind = tensor.device.type
+    if not there and kind in ("cpu", "cuda"):
+        module = {"cpu": "_C", "cuda": "_cuda"}[kind]
+        raise RuntimeError(f"impl='fused' needs the compiled module pcl_ext.{module}, which is {native_status(kind)}")
+    taken = {"cpu": cpu, "cuda": cuda}
+    words = [f"{k} tensors of {', '.join(str(d)[6:] for d in t) or 'all'}" for k, t in taken.items() if t is not None]
+    words = " and ".join(words)
+    raise TypeError(f"impl='fused' takes {words}, got {str(tensor.dtype)[6:]} on {tensor.device}")
+
+
+def define(
+    name: str,
+    schema: str,
+    kernel,
+    fake,
+    autograd: type[torch.autograd.Function] | None = None,
+    *,
+    cuda: bool = False,
+) -> None:
+    """Register pcl_ext::name: its schema, its kernel where its module is there, its fake and its autograd rule.
+
+    cuda: whether kernel takes CUDA tensors too.
+    """
     LIBRARY.define(name + schema)
     if C is not None:
         LIBRARY.impl(name, kernel, "CPU")
+    if cuda and _gpu.CUDA is not None:
+        LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"pcl_ext::{name}", fake, lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, lambda *args: autograd.apply(*args), "Autograd")

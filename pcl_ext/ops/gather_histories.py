@@ -21,7 +21,7 @@ def gather_histories(values, offsets, rows, max_len: int, cut=None, *, impl: str
     read. Raises ValueError or TypeError naming what is wrong.
     """
     max_len = check_count("max_len", max_len)
-    if use_fused(impl, _ON_CPU, dtypes=()):
+    if use_fused(impl, _ON_CPU, cpu=()):
         return _gather(values, offsets, rows, max_len, cut)
     begin, lengths = _ranges(values, offsets, rows, max_len, cut)
     return reference.gather_histories(_array("values", values, _VALUES), begin, lengths)

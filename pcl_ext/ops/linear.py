@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pcl_ext.ops import linear_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor
-from pcl_ext.ops._native import SCALARS, call, use_fused
+from pcl_ext.ops._native import CPU_FLOATS, call, use_fused
 
 
 def linear(
@@ -67,7 +67,7 @@ def use_frozen(impl: str, x: Tensor, parts: dict[str, Tensor | None]) -> bool:
     trained = [name for name, t in parts.items() if t is not None and t.requires_grad and torch.is_grad_enabled()]
     if impl == "fused" and trained:
         raise ValueError(f"impl='fused' takes frozen weights, got {trained[0]} that asks for a gradient")
-    return use_fused(impl, x) and not trained and all(t is None or t.dtype in SCALARS for t in parts.values())
+    return use_fused(impl, x) and not trained and all(t is None or t.dtype in CPU_FLOATS for t in parts.values())
 
 
 def product_dtype(weight: Tensor) -> Tensor:

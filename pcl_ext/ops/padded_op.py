@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pcl_ext.ops import _gpu
 from pcl_ext.ops._check import check_offset_values
-from pcl_ext.ops._native import CPU, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import C, address, below_autograd, define, packed_rows
 
 
 def check_padded_values(offsets: Tensor, total: int, total_name: str, max_seqlen: int) -> None:
@@ -23,11 +24,14 @@ def to_padded(packed, offsets, max_seqlen, fill):
     """padded [B, max_seqlen, ...]."""
     packed, offsets = packed_rows(packed, 1), offsets.contiguous()
     batch, (total, *row) = offsets.shape[0] - 1, packed.shape
-    padded = torch.empty(batch, max_seqlen, *row, dtype=packed.dtype, device=CPU)
+    padded = torch.empty(batch, max_seqlen, *row, dtype=packed.dtype, device=packed.device)
     padding = None if fill == 0 else packed.new_full(row, fill)
     size = packed.element_size()
     sizes = (batch, max_seqlen, total, math.prod(row) * size, packed.stride(0) * size)
-    if not C.to_padded(*map(address, (packed, offsets, padding, padded)), *sizes, torch.get_num_threads()):
+    pointers = map(address, (packed, offsets, padding, padded))
+    if _gpu.runs_cuda(packed):
+        _gpu.launch("to_padded", packed, *pointers, *sizes)
+    elif not C.to_padded(*pointers, *sizes, torch.get_num_threads()):
         check_padded_values(offsets, packed.shape[0], "len(packed)", max_seqlen)
         raise AssertionError("the kernel refused what its rules allow")
     return padded
@@ -42,10 +46,13 @@ def to_packed(padded, offsets, total):
     """packed [total, ...]."""
     padded, offsets = packed_rows(padded, 2), offsets.contiguous()
     batch, max_seqlen, *row = padded.shape
-    packed = torch.empty(total, *row, dtype=padded.dtype, device=CPU)
+    packed = torch.empty(total, *row, dtype=padded.dtype, device=padded.device)
     size, (history_stride, row_stride, *_) = padded.element_size(), padded.stride()
     sizes = (batch, max_seqlen, total, math.prod(row) * size, row_stride * size, history_stride * size)
-    if not C.to_packed(*map(address, (padded, offsets, packed)), *sizes, torch.get_num_threads()):
+    pointers = map(address, (padded, offsets, packed))
+    if _gpu.runs_cuda(padded):
+        _gpu.launch("to_packed", padded, *pointers, *sizes)
+    elif not C.to_packed(*pointers, *sizes, torch.get_num_threads()):
         check_padded_values(offsets, total, "total", padded.shape[1])
         raise AssertionError("the kernel refused what its rules allow")
     return packed
@@ -88,5 +95,13 @@ define(
     to_padded,
     to_padded_fake,
     _ToPadded,
+    cuda=True,
 )
-define("to_packed", "(Tensor padded, Tensor offsets, SymInt total) -> Tensor", to_packed, to_packed_fake, _ToPacked)
+define(
+    "to_packed",
+    "(Tensor padded, Tensor offsets, SymInt total) -> Tensor",
+    to_packed,
+    to_packed_fake,
+    _ToPacked,
+    cuda=True,
+)

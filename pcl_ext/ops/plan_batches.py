@@ -23,7 +23,7 @@ def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str =
         return []
     if lengths.min() < 0:
         raise ValueError(f"lengths must be at least 0, got {int(lengths.min())} at index {int(lengths.argmin())}")
-    assign = _assign if use_fused(impl, lengths, dtypes=()) else reference.plan_batches
+    assign = _assign if use_fused(impl, lengths, cpu=()) else reference.plan_batches
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(lengths), generator=generator)
     cost = lengths.clamp(min=1)

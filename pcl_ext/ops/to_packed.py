@@ -22,7 +22,7 @@ def to_packed(padded: Tensor, offsets: Tensor, total: int, *, impl: str = "auto"
     if offsets.shape[0] - 1 != padded.shape[0]:
         raise ValueError(f"offsets must be [B + 1] = ({padded.shape[0] + 1},), got {tuple(offsets.shape)}")
     total = check_count("total", total)
-    if use_fused(impl, padded, dtypes=()):
+    if use_fused(impl, padded, cpu=(), cuda=()):
         return call(torch.ops.pcl_ext.to_packed.default, padded_op.to_packed, padded, offsets, total)
     if reads_values(padded):
         check_padded_values(offsets, total, "total", padded.shape[1])

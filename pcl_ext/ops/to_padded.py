@@ -23,7 +23,7 @@ def to_padded(packed: Tensor, offsets: Tensor, max_seqlen: int, fill: float = 0,
     if isinstance(fill, Tensor) or not isinstance(fill, (bool, int, float, complex)):
         raise TypeError(f"fill must be a number, got {type(fill).__name__}")
     try:
-        if use_fused(impl, packed, dtypes=()):
+        if use_fused(impl, packed, cpu=(), cuda=()):
             return call(torch.ops.pcl_ext.to_padded.default, padded_op.to_padded, packed, offsets, max_seqlen, fill)
         if reads_values(packed):
             check_padded_values(offsets, packed.shape[0], "len(packed)", max_seqlen)

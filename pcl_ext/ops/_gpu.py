@@ -1,0 +1,86 @@
+"""The CUDA module: loaded only where torch has CUDA; absent is fine, broken is loud. How the ops launch its kernels."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_FOUND = find_spec("pcl_ext._cuda") is not None
+if _FOUND and torch.backends.cuda.is_built():
+    from pcl_ext import _cuda as CUDA  # a broken build must raise here
+else:
+    CUDA = None
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_emulator = None  # what takes CPU tensors to the CUDA kernels, in tests
+
+
+def cuda_status() -> str:
+    """One line about the CUDA module, for `pcl info`."""
+    if not torch.backends.cuda.is_built():
+        built = "built, not loaded" if _FOUND else "not built"
+        return f"{built}: this torch ({torch.__version__}) has no CUDA"
+    if CUDA is None:
+        return (
+            "not built: ops on CUDA tensors run on their PyTorch reference (install where CMake finds nvcc 11.8 or "
+            "newer, with PCL_CUDA on, to build it)"
+        )
+    module = f"{CUDA.__file__}, {CUDA.compiler()}"
+    if not torch.cuda.is_available():
+        return f"{module}, no CUDA device"
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if not _is_new_enough(torch.cuda.current_device()):
+        return f"{module}, not used: {name} is sm_{major}{minor}, the kernels need sm_80"
+    return f"{module}, on {name} (sm_{major}{minor})"
+
+
+@cache
+def _is_new_enough(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def runs_cuda(tensor: Tensor) -> bool:
+    """Whether tensor's kernels are those of the CUDA module."""
+    return tensor.is_cuda or _emulator is not None
+
+
+def has_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA module, or its emulation, can take tensor."""
+    if _emulator is not None:
+        return True
+    if CUDA is None or not tensor.is_cuda:
+        return False
+    return torch.compiler.is_compiling() or _is_new_enough(tensor.device.index)  # dynamo cannot look at the device
+
+
+def launch(name: str, tensor: Tensor, *args) -> None:
+    """The CUDA module's `name` on tensor's device and its current stream; a launch that fails raises."""
+    if _emulator is not None:
+        module, error = _emulator, getattr(_emulator, name)(*args, 0)
+    else:
+        module = CUDA
+        with torch.cuda.device(tensor.device):
+            error = getattr(CUDA, name)(*args, torch.cuda.current_stream(tensor.device).cuda_stream)
+    if error:
+        text = module.error_text(error)
+        raise RuntimeError(f"pcl_ext.{name} could not be launched on {tensor.device}: CUDA error {error}, {text}")
+
+
+@contextmanager
+def emulated(order: int = 0) -> Iterator[None]:
+    """For tests: inside, CPU tensors go the way of CUDA tensors, to the same kernels run by the emulation.
+
+    order is in which order threads and blocks take turns: 0 first to last, 1 last to first, others shuffled.
+    """
+    global _emulator
+    from pcl_ext import _cuda_emulated
+
+    _cuda_emulated.set_order(order)
+    before, _emulator = _emulator, _cuda_emulated
+    try:
+        yield
+    finally:
+        _emulator = before
