@@ -1,6 +1,7 @@
 // The CUDA kernels in Python: as csrc/bindings.cpp, with a stream last. Every function returns CUDA's error number.
 #include <nanobind/nanobind.h>
 
+#include "embed.h"
 #include "runtime.h"
 #include "to_packed.h"
 #include "to_padded.h"
@@ -30,11 +31,47 @@ int to_padded(uintptr_t packed, uintptr_t offsets, uintptr_t padding, uintptr_t 
                              at<char>(padded), shape, at(stream));
 }
 
+struct EmbedCall {
+  pcl::EmbedRows rows;
+  pcl::EmbedShape shape;
+};
+
+pcl::EmbedShape embed_shape(nb::tuple numbers) {
+  const auto number = [&](int i) { return nb::cast<int64_t>(numbers[i]); };
+  return {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9)};
+}
+
+EmbedCall embed_call(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers) {
+  return {{at(items), wide_items, at<const int64_t>(offsets), at<const int64_t>(prompt_index)}, embed_shape(numbers)};
+}
+
+int embed_fwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers,
+              uintptr_t table, uintptr_t position, uintptr_t prompt, uintptr_t out, int dtype, uintptr_t stream) {
+  const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
+  return pcl::embed_fwd_cuda(call.rows, at(table), at(position), at(prompt), at(out), call.shape,
+                             static_cast<pcl::Scalar>(dtype), at(stream));
+}
+
+int64_t embed_bwd_bytes(nb::tuple numbers, bool position, bool prompt, int dtype) {
+  return pcl::embed_bwd_cuda_bytes(embed_shape(numbers), position, prompt, static_cast<pcl::Scalar>(dtype));
+}
+
+int embed_bwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t prompt_index, nb::tuple numbers,
+              uintptr_t grad_out, uintptr_t workspace, uintptr_t grad_position, uintptr_t grad_prompt, int dtype,
+              uintptr_t stream) {
+  const EmbedCall call = embed_call(items, wide_items, offsets, prompt_index, numbers);
+  return pcl::embed_bwd_cuda(call.rows, at(grad_out), at(workspace), at(grad_position), at(grad_prompt), call.shape,
+                             static_cast<pcl::Scalar>(dtype), at(stream));
+}
+
 }  // namespace
 
 NB_MODULE(PCL_CUDA_MODULE, m) {
   m.def("to_packed", &to_packed);
   m.def("to_padded", &to_padded);
+  m.def("embed_fwd", &embed_fwd);
+  m.def("embed_bwd", &embed_bwd);
+  m.def("embed_bwd_bytes", &embed_bwd_bytes);
   m.def("error_text", &pcl::cuda_error_text);
   m.def("compiler", &pcl::cuda_compiler);
 #ifdef PCL_CUDA_EMULATED

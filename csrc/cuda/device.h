@@ -13,8 +13,8 @@
 //     shared_memory()                          unsigned char*, 128-byte aligned, as launch was asked for; uninitialised
 //     sync_threads(), sync_warp()              every thread of the block, of the warp, in the same place
 //     exp2_approx(x)                           2^x within 2 units in the last place; 0 for -infinity
-//     load(pointer), load_once(pointer), store_once(pointer, value)   one access, of a Vec16 too; once: nobody reads
-//                                              it again soon
+//     load(pointer), store(pointer, value)     one access, of a Vec16 too
+//     load_once(pointer), store_once(pointer, value)   the same, of what nobody reads again soon
 //     count_bits(unsigned)
 //   of a warp, all 32 lanes together
 //     shuffle(value, from), shuffle_xor(value, mask)       int, unsigned, float, double

@@ -102,6 +102,15 @@ __device__ __forceinline__ Unit load_once(const Unit* from) {
 }
 
 template <class Unit>
+__device__ __forceinline__ void store(Unit* to, const Unit& x) {
+  if constexpr (std::is_same_v<Unit, Vec16>) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+  } else {
+    *to = x;
+  }
+}
+
+template <class Unit>
 __device__ __forceinline__ void store_once(Unit* to, const Unit& x) {
   if constexpr (std::is_same_v<Unit, Vec16>) {
     __stcs(reinterpret_cast<uint4*>(to), make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]));

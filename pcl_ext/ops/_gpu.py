@@ -28,13 +28,13 @@ def cuda_status() -> str:
             "not built: ops on CUDA tensors run on their PyTorch reference (install where CMake finds nvcc 11.8 or "
             "newer, with PCL_CUDA on, to build it)"
         )
-    module = f"{CUDA.__file__}, {CUDA.compiler()}"
+    name = f"{CUDA.__file__}, {CUDA.compiler()}"
     if not torch.cuda.is_available():
-        return f"{module}, no CUDA device"
-    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        return f"{name}, no CUDA device"
+    gpu, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if not _is_new_enough(torch.cuda.current_device()):
-        return f"{module}, not used: {name} is sm_{major}{minor}, the kernels need sm_80"
-    return f"{module}, on {name} (sm_{major}{minor})"
+        return f"{name}, not used: {name} is sm_{major}{minor}, the kernels need sm_80"
+    return f"{name}, on {gpu} (sm_{major}{minor})"
 
 
 @cache
@@ -56,16 +56,20 @@ def has_cuda(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or _is_new_enough(tensor.device.index)  # dynamo cannot look at the device
 
 
+def module():
+    """The CUDA module, or its emulation."""
+    return CUDA if _emulator is None else _emulator
+
+
 def launch(name: str, tensor: Tensor, *args) -> None:
     """The CUDA module's `name` on tensor's device and its current stream; a launch that fails raises."""
     if _emulator is not None:
-        module, error = _emulator, getattr(_emulator, name)(*args, 0)
+        error = getattr(_emulator, name)(*args, 0)
     else:
-        module = CUDA
         with torch.cuda.device(tensor.device):
             error = getattr(CUDA, name)(*args, torch.cuda.current_stream(tensor.device).cuda_stream)
     if error:
-        text = module.error_text(error)
+        text = module().error_text(error)
         raise RuntimeError(f"pcl_ext.{name} could not be launched on {tensor.device}: CUDA error {error}, {text}")
 
 

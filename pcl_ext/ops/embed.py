@@ -33,12 +33,13 @@ def embed(
 
     A row r steps before its history's end (newest r = 0) gets table[item], plus position[r] of position [max_len, D],
     plus prompt[prompt_index[b], P - 1 - r] of prompt [K, P, D] where r < P. prompt_index [B] int64 is -1 for none and
-    may be left out when K == 1. Raises ValueError or TypeError naming what is wrong; on CPU ids outside 0..V are
-    refused.
+    may be left out when K == 1. Raises ValueError or TypeError naming what is wrong. Values are looked at on the
+    CPU alone: on CUDA an id outside 0..V reads row 0, rows past max_len read the last position, and a prompt_index
+    outside 0..K-1 is none.
     """
     if not _is_right(items, offsets, table, position, prompt, prompt_index):
         _check(items, offsets, table, position, prompt, prompt_index)
-    if use_fused(impl, table):
+    if use_fused(impl, table, cuda=FLOATS):
         inputs = (items, offsets, table, position, prompt, prompt_index)
         return call(torch.ops.pcl_ext.embed.default, embed_op.forward, *inputs)
     if reads_values(items):

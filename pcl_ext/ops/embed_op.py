@@ -3,8 +3,9 @@
 import torch
 from torch.autograd.function import once_differentiable
 
+from pcl_ext.ops import _gpu
 from pcl_ext.ops._check import check_offset_values, check_range
-from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
 
 _ROWS = "Tensor items, Tensor offsets"
 _TABLES = "Tensor table, Tensor? position, Tensor? prompt, Tensor? prompt_index"
@@ -43,10 +44,12 @@ def forward(items, offsets, table, position, prompt, prompt_index, *, isa=BEST_I
     table = packed_rows(table, 1)
     position = None if position is None else packed_rows(position, 1)
     prompt = None if prompt is None else prompt.contiguous()
-    out = torch.empty(items.shape[0], table.shape[1], dtype=table.dtype, device=CPU)
+    out = torch.empty(items.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
     inputs, _kept = _inputs(items, offsets, prompt_index, table, position, prompt, 0)
     pointers = (table.data_ptr(), address(position), address(prompt), out.data_ptr())
-    if not C.embed_fwd(*inputs, *pointers, SCALARS[table.dtype], isa, torch.get_num_threads()):
+    if _gpu.runs_cuda(table):
+        _gpu.launch("embed_fwd", table, *inputs, *pointers, SCALARS[table.dtype])
+    elif not C.embed_fwd(*inputs, *pointers, SCALARS[table.dtype], isa, torch.get_num_threads()):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
         raise AssertionError("the kernel refused what its rules allow")
     return out
@@ -62,11 +65,28 @@ def backward(grad_out, items, offsets, table, position, prompt, prompt_index, ne
     grads = backward_fake(grad_out, items, offsets, table, position, prompt, prompt_index, needs)
     grad_out = packed_rows(grad_out, 1)
     inputs, _kept = _inputs(items, offsets, prompt_index, table, position, prompt, grad_out.stride()[0])
+    if _gpu.runs_cuda(table):
+        _backward_cuda(grad_out, inputs, grads, needs, items)
+        return grads
     pointers = map(address, (grad_out, *grads))
     if not C.embed_bwd(*inputs, *pointers, SCALARS[table.dtype], isa, torch.get_num_threads()):
         check_embed_values(items, offsets, table, position, prompt, prompt_index)
         raise AssertionError("the kernel refused what its rules allow")
     return grads
+
+
+def _backward_cuda(grad_out, inputs: tuple, grads, needs, items) -> None:
+    grad_table, grad_position, grad_prompt = grads
+    asked, dtype = needs[1:], SCALARS[grad_out.dtype]
+    if needs[0]:
+        rows = grad_table.shape[0]
+        ids = torch.where((items < 0) | (items >= rows), 0, items)
+        grad_table.copy_(torch.ops.aten.embedding_dense_backward(grad_out, ids, rows, -1, False))
+    if any(asked):
+        size = _gpu.module().embed_bwd_bytes(inputs[-1], *asked, dtype)
+        workspace = torch.empty(size, dtype=torch.uint8, device=grad_out.device)
+        wanted = (address(grad) if need else 0 for grad, need in zip((grad_position, grad_prompt), asked))
+        _gpu.launch("embed_bwd", grad_out, *inputs, address(grad_out), address(workspace), *wanted, dtype)
 
 
 def backward_fake(grad_out, items, offsets, table, position, prompt, prompt_index, needs):
@@ -94,5 +114,6 @@ define(
     f"(Tensor grad_out, {_ROWS}, {_TABLES}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     backward,
     backward_fake,
+    cuda=True,
 )
-define("embed", f"({_ROWS}, {_TABLES}) -> Tensor", forward, forward_fake, _Embed)
+define("embed", f"({_ROWS}, {_TABLES}) -> Tensor", forward, forward_fake, _Embed, cuda=True)

@@ -77,6 +77,11 @@ Unit load_once(const Unit* from) {
 }
 
 template <class Unit>
+void store(Unit* to, const Unit& x) {
+  *to = x;
+}
+
+template <class Unit>
 void store_once(Unit* to, const Unit& x) {
   *to = x;
 }
