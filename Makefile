@@ -1,8 +1,9 @@
 # One virtual environment for everything, made on first use and refreshed only when what it holds has changed.
 #   make dev        create it and install the package with its extras
-#   make demo       and run the demonstration; DATA=folder takes a data folder of one's own, CUDA=1 turns PCL_CUDA on (no CUDA kernels yet)
+#   make demo       and run the demonstration; DATA=folder takes a data folder of one's own, CUDA=1 builds the CUDA kernels too (nvcc 11.8 or newer)
 #   make test       and run the tests; make test-all runs those that take minutes too
-#   make sanitize   run the tests of the ops against a build that watches memory and arithmetic (gcc)
+#   make sanitize   run the tests of the ops, CUDA kernels emulated, against a build that watches memory and arithmetic (gcc)
+#   make gpu-check  on a machine with a GPU: build the CUDA kernels, test and measure them, into benchmarks/results/
 #   make lint       check style;  make bench  measure everything, into benchmarks/results/
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,10 +17,10 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
 INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
-SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find csrc pcl_ext -type f ! -name '*.so' ! -name '*.pyc')
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find cmake csrc pcl_ext -type f ! -name '*.so' ! -name '*.pyc')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: dev demo test test-all sanitize lint bench
+.PHONY: dev demo test test-all sanitize lint bench gpu-check
 .DELETE_ON_ERROR:
 
 dev: $(INSTALLED)
@@ -57,6 +58,10 @@ lint: $(VENV)/.lint
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run_all.py
+
+gpu-check:
+	$(MAKE) dev CUDA=1
+	$(BIN)/python benchmarks/gpu_check.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,12 @@
 """Every test: seeded, new buffers full of NaN, threads as they were; devices and the compiled module by marker."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from pcl_ext import ops
+from pcl_ext.ops import _gpu
 
 
 def pytest_configure(config):
@@ -13,14 +16,35 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("needs_ext") and not ops.has_fused():
         pytest.skip("the compiled module pcl_ext._C is not built")
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if item.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if _gpu.CUDA is None:
+            pytest.skip("the compiled module pcl_ext._cuda is not built")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+EMULATED = [] if find_spec("pcl_ext._cuda_emulated") is None else ["emulated"]
+
+
+@pytest.fixture(params=["cpu", CUDA, *EMULATED])
 def device(request):
-    """Each device in turn."""
-    return request.param
+    """Each device in turn; where the emulation is built, also the CUDA kernels on CPU tensors."""
+    yield from _on(request.param)
+
+
+@pytest.fixture(params=[CUDA, *EMULATED])
+def cuda(request):
+    """Where the CUDA kernels run: "cuda", and where the emulation is built "cpu", by it."""
+    yield from _on(request.param)
+
+
+def _on(device):
+    if device != "emulated":
+        yield device
+        return
+    with _gpu.emulated():
+        yield "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@
 #include "to_padded.h"
 #ifdef PCL_CUDA_EMULATED
 #include "emulated/block.h"
+#include "emulated/trials.h"
 #endif
 
 namespace nb = nanobind;
@@ -76,5 +77,12 @@ NB_MODULE(PCL_CUDA_MODULE, m) {
   m.def("compiler", &pcl::cuda_compiler);
 #ifdef PCL_CUDA_EMULATED
   m.def("set_order", &pcl::emulated::set_order);
+  m.def("product", [](uintptr_t a, uintptr_t b, uintptr_t c, int dtype, bool transposed, bool wait) {
+    return pcl::emulated::product(at(a), at(b), at<float>(c), static_cast<pcl::Scalar>(dtype), transposed, wait);
+  });
+  m.def("make_mistake", [](int which, uintptr_t source) {
+    return pcl::emulated::make_mistake(static_cast<pcl::emulated::Mistake>(which), at(source));
+  });
+  m.def("race", [](uintptr_t out) { return pcl::emulated::race(at<int>(out)); });
 #endif
 }

@@ -13,19 +13,29 @@ ISAS = range(len(_native.C.isas())) if ops.has_fused() else []
 IMPLS = ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)]
 
 
-def make(lengths, *, dtype=torch.float32, dim=8, num_items=11, prompts=3, prompt_len=4, item_dtype=torch.int64):
+def make(
+    lengths,
+    *,
+    dtype=torch.float32,
+    dim=8,
+    num_items=11,
+    prompts=3,
+    prompt_len=4,
+    item_dtype=torch.int64,
+    device="cpu",
+):
     """Arguments of embed by name; tables ask for gradients."""
 
     def table(*shape):
-        return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+        return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
     return {
-        "items": torch.randint(0, num_items + 1, (sum(lengths),), dtype=item_dtype),
-        "offsets": to_offsets(lengths),
+        "items": torch.randint(0, num_items + 1, (sum(lengths),), dtype=item_dtype).to(device),
+        "offsets": to_offsets(lengths).to(device),
         "table": table(num_items + 1, dim),
         "position": table(max(lengths, default=0) + 2, dim),
         "prompt": table(prompts, prompt_len, dim),
-        "prompt_index": torch.randint(-1, prompts, (len(lengths),)),
+        "prompt_index": torch.randint(-1, prompts, (len(lengths),)).to(device),
     }
 
 
@@ -45,7 +55,7 @@ def with_grads_isa(arguments, grad_out, isa):
 
 def check(arguments, isa=None):
     """fused (or one instruction set) at most twice as far from float64 as the twin, one rounding free."""
-    grad_out = torch.randn(len(arguments["items"]), arguments["table"].shape[1])
+    grad_out = torch.randn(len(arguments["items"]), arguments["table"].shape[1]).to(arguments["table"].device)
     double = {n: x.detach().double().requires_grad_() if x.is_floating_point() else x for n, x in arguments.items()}
     exact = with_grads(double, grad_out.to(arguments["table"].dtype), impl="reference")
     want = with_grads(arguments, grad_out, impl="reference")
@@ -58,9 +68,7 @@ def check(arguments, isa=None):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_equals_the_definition(impl, device):
-    if impl == "fused" and device != "cpu":
-        pytest.skip("fused runs on the cpu")
-    arguments = {n: x.to(device) for n, x in make([5, 0, 3]).items()}
+    arguments = make([5, 0, 3], device=device)
     arguments["prompt_index"] = torch.tensor([1, 0, -1], device=device)
     out = ops.embed(**arguments, impl=impl)
     items, table, position, prompt = (arguments[n] for n in ("items", "table", "position", "prompt"))
@@ -74,15 +82,28 @@ def test_equals_the_definition(impl, device):
 @pytest.mark.needs_ext
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_fused_is_as_right_as_the_twin(lengths, dtype):
-    check(make(lengths, dtype=dtype))
+def test_fused_is_as_right_as_the_twin(lengths, dtype, device):
+    check(make(lengths, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dim", [8, 20, 100])
+def test_float16(cuda, dim):
+    check(make([30, 5, 0, 40, 9, 9, 1], dim=dim, dtype=torch.float16, device=cuda))
+
+
+@pytest.mark.parametrize("lengths", [[3] * 700, [600, 1] * 3], ids=["many", "long"])
+@pytest.mark.parametrize("prompts", [1, 70])
+def test_several_blocks_share_the_gradients(cuda, lengths, prompts):
+    arguments = make(lengths, dim=16, prompts=prompts, device=cuda)
+    check(arguments)
+    check({n: x for n, x in arguments.items() if not n.startswith("prompt")})
 
 
 @pytest.mark.needs_ext
 @pytest.mark.parametrize("dim", [1, 3, 16, 64, 100])
 @pytest.mark.parametrize("item_dtype", [torch.int32, torch.int64], ids=str)
-def test_widths_and_item_types(dim, item_dtype):
-    check(make([5, 30], dim=dim, item_dtype=item_dtype))
+def test_widths_and_item_types(dim, item_dtype, device):
+    check(make([5, 30], dim=dim, item_dtype=item_dtype, device=device))
 
 
 @pytest.mark.needs_ext
@@ -125,15 +146,15 @@ def test_an_id_is_refused_wherever_it_lies(at):
 
 @pytest.mark.needs_ext
 @pytest.mark.parametrize("left_out", [["position"], ["prompt", "prompt_index"], ["position", "prompt", "prompt_index"]])
-def test_left_out(left_out):
-    arguments = make([5, 3])
+def test_left_out(left_out, device):
+    arguments = make([5, 3], device=device)
     check({n: x for n, x in arguments.items() if n not in left_out})
 
 
 @pytest.mark.needs_ext
-def test_one_prompt_needs_no_index():
-    arguments = make([5, 3], prompts=1)
-    arguments["prompt_index"] = torch.zeros(2, dtype=torch.int64)
+def test_one_prompt_needs_no_index(device):
+    arguments = make([5, 3], prompts=1, device=device)
+    arguments["prompt_index"] = torch.zeros(2, dtype=torch.int64, device=device)
     want = ops.embed(**arguments)
     del arguments["prompt_index"]
     assert torch.equal(ops.embed(**arguments), want)
@@ -153,8 +174,8 @@ def test_empty_prompt_and_empty_positions():
 
 @pytest.mark.needs_ext
 @pytest.mark.parametrize("lengths", [[3, 2], [1, 0, 4]], ids=str)
-def test_gradcheck(lengths):
-    arguments = make(lengths, dtype=torch.float64, dim=3)
+def test_gradcheck(lengths, device):
+    arguments = make(lengths, dtype=torch.float64, dim=3, device=device)
     tables = [arguments[n] for n in ("table", "position", "prompt")]
 
     def run(table, position, prompt):
@@ -166,9 +187,9 @@ def test_gradcheck(lengths):
 
 @pytest.mark.needs_ext
 @pytest.mark.parametrize("asked", ["table", "position", "prompt"])
-def test_only_what_is_asked_for(asked):
-    arguments = make([30, 12, 5])
-    grad_out = torch.randn(47, 8)
+def test_only_what_is_asked_for(asked, device):
+    arguments = make([30, 12, 5], device=device)
+    grad_out = torch.randn(47, 8, device=device)
     want = with_grads(arguments, grad_out, impl="fused")[asked]
     for name in ("table", "position", "prompt"):
         arguments[name].requires_grad_(name == asked)
@@ -201,8 +222,8 @@ def test_compiles_as_one_graph():
 
 
 @pytest.mark.needs_ext
-def test_strided_tables_give_the_same_bits():
-    arguments = make([5, 3])
+def test_strided_tables_give_the_same_bits(device):
+    arguments = make([5, 3], device=device)
     want = ops.embed(**arguments)
     for name in ("table", "position", "prompt"):
         x = arguments[name]
@@ -224,13 +245,14 @@ def test_threads_do_not_change_bits(threads):
 
 
 @pytest.mark.needs_ext
-def test_company_does_not_change_bits():
+def test_company_does_not_change_bits(device):
     lengths = [9, 0, 33, 2]
-    arguments = make(lengths)
+    arguments = make(lengths, device=device)
     crowd = ops.embed(**arguments)
     for b, (begin, end) in enumerate(zip(arguments["offsets"][:-1], arguments["offsets"][1:])):
         index = arguments["prompt_index"][b : b + 1]
-        alone = {"items": arguments["items"][begin:end], "offsets": to_offsets([lengths[b]]), "prompt_index": index}
+        alone = {"items": arguments["items"][begin:end], "prompt_index": index}
+        alone["offsets"] = to_offsets([lengths[b]]).to(device)
         assert torch.equal(ops.embed(**{**arguments, **alone}), crowd[begin:end])
 
 

@@ -42,6 +42,17 @@ def test_overflowing_an_int():
     assert "runtime error: signed integer overflow" in report
 
 
+def test_emulated_cuda_kernels_are_watched():
+    report = report_of("""
+import torch
+from pcl_ext import _cuda_emulated
+packed, offsets, padded = torch.zeros(4, 3), torch.tensor([0, 5]), torch.zeros(1, 6, 3)
+_cuda_emulated.to_padded(packed.data_ptr(), offsets.data_ptr(), 0, padded.data_ptr(), 1, 6, 5, 12, 12, 0)
+""")
+    assert "AddressSanitizer: heap-buffer-overflow" in report
+    assert "to_padded_kernel" in report
+
+
 @pytest.mark.parametrize("name", ["k", "v"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_kernels_of_every_instruction_set_are_watched(isa, name):

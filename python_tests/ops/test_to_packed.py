@@ -11,8 +11,6 @@ from pcl_ext import ops
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_undoes_to_padded(lengths, impl, device):
-    if impl == "fused" and device != "cpu":
-        pytest.skip("fused runs on the cpu")
     packed, offsets = numbers(sum(lengths), 3).to(device), to_offsets(lengths).to(device)
     padded = ops.to_padded(packed, offsets, 8, -2, impl=impl)
     assert torch.equal(ops.to_packed(padded, offsets, sum(lengths), impl=impl), packed)
@@ -21,8 +19,8 @@ def test_undoes_to_padded(lengths, impl, device):
 @pytest.mark.needs_ext
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_equals_the_twin(dtype, shape):
-    padded, offsets = numbers(3, 6, *shape, dtype=dtype), to_offsets([5, 0, 4])
+def test_fused_equals_the_twin(dtype, shape, device):
+    padded, offsets = numbers(3, 6, *shape, dtype=dtype).to(device), to_offsets([5, 0, 4]).to(device)
     got, want = (ops.to_packed(padded, offsets, 9, impl=impl) for impl in ("fused", "reference"))
     assert got.dtype == dtype
     assert torch.equal(got, want)
@@ -39,17 +37,18 @@ def test_large(threads):
 
 
 @pytest.mark.needs_ext
-def test_strided_blocks():
-    offsets = to_offsets([5, 4])
-    wide = numbers(2, 6, 12)
-    for padded in (wide[..., 3:7], wide[..., ::2], numbers(6, 2, 4).transpose(0, 1), numbers(2, 1, 4).expand(2, 6, 4)):
+def test_strided_blocks(device):
+    offsets = to_offsets([5, 4]).to(device)
+    wide = numbers(2, 6, 12).to(device)
+    few = wide[..., :4].contiguous()
+    for padded in (wide[..., 3:7], wide[..., ::2], few.view(6, 2, 4).transpose(0, 1), few[:, :1].expand(2, 6, 4)):
         assert torch.equal(ops.to_packed(padded, offsets, 9), ops.to_packed(padded.contiguous(), offsets, 9))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_gradcheck(impl):
-    padded = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
-    offsets = to_offsets([3, 0, 3])
+def test_gradcheck(impl, device):
+    padded = torch.randn(3, 4, 2, dtype=torch.float64, device=device, requires_grad=True)
+    offsets = to_offsets([3, 0, 3]).to(device)
     assert torch.autograd.gradcheck(lambda x: ops.to_packed(x, offsets, 6, impl=impl), padded)
 
 

@@ -19,8 +19,6 @@ def numbers(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_equals_the_definition(lengths, impl, device):
-    if impl == "fused" and device != "cpu":
-        pytest.skip("fused runs on the cpu")
     packed, offsets = numbers(sum(lengths), 3).to(device), to_offsets(lengths).to(device)
     padded = ops.to_padded(packed, offsets, 8, -2, impl=impl)
     assert padded.shape == (len(lengths), 8, 3)
@@ -33,8 +31,8 @@ def test_equals_the_definition(lengths, impl, device):
 @pytest.mark.parametrize("fill", [0, 1, True])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_equals_the_twin(dtype, shape, fill):
-    packed, offsets = numbers(9, *shape, dtype=dtype), to_offsets([5, 0, 4])
+def test_fused_equals_the_twin(dtype, shape, fill, device):
+    packed, offsets = numbers(9, *shape, dtype=dtype).to(device), to_offsets([5, 0, 4]).to(device)
     got, want = (ops.to_padded(packed, offsets, 6, fill, impl=impl) for impl in ("fused", "reference"))
     assert got.dtype == dtype
     assert torch.equal(got, want)
@@ -51,10 +49,19 @@ def test_large(threads):
 
 
 @pytest.mark.needs_ext
-def test_strided_rows():
-    offsets = to_offsets([5, 4])
-    wide = numbers(9, 12)
-    for packed in (wide[:, 3:7], wide.t()[:9].t(), wide[::1, ::2], numbers(1, 4).expand(9, 4), numbers(9, 4)[:, :1]):
+def test_many_histories(cuda):
+    lengths = torch.randint(0, 40, (150,)).tolist()
+    packed, offsets = numbers(sum(lengths), 20).to(cuda), to_offsets(lengths).to(cuda)
+    got, want = (ops.to_padded(packed, offsets, 40, impl=impl) for impl in ("fused", "reference"))
+    assert torch.equal(got, want)
+    assert torch.equal(ops.to_packed(got, offsets, sum(lengths), impl="fused"), packed)
+
+
+@pytest.mark.needs_ext
+def test_strided_rows(device):
+    offsets = to_offsets([5, 4]).to(device)
+    wide, few = numbers(9, 12).to(device), numbers(9, 4).to(device)
+    for packed in (wide[:, 3:7], wide.t()[:9].t(), wide[::1, ::2], few[:1].expand(9, 4), few[:, :1]):
         assert torch.equal(ops.to_padded(packed, offsets, 6), ops.to_padded(packed.contiguous(), offsets, 6))
 
 
@@ -63,9 +70,9 @@ def test_nan_fill():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_gradcheck(impl):
-    packed = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    offsets = to_offsets([3, 0, 3])
+def test_gradcheck(impl, device):
+    packed = torch.randn(6, 2, dtype=torch.float64, device=device, requires_grad=True)
+    offsets = to_offsets([3, 0, 3]).to(device)
     assert torch.autograd.gradcheck(lambda x: ops.to_padded(x, offsets, 4, 1.5, impl=impl), packed)
 
 
