@@ -29,6 +29,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 spec = spec_from_file_location("pcl_ext._cuda_emulated", {path!r})  # alone: torch takes seconds to load
 emulated = module_from_spec(spec)
+spec.loader.exec_module(emulated)
 source = ctypes.create_string_buffer(96)
 emulated.make_mistake({number}, (ctypes.addressof(source) + 15) // 16 * 16)
 """
