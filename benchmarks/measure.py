@@ -43,11 +43,11 @@ MEMORY = keep_memory()
 PRODUCT_GFLOP = 2 * 1024**3 / 1e9
 
 
-def lengths_of(users: int, mean: float, *, seed: int = 0) -> Tensor:
-    """Lognormal history lengths [users] of about this mean, at most 3.2 times it."""
+def lengths_of(users: int, mean: float, *, most: int | None = None, seed: int = 0) -> Tensor:
+    """Lognormal history lengths [users] of about this mean, at most `most`, 3.2 times the mean where left out."""
     generator = torch.Generator().manual_seed(seed)
     raw = torch.exp(0.7 * torch.randn(users, generator=generator))
-    return (raw * mean / raw.mean()).long().clamp(1, int(3.2 * mean))
+    return (raw * mean / raw.mean()).long().clamp(1, most or int(3.2 * mean))
 
 
 def to_offsets(lengths: Tensor) -> Tensor:
