@@ -61,7 +61,7 @@ bench: $(INSTALLED)
 
 gpu-check:
 	$(MAKE) dev CUDA=1
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py --seconds 330
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -99,7 +99,7 @@ def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
     with torch.no_grad():
         for way in ways.values():
             check(forward(), way.packed(), exact)
-        flex = flex_attention_way(rows, prefix, offsets)
+        flex, _ = flex_attention_way(rows, prefix, offsets)
         check(flex(), ways[1].packed(), exact)
     flops = 4 * dim * HEADS * int((lengths * PROMPTS + lengths * (lengths + 1) // 2).sum())
     name = f"{str(dtype)[6:]}, mean {mean}, d {dim}"

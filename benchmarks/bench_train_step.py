@@ -50,7 +50,7 @@ class Step:
 
     def loss(self) -> Tensor:
         """Mean over the users."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.short):
+        with torch.autocast(self.parameters[0].device.type, torch.bfloat16, enabled=self.short):
             return self.compute()
 
     def gradients(self) -> list[Tensor]:
@@ -59,7 +59,7 @@ class Step:
 
 
 def our_step(model: UserModel, batch: PackedBatch, name: str, target: Tensor, short: bool) -> Step:
-    task, rows = model.task(name), torch.arange(len(batch))
+    task, rows = model.task(name), torch.arange(len(batch), device=model.device)
     parameters = [*task.memory_parameters(), *task.head.parameters()]
     return Step(parameters, lambda: task_loss(task.spec, model(batch, name), target, rows), short)
 

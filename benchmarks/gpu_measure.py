@@ -6,7 +6,8 @@ On the CPU (--dry) everything runs once, on small sizes, to show that it runs: i
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -30,10 +31,12 @@ class Work:
 class Bench:
     """Rows of one part of the check.
 
-    dry  on the CPU, small, once
+    dry         on the CPU, small, once
+    after_case  called when there is more to keep
     """
 
     dry: bool
+    after_case: Callable[[], None] = lambda: None
     rows: list[dict] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -94,25 +97,25 @@ class Bench:
 
         Whatever fails is noted, and the rest goes on.
         """
-        try:
-            ours, builders, work = build()
-            ours()
-        except Exception:
-            self.failures.append(f"{what}: {traceback.format_exc(limit=-4)}")
-            return
-        ways = {"ours": ours}
-        for name, builder in builders.items():
-            try:
-                way = builder()
-                way()
-            except Exception:
-                self.failures.append(f"{what}, {name}: {traceback.format_exc(limit=-4)}")
-            else:
-                ways[name] = way
-        try:
+        ways: dict[str, Way] = {}
+        with self._noting(what):
+            ways["ours"], builders, work = build()
+            ways["ours"]()
+            for name, builder in builders.items():
+                with self._noting(f"{what}, {name}"):
+                    way = builder()
+                    way()
+                    ways[name] = way
             self._row(what, self.times_ms(ways), work)
+        self.after_case()
+
+    @contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except Exception:
-            self.failures.append(f"{what}: {traceback.format_exc(limit=-4)}")
+            self.failures.append(f"{what}: {traceback.format_exc(limit=-6)}")
+            print(self.failures[-1], flush=True)
 
     def _row(self, what: str, ms: dict[str, float], work: Work) -> None:
         bytes_ms = 1e3 * work.bytes / self.rates["copy"]

@@ -5,7 +5,7 @@ Also what bench_encode.py and bench_train_step.py share: users, models, and how 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,10 @@ class Group:
     prompt_row: Tensor
     weights: Tensor
     lengths: Tensor
+
+    def to(self, device: str) -> Group:
+        """The same on another device."""
+        return Group(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def in_groups(batch: PackedBatch, groups: int) -> list[Group]:
@@ -99,7 +103,7 @@ class PaddedModel:
         features, newest = [], []
         for group in groups:
             states = self.states(group, prompt)
-            last = states[-1][torch.arange(len(group.users)), group.lengths - 1]
+            last = states[-1][torch.arange(len(group.users), device=group.users.device), group.lengths - 1]
             parts = [last]
             if "mean" in readout:
                 parts += [torch.bmm(group.weights.to(state.dtype), state)[:, 0] for state in states]

@@ -1,0 +1,206 @@
+"""What is to know about the CUDA kernels on this GPU, in one run of at most 8 minutes: `make gpu-check`.
+
+The tests on CUDA, compute-sanitizer where it is found, and the benchmarks, each a process of its own with a limit: what
+fails is in the report, and the rest goes on. Writes results/gpu-<name>.md, and the numbers beside it as JSON.
+
+  --build  compile the modules in place first, with CMake and nanobind; `make gpu-check` installs the package
+  --dry    on the CPU, with its kernels, on sizes that say nothing: does it run?
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+PARTS = {"gpu_layout": 90, "gpu_attention": 150, "gpu_step": 120}  # benchmarks, and the seconds each may take
+TESTS_S, SANITIZER_S, BUILD_S = 120, 90, 240
+COLUMNS = ["what", "ms", "% of roofline", "bound by", "best peer", "peer / ours"]
+
+
+class Deadline:
+    """What is left of the time, for parts that have a limit of their own."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    def limit(self, seconds: float) -> float:
+        """At most so many seconds, at least one."""
+        return max(1.0, min(seconds, self.end - time.monotonic()))
+
+
+def call(command: list, seconds: float, **options) -> dict:
+    """Exit code, seconds and the end of the output of a command; the code says "timeout" past the limit."""
+    begin = time.monotonic()
+    print("+", *command, flush=True)
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            streams = {"stdout": output, "stderr": subprocess.STDOUT}
+            code = subprocess.run(command, timeout=seconds, check=False, cwd=ROOT, **streams, **options).returncode
+        except subprocess.TimeoutExpired:
+            code = "timeout"
+        except OSError as error:
+            code = str(error)
+        output.seek(0)
+        text = output.read()
+    print(text[-2000:], flush=True)
+    return {"exit code": code, "seconds": round(time.monotonic() - begin, 1), "output": text[-6000:]}
+
+
+def build(seconds: float) -> dict:
+    """Compile the modules into pcl_ext/."""
+    folder = ROOT / "build/gpu-check"
+    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DPCL_CUDA=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    begin, result = time.monotonic(), call(["cmake", "-S", ROOT, "-B", folder, *options], seconds)
+    if result["exit code"] == 0:
+        result = call(["cmake", "--build", folder, "--parallel"], seconds)
+    for module in [*folder.glob("_C*.so"), *folder.glob("_cuda*.so")]:
+        shutil.copy(module, ROOT / "pcl_ext")
+    return {**result, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def environment() -> dict[str, str]:
+    """Variables for a process that must find the package where it was built in place."""
+    paths = [str(ROOT)] if any((ROOT / "pcl_ext").glob("_C*.so")) else []
+    paths += [p for p in [os.environ.get("PYTHONPATH")] if p]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def test(seconds: float, dry: bool) -> dict:
+    """The tests of the ops on CUDA."""
+    chosen = ["python_tests/ops/test_to_packed.py", "-k", "undoes"] if dry else ["python_tests/ops", "-m", "gpu"]
+    return call([sys.executable, "-m", "pytest", "-q", "-rf", *chosen], seconds, env=environment())
+
+
+def sanitize(seconds: float, dry: bool) -> dict:
+    """The tests with hostile values under compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if dry or not Path(tool).exists():
+        return {"exit code": "not run", "seconds": 0, "output": "on the CPU" if dry else "no compute-sanitizer here"}
+    tests = ["-m", "pytest", "-q", "-x", "python_tests/ops/test_hostile_values.py", "-m", "gpu"]
+    every_tensor_apart = {**environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return call([tool, "--error-exitcode", "9", sys.executable, *tests], seconds, env=every_tensor_apart)
+
+
+def measure(part: str, seconds: float, dry: bool) -> dict:
+    """The rows of one benchmark; what it had measured when it was stopped is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, HERE / "gpu_check.py", "--part", part, "--json", file, *["--dry"] * dry]
+        result = call(command, seconds, env=environment())
+        kept = json.loads(file.read_text()) if file.exists() else {}
+    return {**result, "rates": {}, "rows": [], "failures": [], **kept}
+
+
+def run_part(part: str, file: Path, dry: bool) -> None:
+    """Measure one benchmark in this process, and write after every row."""
+    from gpu_measure import Bench
+
+    torch.manual_seed(0)
+    bench = Bench(dry, lambda: write_json(file, {k: getattr(bench, k) for k in ("rates", "rows", "failures")}))
+    import_module(part).run(bench)
+
+
+def write_json(path: Path, value: object) -> None:
+    """All at once, so that a reader never sees half of it."""
+    path.with_suffix(".new").write_text(json.dumps(value, indent=1) + "\n")
+    path.with_suffix(".new").replace(path)
+
+
+def machine(dry: bool) -> dict:
+    """What ran where."""
+    import pcl_ext
+    from pcl_ext import ops
+
+    def told(*command: str) -> str:
+        found = shutil.which(command[0])
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() if found else "none"
+
+    return {
+        "GPU": "none: a dry run on the CPU, whose times say nothing" if dry else torch.cuda.get_device_name(),
+        "driver": told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "CUDA kernels": ops.native_status("cuda"),
+        "pcl_ext": f"{pcl_ext.__version__}, commit {told('git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD')}",
+    }
+
+
+def markdown(report: dict) -> str:
+    """The whole report as one table, with what failed below it."""
+    from measure import as_markdown
+
+    rows = [row for part in report["benchmarks"].values() for row in part["rows"]]
+    rates = next((part["rates"] for part in report["benchmarks"].values() if part["rates"]), {})
+    lines = [f"# CUDA kernels on {report['machine']['GPU']}", ""]
+    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+    lines += [f"- {name}: {rate / 1e9:.4g} G{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()]
+    parts = {n: report[n] for n in ("build", "tests", "compute-sanitizer") if n in report} | report["benchmarks"]
+    for name, part in parts.items():
+        ending = (part["output"].strip().splitlines() or [""])[-1] if name not in PARTS else ""
+        lines.append(f"- {name}: exit code {part['exit code']}, {part['seconds']} s. {ending}".rstrip())
+    lines += ["", as_markdown(COLUMNS, [[_shown(row[column]) for column in COLUMNS] for row in rows]), ""]
+    for name, part in report["benchmarks"].items():
+        for failure in part["failures"]:
+            lines += [f"{name} failed at {failure.splitlines()[0]}", "", "```", failure[-1500:].strip(), "```", ""]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value):
+    return "" if value is None else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", action="store_true")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--seconds", type=float, default=480, help="for everything")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--part", choices=PARTS, help="measure this alone, here, into --json")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.part:
+        run_part(arguments.part, arguments.json, arguments.dry)
+        return 0
+    if not arguments.dry and not torch.cuda.is_available():
+        print("gpu_check needs a CUDA device; --dry shows on the CPU that it runs", file=sys.stderr)
+        return 2
+    report = check(arguments.build, arguments.dry, Deadline(arguments.seconds))
+    name = "dry" if arguments.dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = markdown(report)
+    (arguments.out / f"gpu-{name}.md").write_text(text)
+    write_json(arguments.out / f"gpu-{name}.json", report)
+    print(text)
+    benchmarks = report["benchmarks"].values()
+    codes = [report["tests"]["exit code"], *(part["exit code"] for part in benchmarks)]
+    clean = report["compute-sanitizer"]["exit code"] in (0, "not run")
+    return 0 if clean and not any(codes) and not any(part["failures"] for part in benchmarks) else 1
+
+
+def check(compile_first: bool, dry: bool, deadline: Deadline) -> dict:
+    """The whole report."""
+    report = {}
+    if compile_first:
+        report["build"] = build(deadline.limit(BUILD_S))
+        sys.path.insert(0, str(ROOT))
+    report["machine"] = machine(dry)
+    report["tests"] = test(deadline.limit(TESTS_S), dry)
+    report["benchmarks"] = {part: measure(part, deadline.limit(limit), dry) for part, limit in PARTS.items()}
+    report["compute-sanitizer"] = sanitize(deadline.limit(SANITIZER_S), dry)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

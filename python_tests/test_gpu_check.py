@@ -1,0 +1,94 @@
+"""`make gpu-check`, without a GPU: it runs from end to end, and one failing part does not stop the others."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """gpu_check and gpu_measure, as they see each other."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu_check"), importlib.import_module("gpu_measure")
+
+
+def test_a_failure_is_kept_apart(modules):
+    _, gpu_measure = modules
+    kept = []
+    bench = gpu_measure.Bench(dry=True, after_case=lambda: kept.append(len(bench.rows)))
+
+    def fails():
+        raise RuntimeError("no such kernel")
+
+    def good():
+        return lambda: None, {"broken": fails, "torch": lambda: lambda: None}, gpu_measure.Work(1.0)
+
+    bench.case("bad", fails)
+    bench.case("good", good)
+    bench.case("bad when called", lambda: (fails, {}, gpu_measure.Work(1.0)))
+    assert kept == [0, 1, 1]
+    assert [row["what"] for row in bench.rows] == ["good"]
+    assert list(bench.rows[0]["peers"]) == ["torch"]
+    assert [failure.split(": ")[0] for failure in bench.failures] == ["bad", "good, broken", "bad when called"]
+
+
+def test_a_part_that_takes_too_long_is_stopped(modules):
+    gpu_check, _ = modules
+    result = gpu_check.call([sys.executable, "-uc", "print('begun'); import time; time.sleep(60)"], 3)
+    assert result["exit code"] == "timeout"
+    assert "begun" in result["output"]
+    assert gpu_check.call(["/no/such/program"], 1)["exit code"] != 0
+
+
+def test_the_report_shows_what_failed(modules):
+    gpu_check, _ = modules
+    row = {
+        "what": "a copy",
+        "ms": 0.5,
+        "% of roofline": 50.0,
+        "bound by": "copies",
+        "best peer": None,
+        "peer / ours": None,
+    }
+    part = {
+        "exit code": 1,
+        "seconds": 2,
+        "output": "",
+        "rates": {"copy": 3e12},
+        "rows": [row],
+        "failures": ["b: E\nmore"],
+    }
+    ran = {"exit code": 0, "seconds": 1, "output": "9 passed\n"}
+    report = {"machine": {"GPU": "G"}, "tests": ran, "compute-sanitizer": ran, "benchmarks": {"gpu_layout": part}}
+    text = gpu_check.markdown(report)
+    assert "# CUDA kernels on G" in text
+    assert "- tests: exit code 0, 1 s. 9 passed" in text
+    assert "| a copy | 0.5 | 50 | copies |  |  |" in text
+    assert "copy: 3000 GB/s" in text
+    assert "gpu_layout failed at b: E" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: make gpu-check runs all of it")
+def test_without_a_gpu_it_says_so():
+    result = subprocess.run([sys.executable, BENCHMARKS / "gpu_check.py"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "needs a CUDA device; --dry" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.needs_ext
+def test_it_runs_from_end_to_end(tmp_path):
+    command = [sys.executable, BENCHMARKS / "gpu_check.py", "--dry", "--seconds", "900", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-6000:]
+    report = json.loads((tmp_path / "gpu-dry.json").read_text())
+    rows = {name: len(part["rows"]) for name, part in report["benchmarks"].items()}
+    assert rows == {"gpu_layout": 12, "gpu_attention": 6, "gpu_step": 2}
+    assert "prompt-tuning step" in (tmp_path / "gpu-dry.md").read_text()
