@@ -17,7 +17,8 @@ def flex_attention_way(
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """rows q, k, v [T, H, d], prefix k, v [M, H, d] that all see, offsets [B + 1] -> forward() and its inputs.
 
-    forward() gives [T, H, d]. The layout [1, H, M + T, d] and the mask of blocks are made here, outside the clock; compiling takes seconds.
+    forward() gives [T, H, d]. The layout [1, H, M + T, d] and the mask of blocks are made here, outside the clock;
+    compiling takes seconds.
     """
     prompts, total = len(prefix[0]), len(rows[0])
     user = torch.repeat_interleave(offsets.diff())

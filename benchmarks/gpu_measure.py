@@ -41,7 +41,7 @@ class Bench:
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        self.device = "cpu" if self.dry else "cuda"
+        self.device, self.backend = ("cpu", "eager") if self.dry else ("cuda", "inductor")
         self.flush = torch.empty(1 if self.dry else FLUSH_BYTES, dtype=torch.uint8, device=self.device)
         self.rates = self._measure_rates()
 

@@ -1,7 +1,7 @@
 """A step of prompt tuning on the GPU, 2 layers, under bfloat16 autocast, against the same in PyTorch, padded.
 
-Both are compiled. The share of the roofline counts matrix products alone: all layers on the real rows, and the gradients
-of rows.
+Both are compiled. The share of the roofline counts matrix products alone: all layers on the real rows, and gradients of
+rows.
 """
 
 from copy import deepcopy
@@ -14,9 +14,9 @@ from padded_model import CLASSES, ITEMS, TASKS, assert_as_right_as, forward_gflo
 USERS, SHAPES = 2048, [(256, 4), (64, 2)]  # D, H
 
 
-def compiled(step: Step) -> Step:
+def compiled(bench: Bench, step: Step) -> Step:
     """The same, forward and backward by torch.compile."""
-    step.compute = torch.compile(step.compute)
+    step.compute = torch.compile(step.compute, backend=bench.backend)
     return step
 
 
@@ -38,8 +38,8 @@ def bench_shape(bench: Bench, dim: int, num_heads: int) -> None:
         ours = our_step(deepcopy(model), *task, True)
         assert_as_right_as(ours.gradients(), theirs.gradients(), exact)
         peers = {"padded, not compiled": lambda: theirs}
-        peers["padded"] = lambda: compiled(their_step(model, groups, *task, True))
-        return compiled(our_step(deepcopy(model), *task, True)), peers, work
+        peers["padded"] = lambda: compiled(bench, their_step(model, groups, *task, True))
+        return compiled(bench, our_step(deepcopy(model), *task, True)), peers, work
 
     for name in TASKS:
         bench.case(f"prompt-tuning step, D {dim}, {name}", lambda name=name: build(name))

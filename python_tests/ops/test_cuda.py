@@ -11,10 +11,10 @@ LENGTHS = [5, 0, 40, 9, 1]
 
 
 def embed(rows):
-    """Item rows of a table, rows [T, 8] as the positions and, the newest of them, as a prompt."""
+    """rows [T, 8] as the positions and, some of them, as a prompt."""
     offsets = to_offsets(LENGTHS).cuda()
-    items = torch.arange(rows.shape[0], device="cuda") % 7
-    return Call(lambda x: ops.embed(items, offsets, x[:7], x[:50], x[None, :4], impl="fused"), rows)
+    items, table = torch.arange(rows.shape[0], device="cuda") % 7, rows[:7].clone()
+    return Call(lambda x: ops.embed(items, offsets, table, x[:50], x[None, :4], impl="fused"), rows)
 
 
 def to_padded(rows):
