@@ -7,8 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from test_embed import make, with_grads
 
-from pcl_ext.ops import _native
+from pcl_ext import ops
+from pcl_ext.ops import _gpu, _native
 
 pytestmark = pytest.mark.skipif(find_spec("pcl_ext._cuda_emulated") is None, reason="the emulation is not built")
 
@@ -80,3 +82,17 @@ def test_the_order_of_threads_shows_a_race():
     _cuda_emulated.set_order(0)
     assert not torch.equal(*seen)
     assert (seen[0][32:] == torch.arange(31, -1, -1)).all()
+
+
+@pytest.mark.parametrize("order", [1, 7])
+def test_results_do_not_depend_on_the_order_of_threads(order):
+    lengths = [30, 5, 0, 40] * 20
+    arguments = make(lengths, dim=20)
+    packed, offsets = torch.randn(sum(lengths), 20), arguments["offsets"]
+    grad_out, seen = torch.randn(sum(lengths), 20), []
+    for each in (0, order):
+        with _gpu.emulated(each):
+            padded = ops.to_padded(packed, offsets, 40, impl="fused")
+            back = ops.to_packed(padded, offsets, len(packed), impl="fused")
+            seen.append({"padded": padded, "back": back, **with_grads(arguments, grad_out, impl="fused")})
+    torch.testing.assert_close(*seen, rtol=0, atol=0)
