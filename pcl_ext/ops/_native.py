@@ -64,7 +64,7 @@ def use_fused(
 
 def _refuse(tensor: Tensor, there: bool, cpu: tuple | None, cuda: tuple | None) -> None:
     kind = tensor.device.type
-    if not there and kind in ("cpu", "cuda"):
+    if not there and {"cpu": cpu, "cuda": cuda}.get(kind) is not None:
         module = {"cpu": "_C", "cuda": "_cuda"}[kind]
         raise RuntimeError(f"impl='fused' needs the compiled module pcl_ext.{module}, which is {native_status(kind)}")
     taken = {"cpu": cpu, "cuda": cuda}

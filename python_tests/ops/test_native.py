@@ -1,5 +1,6 @@
 """The compiled module: missing is fine, broken is loud; its pool sleeps."""
 
+import re
 import subprocess
 import sys
 import time
@@ -8,21 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import make
+from torch._subclasses import FakeTensorMode
 
 import pcl_ext
 from pcl_ext import ops
+from pcl_ext.ops import _gpu
 
 PACKAGE = Path(pcl_ext.__file__).parent
 
 
-def run_with_module(tmp_path, module: str | None, script: str) -> subprocess.CompletedProcess:
-    """Run script on a copy of the ops whose compiled module is missing (None) or holds the text given."""
+def run_with_module(tmp_path, module: str | None, script: str, name: str = "_C") -> subprocess.CompletedProcess:
+    """Run script on a copy of the ops whose modules are missing, but for `name`, which holds the text given."""
     package = tmp_path / "pcl_ext"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "ops").symlink_to(PACKAGE / "ops")
     if module is not None:
-        (package / "_C.py").write_text(module)
+        (package / f"{name}.py").write_text(module)
     path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     return subprocess.run([sys.executable, "-c", f"{path}\n{script}"], capture_output=True, text=True, check=False)
 
@@ -55,6 +58,44 @@ def test_broken_is_loud(tmp_path):
     result = run_with_module(tmp_path, "raise ImportError('undefined symbol: pcl')", "import pcl_ext.ops")
     assert result.returncode != 0
     assert "undefined symbol: pcl" in result.stderr
+
+
+CUDA_TORCH = "import torch; torch.backends.cuda.is_built = lambda: {built}\n"
+
+
+@pytest.mark.parametrize(
+    ("built", "module", "says"),
+    [
+        (False, None, "not built: this torch .* has no CUDA"),
+        (False, "raise ImportError('not to be loaded')", "built, not loaded: this torch .* has no CUDA"),
+        (True, None, "not built: ops on CUDA tensors run on their PyTorch reference"),
+        (True, "compiler = lambda: 'nvcc 99'", "_cuda.py, nvcc 99, no CUDA device"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_status_of_the_cuda_module(tmp_path, built, module, says):
+    script = CUDA_TORCH.format(built=built) + "from pcl_ext import ops; print(ops.native_status('cuda'))"
+    result = run_with_module(tmp_path, module, script, "_cuda")
+    assert result.returncode == 0, result.stderr
+    assert re.search(says, result.stdout)
+
+
+def test_a_broken_cuda_module_is_loud(tmp_path):
+    script = CUDA_TORCH.format(built=True) + "import pcl_ext.ops"
+    result = run_with_module(tmp_path, "raise ImportError('undefined symbol: cuda')", script, "_cuda")
+    assert result.returncode != 0
+    assert "undefined symbol: cuda" in result.stderr
+
+
+@pytest.mark.skipif(_gpu.CUDA is not None, reason="pcl_ext._cuda is there")
+def test_cuda_tensors_without_the_module():
+    with FakeTensorMode():
+        packed, offsets = torch.empty(5, 4, device="cuda"), torch.empty(3, dtype=torch.int64, device="cuda")
+        with pytest.raises(RuntimeError, match="impl='fused' needs the compiled module pcl_ext._cuda, which is "):
+            ops.to_padded(packed, offsets, 4, impl="fused")
+        with pytest.raises(TypeError, match="takes cpu tensors of .* got float32 on cuda"):
+            ops.linear(packed, torch.empty(3, 4, device="cuda"), impl="fused")
+        assert ops.linear(packed, torch.empty(3, 4, device="cuda")).device.type == "cuda"
 
 
 @pytest.mark.needs_ext
