@@ -51,8 +51,8 @@ class Bench:
 
     def users(self, users: int, mean: int, most: int) -> tuple[Tensor, Tensor, int]:
         """Lengths [B] on the CPU, offsets [B + 1] on the device, and the longest."""
-        users, most = (9, min(most, 24)) if self.dry else (users, most)
-        lengths = lengths_of(users, min(mean, most / 2), most=most)
+        users, mean, most = (9, 12, 24) if self.dry else (users, mean, most)
+        lengths = lengths_of(users, mean, most=most)
         return lengths, to_offsets(lengths).to(self.device), int(lengths.max())
 
     def times_ms(self, ways: dict[str, Way], *, seconds: float = 0.3) -> dict[str, float]:
