@@ -1,22 +1,19 @@
+#include <string>
+
 #include "device.h"
-#include "runtime.h"
 
 namespace pcl {
 
-namespace {
-
-#ifdef __CUDACC__
-#define PCL_TEXT(number) #number
-#define PCL_TEXT_OF(number) PCL_TEXT(number)
-constexpr char kCompiler[] = "nvcc " PCL_TEXT_OF(__CUDACC_VER_MAJOR__) "." PCL_TEXT_OF(__CUDACC_VER_MINOR__);
-#else
-constexpr char kCompiler[] = "emulated by g++ " __VERSION__;
-#endif
-
-}  // namespace
-
 const char* cuda_error_text(int number) { return error_text(number); }
 
-const char* cuda_compiler() { return kCompiler; }
+const char* cuda_compiler() {
+#ifdef __CUDACC__
+  static const std::string name =
+      "nvcc " + std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__);
+  return name.c_str();
+#else
+  return "emulated by g++ " __VERSION__;
+#endif
+}
 
 }  // namespace pcl

@@ -10,8 +10,15 @@ template <class Unit>
 __global__ void __launch_bounds__(kRowThreads)
     to_padded_kernel(const char* packed, Histories histories, const char* padding, char* padded, PaddedShape shape,
                      RowSplit split) {
-  copy_rows<Unit>(split, shape.batch * shape.max_seqlen, [&](int, int64_t row) {
-    const int64_t b = row / shape.max_seqlen, position = row - b * shape.max_seqlen;
+  // One long division a thread; from there on numbers are small.
+  const int64_t block_row = static_cast<int64_t>(block_x()) * split.rows_a_block();
+  const int64_t first = block_row / shape.max_seqlen, ahead = block_row - first * shape.max_seqlen;
+  copy_rows<Unit>(split, shape.batch * shape.max_seqlen, [&](int i, int64_t row) {
+    const int64_t place = ahead + i;
+    const int64_t further = shape.max_seqlen < kMostRowsABlock
+                                ? static_cast<unsigned>(place) / static_cast<unsigned>(shape.max_seqlen)
+                                : place >= shape.max_seqlen;
+    const int64_t b = first + further, position = place - further * shape.max_seqlen;
     const int64_t source = histories.begin(b) + position;
     const char* from = source < histories.end(b) ? packed + source * shape.packed_stride : padding;
     return RowCopy<Unit>{reinterpret_cast<const Unit*>(from), reinterpret_cast<Unit*>(padded + row * shape.row_bytes)};
