@@ -55,7 +55,7 @@ def use_fused(
     if _gpu.runs_cuda(tensor):
         there, dtypes = _gpu.has_cuda(tensor), cuda
     else:
-        there, dtypes = C is not None and tensor.device.type == "cpu", cpu
+        there, dtypes = C is not None and tensor.is_cpu, cpu
     can = there and dtypes is not None and (not dtypes or tensor.dtype in dtypes)
     if impl == "fused" and not can:
         _refuse(tensor, there, cpu, cuda)
