@@ -30,8 +30,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest
 
+# The trainers of docs/trainers: nothing of them is large, and they take the torch that is there.
 # Exit code 5 says that no test is marked slow.
-test-all: test
+test-all: test $(VENV)/.trainers
 	timeout 2400 $(BIN)/pytest -m slow || [ $$? -eq 5 ]
 
 # A build and a target folder of its own. The interpreter is not built with the sanitizers, so their libraries come first,
@@ -63,6 +64,10 @@ $(BIN)/python:
 
 $(VENV)/.lint: constraints.txt | $(BIN)/python
 	$(PIP) ruff clang-format
+	touch $@
+
+$(VENV)/.trainers: constraints.txt $(VENV)/.torch
+	$(PIP) lightning transformers accelerate
 	touch $@
 
 $(VENV)/.torch: constraints.txt | $(BIN)/python

@@ -14,7 +14,7 @@ from pcl_ext.train import LearnConfig, PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 # a fence; a line before it that is a file name alone, as in `shop.toml`:, names the file it holds
 BLOCK = re.compile(r"(?:^`([\w./-]+)`:?\n\n?)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
