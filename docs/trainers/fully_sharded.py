@@ -20,6 +20,7 @@ def main() -> None:
     fully_shard(model, mesh=mesh)  # what is left: embeddings and the last norm
     train(model, Steps(dataset, dist.get_rank(), dist.get_world_size()))
     dcp.save({"model": model.state_dict()}, checkpoint_id="model")  # every process its part
+    dist.barrier()  # a gloo thread that still holds a tensor of Python when the interpreter ends would abort it
     dist.destroy_process_group()
 
 

@@ -47,6 +47,7 @@ def main() -> None:
     model.shard(init_device_mesh("cpu", (dist.get_world_size(),)))
     train(model, Steps(dataset))
     dcp.save({"model": model.state_dict()}, checkpoint_id="model")
+    dist.barrier()  # a gloo thread that still holds a tensor of Python when the interpreter ends would abort it
     dist.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from pcl_ext.data import Dataset, prepare_synthetic
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")]
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "docs/trainers"
 # the recipe, and what it needs of the extra `trainers`
@@ -78,8 +78,17 @@ def test_two_processes_learn_what_one_does(shop, folder, recipe):
     torch.testing.assert_close(losses.mean(0), torch.tensor(shop[1]).double(), rtol=1e-5, atol=0)
     found = weights(folder, shop[2])
     assert found.keys() == shop[2].keys()
-    for name, value in shop[2].items():  # AdamW turns a gradient that is next to nothing into a step of lr
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    for name, value in shop[2].items():
+        found[name], value = without_key_bias(name, found[name]), without_key_bias(name, value)
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def without_key_bias(name, value):
+    """It adds the same to all scores of a row: its gradient is 0 but for rounding, which AdamW makes steps of."""
+    if not name.endswith("qkv.bias"):
+        return value
+    query, _, answer = value.chunk(3)
+    return torch.cat([query, answer])
 
 
 def test_a_run_of_two_processes_goes_on_after_one_is_killed(shop, folder):
