@@ -37,6 +37,7 @@ def main() -> None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": step + 1}
             torch.save(state, CHECKPOINT + ".new")
             os.replace(CHECKPOINT + ".new", CHECKPOINT)  # there is always a whole one
+    dist.barrier()  # a gloo thread that still holds a tensor of Python when the interpreter ends would abort it
     dist.destroy_process_group()
 
 

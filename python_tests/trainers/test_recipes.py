@@ -94,7 +94,7 @@ def without_key_bias(name, value):
 def test_a_run_of_two_processes_goes_on_after_one_is_killed(shop, folder):
     """Killed between forward and backward of the fourth step: the same weights as without."""
     losses = start(folder, "data_parallel", 2, "4", restarts=1)
-    assert all(0 < len(part) < len(shop[1]) for part in losses)  # the others were before
+    assert all(0 < len(part) < len(shop[1]) for part in losses)  # the steps before were not done again
     resumed = weights(folder, shop[2])
     (folder / "checkpoint.pt").unlink()
     start(folder, "data_parallel", 2)
@@ -104,9 +104,8 @@ def test_a_run_of_two_processes_goes_on_after_one_is_killed(shop, folder):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.name)
 def test_a_recipe_is_short(path):
     tree = ast.parse(path.read_text())
-    notes = [
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    ]
+    alone = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    notes = [value for value in alone if isinstance(value, ast.Constant)]
     code = {line for node in ast.walk(tree) if hasattr(node, "lineno") for line in (node.lineno, node.end_lineno)}
     code -= {line for note in notes for line in range(note.lineno, note.end_lineno + 1)}
     assert len(code) < 40
