@@ -4,6 +4,7 @@
 #   make test       and run the tests; make test-all runs those that take minutes too
 #   make sanitize   run the tests of the ops against a build that watches memory and arithmetic (gcc)
 #   make lint       check style;  make bench  measure everything, into benchmarks/results/
+#   make docs       the pages and the reference of the API as a site, into build/docs
 PYTHON ?= python3
 VENV ?= .venv
 CUDA ?= 0
@@ -19,7 +20,7 @@ INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find csrc pcl_ext -type f ! -name '*.so' ! -name '*.pyc')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: dev demo test test-all sanitize lint bench
+.PHONY: dev demo test test-all sanitize lint docs bench
 .DELETE_ON_ERROR:
 
 dev: $(INSTALLED)
@@ -56,6 +57,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run_all.py
 
@@ -64,6 +68,10 @@ $(BIN)/python:
 
 $(VENV)/.lint: constraints.txt | $(BIN)/python
 	$(PIP) ruff clang-format
+	touch $@
+
+$(VENV)/.docs: constraints.txt | $(BIN)/python
+	$(PIP) mkdocs-material "mkdocstrings[python]"
 	touch $@
 
 $(VENV)/.trainers: constraints.txt $(VENV)/.torch

@@ -8,7 +8,6 @@ import torch.distributed.checkpoint as dcp
 from plain_loop import train
 from shop import NextItem, Steps
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
-from torch.func import functional_call
 
 from pcl_ext.data import Dataset
 from pcl_ext.train import shift
@@ -27,7 +26,7 @@ class ShardedNextItem(NextItem):
         table, start = self.backbone.table.to_local(), max(self.first, 1)  # row 0 is no item
         ids, items = history.items.long().unique(return_inverse=True)
         read = {"table": self.owned(table.__getitem__, ids - self.first, len(table))}
-        states = functional_call(self.backbone, read, (replace(history, items=items),))[-1]
+        states = torch.func.functional_call(self.backbone, read, (replace(history, items=items),))[-1]
         states = DTensor.from_local(states, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
         scores = states @ table[start - self.first :].T
         own = self.owned(lambda at: scores.gather(1, at[:, None]), target.long() - start, scores.shape[1])
