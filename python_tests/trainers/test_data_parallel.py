@@ -15,6 +15,16 @@ TARGETS = {
     "classes": torch.tensor([2, 0, 1]),
     "regression": torch.tensor([0.5, -1.0, 2.0]),
 }
+SETTINGS = [
+    {},
+    {"placement": "prefix"},
+    {"placement": "both"},
+    {"contextual": "texts"},
+    {"contextual": "prompts"},
+    {"placement": "none", "readout": ("earlier", "pooled")},
+    {"low_rank": 2},
+    {"members": 2},
+]
 
 
 class Learn(nn.Module):
@@ -37,25 +47,26 @@ def _one_process():
     dist.destroy_process_group()
 
 
-def learn(kind, placement, contextual):
+def learn(kind, settings, earlier):
     torch.manual_seed(0)
     model = UserModel(Backbone(BackboneConfig(V, dim=16, max_len=MAX_LEN)))
     model.freeze_backbone()
-    for name in ("first", "second"):
+    for name, placement in zip(earlier, ("tail", "none")):
         model.add_task(TaskSpec(name, "binary"), MemoryConfig(placement=placement, prompt_len=4))
         model.freeze_task(name)
-    settings = {"prompt_len": 4, "dropout": 0.0, "item_dropout": 0.0, "contextual": contextual}
     spec = TaskSpec("new", kind, num_classes=3 if kind == "classes" else None)
-    model.add_task(spec, MemoryConfig(placement=placement, **settings))
+    model.add_task(spec, MemoryConfig(prompt_len=4, dropout=0.0, item_dropout=0.0, **settings))
     return Learn(model.train(), "new")
 
 
 @pytest.mark.usefixtures("_one_process")
-@pytest.mark.parametrize("contextual", ["none", "texts", "prompts"])
-@pytest.mark.parametrize("placement", ["tail", "prefix", "both"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())) or "default")
 @pytest.mark.parametrize("kind", TARGETS)
-def test_every_parameter_of_a_task_takes_part(kind, placement, contextual):
-    module, twin = learn(kind, placement, contextual), learn(kind, placement, contextual)
+@pytest.mark.parametrize("earlier", [("first", "second"), ()], ids=["after two tasks", "the first task"])
+def test_every_parameter_of_a_task_takes_part(kind, settings, earlier):
+    if kind == "items" and "members" in settings:
+        pytest.skip("members are for labels")
+    module, twin = learn(kind, settings, earlier), learn(kind, settings, earlier)
     parallel = DistributedDataParallel(module, find_unused_parameters=False)
     for histories in ([[1, 2, 5], [], [9] * 12], [[], [], []]):  # a share without an event too
         batch = PackedBatch.from_lists(histories, num_items=V, max_len=MAX_LEN)
