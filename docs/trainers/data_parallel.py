@@ -1,4 +1,4 @@
-"""DistributedDataParallel with checkpoints: torchrun --standalone --nproc-per-node 2 --max-restarts 3 data_parallel.py
+"""DistributedDataParallel with checkpoints: torchrun --standalone --nproc-per-node 2 data_parallel.py
 
 Killed at any time, the same command goes on after the last step that was saved.
 """
