@@ -1,4 +1,4 @@
-"""Runs a recipe as its reader would and writes down the losses: run_recipe.py RECIPE [step in which rank 1 is killed]."""
+"""Runs a recipe as its reader would, and writes down the losses: RECIPE [step in which rank 1 is killed]."""
 
 import json
 import os
