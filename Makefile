@@ -5,6 +5,7 @@
 #   make sanitize   run the tests of the ops, CUDA kernels emulated, against a build that watches memory and arithmetic (gcc)
 #   make gpu-check  on a machine with a GPU: build the CUDA kernels, test and measure them, into benchmarks/results/
 #   make lint       check style;  make bench  measure everything, into benchmarks/results/
+#   make docs       the pages and the reference of the API as a site, into build/docs
 PYTHON ?= python3
 VENV ?= .venv
 CUDA ?= 0
@@ -20,7 +21,7 @@ INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find cmake csrc pcl_ext -type f ! -name '*.so' ! -name '*.pyc')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: dev demo test test-all sanitize lint bench gpu-check
+.PHONY: dev demo test test-all sanitize lint docs bench gpu-check
 .DELETE_ON_ERROR:
 
 dev: $(INSTALLED)
@@ -31,8 +32,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest
 
+# The trainers of docs/trainers: nothing of them is large, and they take the torch that is there.
 # Exit code 5 says that no test is marked slow.
-test-all: test
+test-all: test $(VENV)/.trainers
 	timeout 2400 $(BIN)/pytest -m slow || [ $$? -eq 5 ]
 
 # A build and a target folder of its own. The interpreter is not built with the sanitizers, so their libraries come first,
@@ -56,6 +58,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run_all.py
 
@@ -68,6 +73,14 @@ $(BIN)/python:
 
 $(VENV)/.lint: constraints.txt | $(BIN)/python
 	$(PIP) ruff clang-format
+	touch $@
+
+$(VENV)/.docs: constraints.txt | $(BIN)/python
+	$(PIP) mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+$(VENV)/.trainers: constraints.txt $(VENV)/.torch
+	$(PIP) lightning transformers accelerate
 	touch $@
 
 $(VENV)/.torch: constraints.txt | $(BIN)/python

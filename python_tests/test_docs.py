@@ -1,6 +1,7 @@
 """The pages keep their word: every example runs, every link and path exists, every command and key is known."""
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +15,7 @@ from pcl_ext.train import LearnConfig, PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 # a fence; a line before it that is a file name alone, as in `shop.toml`:, names the file it holds
 BLOCK = re.compile(r"(?:^`([\w./-]+)`:?\n\n?)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
@@ -41,6 +42,19 @@ def test_python_runs(page, tmp_path, monkeypatch):
     namespace = {"__name__": "docs"}
     for _, text, line in blocks(page, "python"):
         exec(compile("\n" * line + text, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.name)
+def test_notebook_runs(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells, namespace = json.loads(notebook.read_text())["cells"], {"__name__": "docs"}
+    for number, cell in enumerate(cells):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "clear the outputs: they would grow stale"
+            exec(compile(text, f"{notebook.name}, cell {number}", "exec"), namespace)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text) if cell["cell_type"] == "markdown" else ():
+            assert (notebook.parent / target).exists(), target
 
 
 def anchors(page):

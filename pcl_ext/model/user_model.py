@@ -95,15 +95,17 @@ class UserModel(nn.Module):
         same = [n for n in closed if self.tasks[n].config.placement == config.placement]
         return [n for n in same if self.tasks[n].config.prompt_len == config.prompt_len]
 
-    def _context(self, task: Task) -> ContextualPrompt:
+    def _context(self, task: Task) -> ContextualPrompt | None:
+        """None where there is nothing to attend to: every parameter of an open task has its part in the loss."""
         config, shape = task.config, self.backbone.config
         sources = [self.tasks[name] for name in self._context_sources(config)]
         texts = torch.stack([source.text for source in sources] + [task.text.to(self.device)])
         prompts = None
         if config.contextual == "prompts":
             kind = "prefix" if config.placement == "prefix" else "tail"
-            rows = [source.memories[kind].rows for source in sources]
-            prompts = torch.stack(rows) if rows else texts.new_zeros(0, config.prompt_len, shape.dim)
+            if not sources:
+                return None
+            prompts = torch.stack([source.memories[kind].rows for source in sources])
         return ContextualPrompt(texts, prompts, config.prompt_len, shape.dim, shape.num_heads)
 
     def freeze_task(self, name: str) -> None:

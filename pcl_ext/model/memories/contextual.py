@@ -18,7 +18,7 @@ class ContextualPrompt(nn.Module):
     projected texts, or with `prompts` given the stored rows of tasks 1..k-1, row by row. The output projection starts
     at zero, so the task starts at the frozen backbone. The texts are constants: so is the answer, once trained.
 
-    texts [k, TEXT_DIM], the task's own last; prompts [j, P, D], the stored prompts of the first j tasks.
+    texts [k, TEXT_DIM], the task's own last; prompts [j, P, D], the stored prompts of the first j tasks, j > 0.
     """
 
     def __init__(self, texts: Tensor, prompts: Tensor | None, length: int, dim: int, num_heads: int):
@@ -34,10 +34,8 @@ class ContextualPrompt(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self) -> Tensor:
-        """[P, D]; 0 where there is nothing to attend to."""
+        """[P, D]."""
         length, dim = self.positions.shape
-        if self.prompts is not None and not len(self.prompts):
-            return torch.zeros_like(self.positions)
         known = self.texts if self.prompts is None else self.texts[: len(self.prompts)]
         values = self.value(known if self.prompts is None else self.prompts)  # [k, D] or [j, P, D]
         query = (self.query(self.texts[-1]) + self.positions).view(length, self.num_heads, -1)

@@ -29,6 +29,8 @@ class EarlierReadouts(Memory):
         self._sources = tuple(sources)  # a tuple: they are no part of what the task stores
         self.every_state = any(source.every_state for source in sources)
         self.num_features = units
+        if not sources:  # nothing to read, so nothing to learn
+            return
         self.query = nn.Linear(config.dim, units)
         self.keys = nn.Parameter(torch.randn(len(sources), units) * units**-0.5)
         self.values = nn.ModuleList(nn.Linear(len(source.fixed), units, bias=False) for source in sources)

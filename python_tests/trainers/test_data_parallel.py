@@ -1,0 +1,79 @@
+"""DistributedDataParallel around a task: every parameter has its part in every step, and the gradients are its own."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pcl_ext import Backbone, BackboneConfig, MemoryConfig, PackedBatch, TaskSpec, UserModel, task_loss
+
+V, MAX_LEN = 30, 8
+TARGETS = {
+    "items": torch.tensor([3, 7, 29]),
+    "binary": torch.tensor([0, 1, 0]),
+    "classes": torch.tensor([2, 0, 1]),
+    "regression": torch.tensor([0.5, -1.0, 2.0]),
+}
+SETTINGS = [
+    {},
+    {"placement": "prefix"},
+    {"placement": "both"},
+    {"contextual": "texts"},
+    {"contextual": "prompts"},
+    {"placement": "none", "readout": ("earlier", "pooled")},
+    {"low_rank": 2},
+    {"members": 2},
+]
+
+
+class Learn(nn.Module):
+    """What a trainer is given: a module whose forward is the loss of a task."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, batch, target):
+        spec = self.model.task(self.name).spec
+        rows = torch.arange(len(target))
+        return task_loss(spec, self.model(batch, self.name), self.model.task(self.name).columns(target), rows)
+
+
+@pytest.fixture
+def _one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def learn(kind, settings, earlier):
+    torch.manual_seed(0)
+    model = UserModel(Backbone(BackboneConfig(V, dim=16, max_len=MAX_LEN)))
+    model.freeze_backbone()
+    for name, placement in zip(earlier, ("tail", "none")):
+        model.add_task(TaskSpec(name, "binary"), MemoryConfig(placement=placement, prompt_len=4))
+        model.freeze_task(name)
+    spec = TaskSpec("new", kind, num_classes=3 if kind == "classes" else None)
+    model.add_task(spec, MemoryConfig(prompt_len=4, dropout=0.0, item_dropout=0.0, **settings))
+    return Learn(model.train(), "new")
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())) or "default")
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("earlier", [("first", "second"), ()], ids=["after two tasks", "the first task"])
+def test_every_parameter_of_a_task_takes_part(kind, settings, earlier):
+    if kind == "items" and "members" in settings:
+        pytest.skip("members are for labels")
+    module, twin = learn(kind, settings, earlier), learn(kind, settings, earlier)
+    parallel = DistributedDataParallel(module, find_unused_parameters=False)
+    for histories in ([[1, 2, 5], [], [9] * 12], [[], [], []]):  # a share without an event too
+        batch = PackedBatch.from_lists(histories, num_items=V, max_len=MAX_LEN)
+        parallel.zero_grad()
+        parallel(batch, TARGETS[kind]).backward()  # raises where the step before left a parameter out
+        twin.zero_grad()
+        twin(batch, TARGETS[kind]).backward()
+        for (name, parameter), own in zip(twin.named_parameters(), module.parameters()):
+            torch.testing.assert_close(own.grad, parameter.grad, rtol=0, atol=0, msg=name)
+    parallel(batch, TARGETS[kind])
