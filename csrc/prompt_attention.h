@@ -47,4 +47,9 @@ void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* stats,
 void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
                               int threads);
 
+// On CUDA the offsets, prefixes and indices of the plan are all that is read, unchecked: whatever they hold, nothing
+// outside the tensors is touched. Head widths are multiples of 16 up to 128; rows and heads lie at multiples of 16
+// bytes. Returns CUDA's error number.
+int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream);
+
 }  // namespace pcl

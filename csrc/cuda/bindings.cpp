@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "embed.h"
+#include "prompt_attention.h"
 #include "runtime.h"
 #include "to_packed.h"
 #include "to_padded.h"
@@ -65,6 +66,29 @@ int embed_bwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t pro
                              static_cast<pcl::Scalar>(dtype), at(stream));
 }
 
+// pointers: q, k, v, prefix_k, prefix_v, offsets, prefix_offsets, prefix_index; numbers: T, M, H, d, B, R, then row and
+// head strides of the first five.
+pcl::AttentionArgs attention_args(nb::tuple pointers, nb::tuple numbers, bool causal, double scale) {
+  const auto number = [&](int i) { return nb::cast<int64_t>(numbers[i]); };
+  const auto rows = [&](int i) {
+    return pcl::AttentionRows{at(nb::cast<uintptr_t>(pointers[i])), number(6 + 2 * i), number(7 + 2 * i)};
+  };
+  const auto values = [&](int i) { return at<const int64_t>(nb::cast<uintptr_t>(pointers[i])); };
+  pcl::AttentionPlan plan{};
+  plan.batch = number(4);
+  plan.num_prefixes = number(5);
+  plan.offsets = values(5);
+  plan.prefix_offsets = values(6);
+  plan.prefix_index = values(7);
+  return {plan, rows(0), rows(1), rows(2), rows(3), rows(4), number(0), number(1), number(2), number(3), scale, causal};
+}
+
+int prompt_attention_fwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype, uintptr_t out,
+                         uintptr_t stats, uintptr_t stream) {
+  return pcl::prompt_attention_fwd_cuda(attention_args(pointers, numbers, causal, scale), at(out), at(stats),
+                                        static_cast<pcl::Scalar>(dtype), at(stream));
+}
+
 }  // namespace
 
 NB_MODULE(PCL_CUDA_MODULE, m) {
@@ -73,6 +97,7 @@ NB_MODULE(PCL_CUDA_MODULE, m) {
   m.def("embed_fwd", &embed_fwd);
   m.def("embed_bwd", &embed_bwd);
   m.def("embed_bwd_bytes", &embed_bwd_bytes);
+  m.def("prompt_attention_fwd", &prompt_attention_fwd);
   m.def("error_text", &pcl::cuda_error_text);
   m.def("compiler", &pcl::cuda_compiler);
 #ifdef PCL_CUDA_EMULATED

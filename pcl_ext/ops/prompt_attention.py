@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from pcl_ext.ops import prompt_attention_op, reference
+from pcl_ext.ops import _gpu, prompt_attention_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, is_plain, reads_values
+from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import call, use_fused
-from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, resolve_prefix_index, work_list
+from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, resolve_prefix_index, unchecked_list, work_list
 
 
 def prompt_attention(
@@ -42,21 +43,39 @@ def prompt_attention(
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    fused = _use_fused(impl, q) and not (runs_cuda(q) and _asks_for_gradients(q, k, v, prefix_k, prefix_v))
     if plan is not None:
         work, batch, num_prefixes = plan.work, plan.batch, plan.num_prefixes
     else:
         prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
-        work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], prefix_total)
+        if fused and runs_cuda(q):
+            work = unchecked_list(offsets, prefix_offsets, prefix_index)
+        else:
+            work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], prefix_total)
         batch = offsets.shape[0] - 1
         num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    if use_fused(impl, q):
+    if fused:
         inputs = (q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
         return call(torch.ops.pcl_ext.prompt_attention.default, prompt_attention_op.forward, *inputs)[0]
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     return reference.prompt_attention(
         q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, index, causal=causal, scale=scale
     )
+
+
+def _use_fused(impl: str, q: Tensor) -> bool:
+    """use_fused, for the head widths that the kernels take."""
+    fused, dim = use_fused(impl, q, cuda=_gpu.FLOATS), q.shape[2]
+    if not fused or not runs_cuda(q) or (dim % 16 == 0 and dim <= 128):
+        return fused
+    if impl == "fused":
+        raise ValueError(f"impl='fused' takes head widths d that are multiples of 16 up to 128 on CUDA, got {dim}")
+    return False
+
+
+def _asks_for_gradients(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autocast(*tensors):

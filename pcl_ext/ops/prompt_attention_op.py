@@ -1,9 +1,11 @@
 """pcl_ext::prompt_attention and its backward: schema, kernel, fake, autograd."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops import _gpu
+from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor work"
 _NUMBERS = "SymInt batch, SymInt num_prefixes, bool causal, float scale"
@@ -13,16 +15,17 @@ def _inputs(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) ->
     """Addresses; T, M, H, d, B, R, then row and head strides of q, k, v, prefix_k, prefix_v; what keeps them alive."""
     total, num_heads, dim = q.shape
     packed = (num_heads * dim, dim)
+    to_rows = _rows_of_16_bytes if _gpu.runs_cuda(q) else packed_rows
     pointers, strides, rows = [], [], []
     for x in (q, k, v, prefix_k, prefix_v):
         if x is None:
             pointers.append(0)
             strides += (0, 0)
-        elif x.is_contiguous():
+        elif to_rows is packed_rows and x.is_contiguous():
             pointers.append(x.data_ptr())
             strides += packed
         else:
-            x = packed_rows(x, 2)
+            x = to_rows(x, 2)
             rows.append(x)
             pointers.append(x.data_ptr())
             strides += x.stride()[:2]
@@ -30,13 +33,31 @@ def _inputs(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) ->
     return (*pointers, work.data_ptr()), (total, prefix_total, num_heads, dim, batch, num_prefixes, *strides), rows
 
 
+def _rows_of_16_bytes(x: Tensor, first: int) -> Tensor:
+    """packed_rows of which each begins at a multiple of 16 bytes, as CUDA kernels read them; a copy where it must be."""
+    x = packed_rows(x, first)
+    steps = [x.data_ptr(), *(step * x.element_size() for size, step in zip(x.shape, x.stride()[:first]) if size > 1)]
+    return x.clone(memory_format=torch.contiguous_format) if any(step % 16 for step in steps) else x
+
+
+def _lists(work: Tensor, batch: int, num_prefixes: int) -> tuple[int, int, int]:
+    """Addresses of offsets, prefix_offsets and prefix_index in a work list, which begins with these three."""
+    begin, size = work.data_ptr(), work.element_size()
+    return begin, begin + (batch + 1) * size, begin + (batch + num_prefixes + 2) * size
+
+
 def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, *, isa=BEST_ISA):
     """out [T, H, d] and, for backward, [T, H, 2]: each row's largest score, one over its softmax denominator."""
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
     total, _, num_heads, dim = numbers[:4]
-    out = torch.empty(total, num_heads, dim, dtype=q.dtype, device=CPU)
+    out = torch.empty(total, num_heads, dim, dtype=q.dtype, device=q.device)
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    stats = torch.empty(total, num_heads, 2, dtype=sums, device=CPU)
+    stats = torch.empty(total, num_heads, 2, dtype=sums, device=q.device)
+    if _gpu.runs_cuda(q):
+        pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
+        results = (SCALARS[q.dtype], out.data_ptr(), stats.data_ptr())
+        _gpu.launch("prompt_attention_fwd", q, pointers, numbers, causal, scale, *results)
+        return out, stats
     C.prompt_attention_fwd(
         pointers,
         numbers,
@@ -116,4 +137,11 @@ define(
     backward,
     backward_fake,
 )
-define("prompt_attention", f"({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)", forward, forward_fake, _PromptAttention)
+define(
+    "prompt_attention",
+    f"({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)",
+    forward,
+    forward_fake,
+    _PromptAttention,
+    cuda=True,
+)
