@@ -52,4 +52,11 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
 // bytes. Returns CUDA's error number.
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream);
 
+// workspace: as many bytes as the first says, 16-byte aligned; prefix: whether gradients of the prefix are asked for,
+// for which members [B] are the histories in the order of their prefixes, and member_slots [B] counts the runs of 16
+// rows of each history up to and with that member. Both are read unchecked, as the plan is.
+int64_t prompt_attention_bwd_cuda_bytes(const AttentionArgs& args, bool prefix, Scalar dtype);
+int prompt_attention_bwd_cuda(const AttentionArgs& args, const AttentionGrads& grads, const int64_t* members,
+                              const int64_t* member_slots, void* workspace, Scalar dtype, void* stream);
+
 }  // namespace pcl

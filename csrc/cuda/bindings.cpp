@@ -89,6 +89,30 @@ int prompt_attention_fwd(nb::tuple pointers, nb::tuple numbers, bool causal, dou
                                         static_cast<pcl::Scalar>(dtype), at(stream));
 }
 
+int64_t prompt_attention_bwd_bytes(nb::tuple pointers, nb::tuple numbers, bool prefix, int dtype) {
+  return pcl::prompt_attention_bwd_cuda_bytes(attention_args(pointers, numbers, true, 1), prefix,
+                                              static_cast<pcl::Scalar>(dtype));
+}
+
+// grad_pointers: grad_out, out, stats, gradients of q, k, v, prefix_k, prefix_v, then members and member_slots.
+int prompt_attention_bwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype,
+                         nb::tuple grad_pointers, int64_t grad_row, int64_t grad_head, uintptr_t workspace,
+                         uintptr_t stream) {
+  const pcl::AttentionArgs args = attention_args(pointers, numbers, causal, scale);
+  const auto pointer = [&](int i) { return at(nb::cast<uintptr_t>(grad_pointers[i])); };
+  const pcl::AttentionGrads grads{{pointer(0), grad_row, grad_head},
+                                  {pointer(1), args.num_heads * args.head_dim, args.head_dim},
+                                  pointer(2),
+                                  pointer(3),
+                                  pointer(4),
+                                  pointer(5),
+                                  pointer(6),
+                                  pointer(7)};
+  return pcl::prompt_attention_bwd_cuda(args, grads, static_cast<const int64_t*>(pointer(8)),
+                                        static_cast<const int64_t*>(pointer(9)), at(workspace),
+                                        static_cast<pcl::Scalar>(dtype), at(stream));
+}
+
 }  // namespace
 
 NB_MODULE(PCL_CUDA_MODULE, m) {
@@ -98,6 +122,8 @@ NB_MODULE(PCL_CUDA_MODULE, m) {
   m.def("embed_bwd", &embed_bwd);
   m.def("embed_bwd_bytes", &embed_bwd_bytes);
   m.def("prompt_attention_fwd", &prompt_attention_fwd);
+  m.def("prompt_attention_bwd", &prompt_attention_bwd);
+  m.def("prompt_attention_bwd_bytes", &prompt_attention_bwd_bytes);
   m.def("error_text", &pcl::cuda_error_text);
   m.def("compiler", &pcl::cuda_compiler);
 #ifdef PCL_CUDA_EMULATED

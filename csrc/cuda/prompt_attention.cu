@@ -84,7 +84,7 @@ struct Forward {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(Attention<T> attention, int prefix_tiles, T* out, float* stats) {
   Forward<T, kDim> work;
   work.rows[0] = attention.q;

@@ -43,7 +43,7 @@ def prompt_attention(
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    fused = _use_fused(impl, q) and not (runs_cuda(q) and _asks_for_gradients(q, k, v, prefix_k, prefix_v))
+    fused = _use_fused(impl, q)
     if plan is not None:
         work, batch, num_prefixes = plan.work, plan.batch, plan.num_prefixes
     else:
@@ -72,10 +72,6 @@ def _use_fused(impl: str, q: Tensor) -> bool:
     if impl == "fused":
         raise ValueError(f"impl='fused' takes head widths d that are multiples of 16 up to 128 on CUDA, got {dim}")
     return False
-
-
-def _asks_for_gradients(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autocast(*tensors):

@@ -34,7 +34,7 @@ def _inputs(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) ->
 
 
 def _rows_of_16_bytes(x: Tensor, first: int) -> Tensor:
-    """packed_rows of which each begins at a multiple of 16 bytes, as CUDA kernels read them; a copy where it must be."""
+    """packed_rows, each beginning at a multiple of 16 bytes, as CUDA kernels read them."""
     x = packed_rows(x, first)
     steps = [x.data_ptr(), *(step * x.element_size() for size, step in zip(x.shape, x.stride()[:first]) if size > 1)]
     return x.clone(memory_format=torch.contiguous_format) if any(step % 16 for step in steps) else x
@@ -42,7 +42,7 @@ def _rows_of_16_bytes(x: Tensor, first: int) -> Tensor:
 
 def _lists(work: Tensor, batch: int, num_prefixes: int) -> tuple[int, int, int]:
     """Addresses of offsets, prefix_offsets and prefix_index in a work list, which begins with these three."""
-    begin, size = work.data_ptr(), work.element_size()
+    begin, size = work.data_ptr(), 8
     return begin, begin + (batch + 1) * size, begin + (batch + num_prefixes + 2) * size
 
 
@@ -86,6 +86,10 @@ def backward(
         grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs
     )
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    if _gpu.runs_cuda(q):
+        work_of = (work, batch, num_prefixes)
+        _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads, needs, work_of)
+        return grads
     grad_out = packed_rows(grad_out, 2)
     C.prompt_attention_bwd(
         pointers,
@@ -99,6 +103,29 @@ def backward(
         *grad_out.stride()[:2],
     )
     return grads
+
+
+def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads, needs, work_of) -> None:
+    work, batch, num_prefixes = work_of
+    pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
+    dtype, prefix = SCALARS[out.dtype], num_prefixes > 0 and any(needs[3:])
+    members = _members(work, batch, num_prefixes, numbers[0]) if prefix else (None, None)
+    grad_out = _rows_of_16_bytes(grad_out, 2)
+    with torch.cuda.device_of(out):  # how much is needed depends on the GPU
+        size = _gpu.module().prompt_attention_bwd_bytes(pointers, numbers, prefix, dtype)
+    workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+    asked = (grad if need else None for grad, need in zip(grads, needs))
+    rows = tuple(map(address, (grad_out, out, stats, *asked, *members)))
+    rest = (rows, *grad_out.stride()[:2], address(workspace))
+    _gpu.launch("prompt_attention_bwd", out, pointers, numbers, causal, scale, dtype, *rest)
+
+
+def _members(work: Tensor, batch: int, num_prefixes: int, total: int) -> tuple[Tensor, Tensor]:
+    """Histories [B] in the order of their prefixes, and runs of 16 rows of each history up to and with that one [B]."""
+    offsets, _, prefix_index = work[: 2 * batch + num_prefixes + 2].split([batch + 1, num_prefixes + 1, batch])
+    members = torch.argsort(prefix_index, stable=True)
+    runs = (offsets.clamp(0, total).diff().clamp_min(0) + 15) // 16
+    return members, runs[members].cumsum(0)
 
 
 def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs):
@@ -136,6 +163,7 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
     backward_fake,
+    cuda=True,
 )
 define(
     "prompt_attention",
