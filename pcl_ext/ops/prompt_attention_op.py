@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops import _gpu
-from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, packed_rows
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor work"
 _NUMBERS = "SymInt batch, SymInt num_prefixes, bool causal, float scale"
@@ -50,10 +50,12 @@ def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scal
     """out [T, H, d] and, for backward, [T, H, 2]: each row's largest score, one over its softmax denominator."""
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
     total, _, num_heads, dim = numbers[:4]
-    out = torch.empty(total, num_heads, dim, dtype=q.dtype, device=q.device)
+    cuda = _gpu.runs_cuda(q)
+    device = q.device if cuda else CPU  # which costs less to name
+    out = torch.empty(total, num_heads, dim, dtype=q.dtype, device=device)
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    stats = torch.empty(total, num_heads, 2, dtype=sums, device=q.device)
-    if _gpu.runs_cuda(q):
+    stats = torch.empty(total, num_heads, 2, dtype=sums, device=device)
+    if cuda:
         pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
         results = (SCALARS[q.dtype], out.data_ptr(), stats.data_ptr())
         _gpu.launch("prompt_attention_fwd", q, pointers, numbers, causal, scale, *results)

@@ -113,8 +113,7 @@ def test_order_of_threads_does_not_change_bits(order, cuda):
     want = case.run_with_grads(grad_out, impl="fused")
     with _gpu.emulated(order):
         got = case.run_with_grads(grad_out, impl="fused")
-    with _gpu.emulated():  # the order of the fixture again
-        assert all(torch.equal(got[name], want[name]) for name in want)
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,3 +152,37 @@ def test_plan_gives_the_same_bits(cuda):
     case = on(make(*CASES["some see none"], dtype=torch.bfloat16), cuda)
     plan = ops.attention_plan(case.offsets, case.prefix_offsets, case.prefix_index)
     assert torch.equal(case.run(plan=plan, impl="fused"), case.run(impl="fused"))
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_compiles_as_one_graph(planned, cuda):
+    case = on(make(*CASES["some see none"], dtype=torch.bfloat16), cuda)
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets, case.prefix_index) if planned else None
+    rows = list(case.rows.values())
+
+    def step(*rows):
+        given = Case(dict(zip(INPUTS, rows)), case.offsets, case.prefix_offsets, case.prefix_index)
+        return given.run(plan=plan, impl="fused").float().square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, want = torch.autograd.grad(compiled(*rows), rows), torch.autograd.grad(step(*rows), rows)
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.gpu
+def test_graph_replay_and_another_stream():
+    case = on(make(*CASES["some see none"], dtype=torch.bfloat16), "cuda")
+    grad_out, side = some_grad(case), torch.cuda.Stream()
+    want = case.run_with_grads(grad_out, impl="fused")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        again = case.run_with_grads(grad_out, impl="fused")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = case.run_with_grads(grad_out, impl="fused")
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, tensor in want.items():
+        assert torch.equal(again[name], tensor)
+        assert torch.equal(got[name], tensor)
