@@ -94,7 +94,7 @@ __device__ __forceinline__ Block product(const unsigned char* a, const unsigned 
   const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
     Block block = {};
-#pragma unroll 2
+#pragma unroll 1
     for (int chunk = 0; chunk < R::kChunks; ++chunk) {
       Vec16 left[2];
 #pragma unroll

@@ -31,6 +31,7 @@ def prompt_attention(
     history sees (-1 none), and may be left out when R == 1 (all see it) or R == B (each sees its own). Row i of history
     b attends to all of prefix_index[b] and to rows <= i of b (all rows of b when causal is False). scale multiplies the
     scores, 1 / sqrt(d) by default. plan is what attention_plan(offsets, prefix_offsets, prefix_index) returned.
+    On CUDA the kernels take float32, bfloat16 and float16 in head widths that are multiples of 16 up to 128.
     Under autocast, float32 tensors are cast to its dtype. Raises ValueError or TypeError naming what is wrong.
     """
     q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
