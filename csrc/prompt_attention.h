@@ -47,4 +47,20 @@ void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* stats,
 void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
                               int threads);
 
+// On CUDA the offsets, prefixes and indices of the plan are all that is read, unchecked: whatever they hold, nothing
+// outside the tensors is touched. Head widths are multiples of 16 up to 128; rows and heads lie at multiples of 16
+// bytes. The largest score in stats is one in base 2, times log2(e). Returns CUDA's error number. Bytes moved, E the
+// size of T H d numbers: forward 4 E (q, k, v, out), more where own keys of a history past 64 rows are read again, by
+// way of L2. Backward is passes that each compute the softmax's weights again: grad_out and out give D, 2 E; q, k, v,
+// grad_out give grad_q, 5 E, and grad_k and grad_v, 6 E; q and grad_out give the gradients of a prefix, 2 E for each 16
+// rows of it.
+int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream);
+
+// workspace: as many bytes as the first says, 16-byte aligned; prefix: whether gradients of the prefix are asked for,
+// for which members [B] are the histories in the order of their prefixes, and member_slots [B] counts the runs of 16
+// rows of each history up to and with that member. Both are read unchecked, as the plan is.
+int64_t prompt_attention_bwd_cuda_bytes(const AttentionArgs& args, bool prefix, Scalar dtype);
+int prompt_attention_bwd_cuda(const AttentionArgs& args, const AttentionGrads& grads, const int64_t* members,
+                              const int64_t* member_slots, void* workspace, Scalar dtype, void* stream);
+
 }  // namespace pcl

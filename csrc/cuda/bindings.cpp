@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "embed.h"
+#include "prompt_attention.h"
 #include "runtime.h"
 #include "to_packed.h"
 #include "to_padded.h"
@@ -65,6 +66,53 @@ int embed_bwd(uintptr_t items, bool wide_items, uintptr_t offsets, uintptr_t pro
                              static_cast<pcl::Scalar>(dtype), at(stream));
 }
 
+// pointers: q, k, v, prefix_k, prefix_v, offsets, prefix_offsets, prefix_index; numbers: T, M, H, d, B, R, then row and
+// head strides of the first five.
+pcl::AttentionArgs attention_args(nb::tuple pointers, nb::tuple numbers, bool causal, double scale) {
+  const auto number = [&](int i) { return nb::cast<int64_t>(numbers[i]); };
+  const auto rows = [&](int i) {
+    return pcl::AttentionRows{at(nb::cast<uintptr_t>(pointers[i])), number(6 + 2 * i), number(7 + 2 * i)};
+  };
+  const auto values = [&](int i) { return at<const int64_t>(nb::cast<uintptr_t>(pointers[i])); };
+  pcl::AttentionPlan plan{};
+  plan.batch = number(4);
+  plan.num_prefixes = number(5);
+  plan.offsets = values(5);
+  plan.prefix_offsets = values(6);
+  plan.prefix_index = values(7);
+  return {plan, rows(0), rows(1), rows(2), rows(3), rows(4), number(0), number(1), number(2), number(3), scale, causal};
+}
+
+int prompt_attention_fwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype, uintptr_t out,
+                         uintptr_t stats, uintptr_t stream) {
+  return pcl::prompt_attention_fwd_cuda(attention_args(pointers, numbers, causal, scale), at(out), at(stats),
+                                        static_cast<pcl::Scalar>(dtype), at(stream));
+}
+
+int64_t prompt_attention_bwd_bytes(nb::tuple pointers, nb::tuple numbers, bool prefix, int dtype) {
+  return pcl::prompt_attention_bwd_cuda_bytes(attention_args(pointers, numbers, true, 1), prefix,
+                                              static_cast<pcl::Scalar>(dtype));
+}
+
+// grad_pointers: grad_out, out, stats, gradients of q, k, v, prefix_k, prefix_v, then members and member_slots.
+int prompt_attention_bwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype,
+                         nb::tuple grad_pointers, int64_t grad_row, int64_t grad_head, uintptr_t workspace,
+                         uintptr_t stream) {
+  const pcl::AttentionArgs args = attention_args(pointers, numbers, causal, scale);
+  const auto pointer = [&](int i) { return at(nb::cast<uintptr_t>(grad_pointers[i])); };
+  const pcl::AttentionGrads grads{{pointer(0), grad_row, grad_head},
+                                  {pointer(1), args.num_heads * args.head_dim, args.head_dim},
+                                  pointer(2),
+                                  pointer(3),
+                                  pointer(4),
+                                  pointer(5),
+                                  pointer(6),
+                                  pointer(7)};
+  return pcl::prompt_attention_bwd_cuda(args, grads, static_cast<const int64_t*>(pointer(8)),
+                                        static_cast<const int64_t*>(pointer(9)), at(workspace),
+                                        static_cast<pcl::Scalar>(dtype), at(stream));
+}
+
 }  // namespace
 
 NB_MODULE(PCL_CUDA_MODULE, m) {
@@ -73,6 +121,9 @@ NB_MODULE(PCL_CUDA_MODULE, m) {
   m.def("embed_fwd", &embed_fwd);
   m.def("embed_bwd", &embed_bwd);
   m.def("embed_bwd_bytes", &embed_bwd_bytes);
+  m.def("prompt_attention_fwd", &prompt_attention_fwd);
+  m.def("prompt_attention_bwd", &prompt_attention_bwd);
+  m.def("prompt_attention_bwd_bytes", &prompt_attention_bwd_bytes);
   m.def("error_text", &pcl::cuda_error_text);
   m.def("compiler", &pcl::cuda_compiler);
 #ifdef PCL_CUDA_EMULATED

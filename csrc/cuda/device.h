@@ -63,7 +63,7 @@ __device__ __forceinline__ float warp_max(float value) {
 // value, moved to the nearer end of low..high; low where high is below it. For indices read from memory that nobody
 // has checked.
 template <class T>
-__device__ __forceinline__ T clamp(T value, T low, T high) {
+__host__ __device__ __forceinline__ T clamp(T value, T low, T high) {
   value = value < high ? value : high;
   return value > low ? value : low;
 }

@@ -89,6 +89,12 @@ def work_list(offsets, prefix_offsets, prefix_index, total: int = -1, prefix_tot
     return reference.attention_plan(offsets, prefix_offsets, index)
 
 
+def unchecked_list(offsets, prefix_offsets, prefix_index) -> Tensor:
+    """The beginning of a work list, which is all that CUDA kernels read; made without looking at values."""
+    index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
+    return offsets.contiguous() if prefix_offsets is None else torch.cat([offsets, prefix_offsets, index])
+
+
 def _check_values(offsets, prefix_offsets, prefix_index, total: int, prefix_total: int) -> None:
     check_offset_values("offsets", offsets, None if total < 0 else total, "len(q)")
     if prefix_offsets is not None:

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from pcl_ext.ops import prompt_attention_op, reference
+from pcl_ext.ops import _gpu, prompt_attention_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, is_plain, reads_values
+from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import call, use_fused
-from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, resolve_prefix_index, work_list
+from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, resolve_prefix_index, unchecked_list, work_list
 
 
 def prompt_attention(
@@ -30,6 +31,7 @@ def prompt_attention(
     history sees (-1 none), and may be left out when R == 1 (all see it) or R == B (each sees its own). Row i of history
     b attends to all of prefix_index[b] and to rows <= i of b (all rows of b when causal is False). scale multiplies the
     scores, 1 / sqrt(d) by default. plan is what attention_plan(offsets, prefix_offsets, prefix_index) returned.
+    On CUDA the kernels take float32, bfloat16 and float16 in head widths that are multiples of 16 up to 128.
     Under autocast, float32 tensors are cast to its dtype. Raises ValueError or TypeError naming what is wrong.
     """
     q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
@@ -42,21 +44,35 @@ def prompt_attention(
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    fused = _use_fused(impl, q)
     if plan is not None:
         work, batch, num_prefixes = plan.work, plan.batch, plan.num_prefixes
     else:
         prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
-        work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], prefix_total)
+        if fused and runs_cuda(q):
+            work = unchecked_list(offsets, prefix_offsets, prefix_index)
+        else:
+            work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], prefix_total)
         batch = offsets.shape[0] - 1
         num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    if use_fused(impl, q):
+    if fused:
         inputs = (q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
         return call(torch.ops.pcl_ext.prompt_attention.default, prompt_attention_op.forward, *inputs)[0]
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     return reference.prompt_attention(
         q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, index, causal=causal, scale=scale
     )
+
+
+def _use_fused(impl: str, q: Tensor) -> bool:
+    """use_fused, for the head widths that the kernels take."""
+    fused, dim = use_fused(impl, q, cuda=_gpu.FLOATS), q.shape[2]
+    if not fused or not runs_cuda(q) or (dim % 16 == 0 and dim <= 128):
+        return fused
+    if impl == "fused":
+        raise ValueError(f"impl='fused' takes head widths d that are multiples of 16 up to 128 on CUDA, got {dim}")
+    return False
 
 
 def _autocast(*tensors):

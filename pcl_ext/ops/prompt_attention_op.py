@@ -1,8 +1,10 @@
 """pcl_ext::prompt_attention and its backward: schema, kernel, fake, autograd."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pcl_ext.ops import _gpu
 from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, packed_rows
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor work"
@@ -13,16 +15,17 @@ def _inputs(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) ->
     """Addresses; T, M, H, d, B, R, then row and head strides of q, k, v, prefix_k, prefix_v; what keeps them alive."""
     total, num_heads, dim = q.shape
     packed = (num_heads * dim, dim)
+    to_rows = _rows_of_16_bytes if _gpu.runs_cuda(q) else packed_rows
     pointers, strides, rows = [], [], []
     for x in (q, k, v, prefix_k, prefix_v):
         if x is None:
             pointers.append(0)
             strides += (0, 0)
-        elif x.is_contiguous():
+        elif to_rows is packed_rows and x.is_contiguous():
             pointers.append(x.data_ptr())
             strides += packed
         else:
-            x = packed_rows(x, 2)
+            x = to_rows(x, 2)
             rows.append(x)
             pointers.append(x.data_ptr())
             strides += x.stride()[:2]
@@ -30,13 +33,33 @@ def _inputs(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) ->
     return (*pointers, work.data_ptr()), (total, prefix_total, num_heads, dim, batch, num_prefixes, *strides), rows
 
 
+def _rows_of_16_bytes(x: Tensor, first: int) -> Tensor:
+    """packed_rows, each beginning at a multiple of 16 bytes, as CUDA kernels read them."""
+    x = packed_rows(x, first)
+    steps = [x.data_ptr(), *(step * x.element_size() for size, step in zip(x.shape, x.stride()[:first]) if size > 1)]
+    return x.clone(memory_format=torch.contiguous_format) if any(step % 16 for step in steps) else x
+
+
+def _lists(work: Tensor, batch: int, num_prefixes: int) -> tuple[int, int, int]:
+    """Addresses of offsets, prefix_offsets and prefix_index in a work list, which begins with these three."""
+    begin, size = work.data_ptr(), 8
+    return begin, begin + (batch + 1) * size, begin + (batch + num_prefixes + 2) * size
+
+
 def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, *, isa=BEST_ISA):
     """out [T, H, d] and, for backward, [T, H, 2]: each row's largest score, one over its softmax denominator."""
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
     total, _, num_heads, dim = numbers[:4]
-    out = torch.empty(total, num_heads, dim, dtype=q.dtype, device=CPU)
+    cuda = _gpu.runs_cuda(q)
+    device = q.device if cuda else CPU  # which costs less to name
+    out = torch.empty(total, num_heads, dim, dtype=q.dtype, device=device)
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    stats = torch.empty(total, num_heads, 2, dtype=sums, device=CPU)
+    stats = torch.empty(total, num_heads, 2, dtype=sums, device=device)
+    if cuda:
+        pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
+        results = (SCALARS[q.dtype], out.data_ptr(), stats.data_ptr())
+        _gpu.launch("prompt_attention_fwd", q, pointers, numbers, causal, scale, *results)
+        return out, stats
     C.prompt_attention_fwd(
         pointers,
         numbers,
@@ -65,6 +88,10 @@ def backward(
         grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs
     )
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    if _gpu.runs_cuda(q):
+        work_of = (work, batch, num_prefixes)
+        _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads, needs, work_of)
+        return grads
     grad_out = packed_rows(grad_out, 2)
     C.prompt_attention_bwd(
         pointers,
@@ -78,6 +105,29 @@ def backward(
         *grad_out.stride()[:2],
     )
     return grads
+
+
+def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads, needs, work_of) -> None:
+    work, batch, num_prefixes = work_of
+    pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
+    dtype, prefix = SCALARS[out.dtype], num_prefixes > 0 and any(needs[3:])
+    members = _members(work, batch, num_prefixes, numbers[0]) if prefix else (None, None)
+    grad_out = _rows_of_16_bytes(grad_out, 2)
+    with torch.cuda.device_of(out):  # how much is needed depends on the GPU
+        size = _gpu.module().prompt_attention_bwd_bytes(pointers, numbers, prefix, dtype)
+    workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+    asked = (grad if need else None for grad, need in zip(grads, needs))
+    rows = tuple(map(address, (grad_out, out, stats, *asked, *members)))
+    rest = (rows, *grad_out.stride()[:2], address(workspace))
+    _gpu.launch("prompt_attention_bwd", out, pointers, numbers, causal, scale, dtype, *rest)
+
+
+def _members(work: Tensor, batch: int, num_prefixes: int, total: int) -> tuple[Tensor, Tensor]:
+    """Histories [B] in the order of their prefixes, and runs of 16 rows of each history up to and with that one [B]."""
+    offsets, _, prefix_index = work[: 2 * batch + num_prefixes + 2].split([batch + 1, num_prefixes + 1, batch])
+    members = torch.argsort(prefix_index, stable=True)
+    runs = (offsets.clamp(0, total).diff().clamp_min(0) + 15) // 16
+    return members, runs[members].cumsum(0)
 
 
 def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs):
@@ -115,5 +165,13 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
     backward_fake,
+    cuda=True,
 )
-define("prompt_attention", f"({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)", forward, forward_fake, _PromptAttention)
+define(
+    "prompt_attention",
+    f"({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)",
+    forward,
+    forward_fake,
+    _PromptAttention,
+    cuda=True,
+)

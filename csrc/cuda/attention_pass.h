@@ -1,0 +1,270 @@
+// One pass of every query over its keys: the prefix first, then own rows. Forward and the gradient of q are such
+// passes.
+//
+// A block owns four slots of 16 query rows, a warp each, of one head; blocks are persistent and keep their head. Keys
+// and values come in tiles of four slots, the next one under way while this one is worked on; a piece of a prefix stays
+// in shared memory while those who come see the same.
+#pragma once
+
+#include "../prompt_attention.h"
+#include "attention_slots.h"
+
+namespace pcl {
+
+inline constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+inline constexpr float kLog2E = 1.44269504088896341f;
+
+// Rows of the whole tensor.
+template <class T>
+struct AllHeads {
+  const T* data;
+  int64_t stride, head_stride;
+
+  __device__ __forceinline__ Head<T> head(int64_t h) const { return {data + h * head_stride, stride}; }
+};
+
+template <class T>
+AllHeads<T> heads_of(const AttentionRows& rows) {
+  return {static_cast<const T*>(rows.data), rows.row_stride, rows.head_stride};
+}
+
+// What a pass reads.
+template <class T>
+struct Attention {
+  Slots slots, prefixes;
+  const int64_t* prefix_index;
+  AllHeads<T> q, k, v, prefix_k, prefix_v;
+  int num_heads;
+  float scale;
+  bool causal;
+};
+
+template <class T>
+Attention<T> attention_of(const AttentionArgs& args) {
+  const AttentionPlan& plan = args.plan;
+  return {{{plan.offsets, plan.batch, args.total}},
+          {{plan.prefix_offsets, plan.num_prefixes, args.prefix_total}},
+          plan.prefix_index,
+          heads_of<T>(args.q),
+          heads_of<T>(args.k),
+          heads_of<T>(args.v),
+          heads_of<T>(args.prefix_k),
+          heads_of<T>(args.prefix_v),
+          static_cast<int>(args.num_heads),
+          static_cast<float>(args.scale),
+          args.causal};
+}
+
+// The prefix of a history, -1 without any.
+template <class T>
+__device__ __forceinline__ int prefix_of(const Attention<T>& attention, int64_t history) {
+  if (attention.prefixes.runs.batch == 0) return -1;
+  const int64_t r = attention.prefix_index[history];
+  return r >= 0 && r < attention.prefixes.runs.batch ? static_cast<int>(r) : -1;
+}
+
+// Shared memory of a pass with kRowTiles tensors of query rows.
+template <class T, int kDim, int kRowTiles>
+struct PassMemory {
+  static constexpr int kTile = Rows<T, kDim>::kTileBytes;
+  static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kRows = kRowTiles;
+  static constexpr int kSlots = 512;  // bytes
+  static constexpr int kMostPrefixTiles = sizeof(T) == 2 ? 4 : 1;
+
+  struct Item {
+    Slot slot;
+    int prefix;
+  };
+  static_assert(kWarps * sizeof(Item) <= kSlots);
+
+  static int bytes(int prefix_tiles) {
+    return kSlots + (kWarps * kRowTiles + 2 * kStages * kWarps + 2 * prefix_tiles) * kTile;
+  }
+
+  unsigned char* base;
+  __device__ __forceinline__ Item& item(int warp) const { return reinterpret_cast<Item*>(base)[warp]; }
+  __device__ __forceinline__ unsigned char* rows(int warp, int which) const {
+    return base + kSlots + (warp * kRowTiles + which) * kTile;
+  }
+  __device__ __forceinline__ unsigned char* keys(int stage, int which, int tile) const {
+    return base + kSlots + (kWarps * kRowTiles + (stage * 2 + which) * kWarps + tile) * kTile;
+  }
+  __device__ __forceinline__ unsigned char* prefix(int prefix_tiles, int which, int tile) const {
+    return base + kSlots + (kWarps * (kRowTiles + 2 * kStages) + which * prefix_tiles + tile) * kTile;
+  }
+};
+
+// Which slots of keys the queries of a block need, and whose they are; last < first: none.
+struct Extent {
+  int64_t first, last;
+  int low, high;
+};
+
+template <class Memory>
+__device__ __forceinline__ Extent extent_of(const Memory& memory, bool causal, int64_t group) {
+  Extent extent{0, -1, 0, 0};
+  bool any = false;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const Slot& slot = memory.item(w).slot;
+    if (slot.length == 0) continue;
+    const int64_t last = causal ? group * kWarps + w : slot.first + slot.tiles() - 1;
+    extent.first = !any || slot.first < extent.first ? slot.first : extent.first;
+    extent.last = !any || last > extent.last ? last : extent.last;
+    extent.low = !any || slot.run < extent.low ? slot.run : extent.low;
+    extent.high = !any || slot.run > extent.high ? slot.run : extent.high;
+    any = true;
+  }
+  return extent;
+}
+
+// A slot of keys and values for each warp to load.
+template <class T, int kDim, class Memory>
+__device__ __forceinline__ void load_keys(const Attention<T>& attention, const Memory& memory, int head, int stage,
+                                          int64_t slot, const Extent& extent) {
+  const int warp = warp_index();
+  if (slot + warp <= extent.last) {
+    const Slot keys = find_slot(attention.slots, slot + warp, extent.low, extent.high);
+    const int64_t row = keys.begin + keys.row;
+    load_tile<T, kDim>(memory.keys(stage, 0, warp), attention.k.head(head), row, keys.count());
+    load_tile<T, kDim>(memory.keys(stage, 1, warp), attention.v.head(head), row, keys.count());
+  }
+  cp_async_commit();
+}
+
+// The piece of a prefix that is in shared memory.
+struct Resident {
+  int prefix = -1, piece = 0;
+};
+
+template <class T, int kDim, class Memory>
+__device__ __forceinline__ void load_prefix(const Attention<T>& attention, const Memory& memory, int head,
+                                            int prefix_tiles, const Resident& wanted) {
+  const int64_t begin = attention.prefixes.runs.begin(wanted.prefix);
+  const int64_t length = attention.prefixes.runs.end(wanted.prefix) - begin;
+  sync_threads();  // nobody reads the piece before any more
+  for (int tile = warp_index(); tile < prefix_tiles; tile += kWarps) {
+    const int64_t row = (static_cast<int64_t>(wanted.piece) * prefix_tiles + tile) * kTileRows;
+    const int count = static_cast<int>(clamp<int64_t>(length - row, 0, kTileRows));
+    load_tile<T, kDim>(memory.prefix(prefix_tiles, 0, tile), attention.prefix_k.head(head), begin + row, count);
+    load_tile<T, kDim>(memory.prefix(prefix_tiles, 1, tile), attention.prefix_v.head(head), begin + row, count);
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  sync_threads();
+}
+
+// All prefixes that the block's queries see, one after another.
+template <class T, int kDim, class Memory, class Work>
+__device__ __forceinline__ void see_prefixes(const Attention<T>& attention, const Memory& memory, int head,
+                                             int prefix_tiles, Resident& resident, Work& work) {
+  const int own = memory.item(warp_index()).prefix;
+  for (int w = 0; w < kWarps; ++w) {
+    const int r = memory.item(w).prefix;
+    bool done = r < 0;
+    for (int before = 0; before < w; ++before) done = done || memory.item(before).prefix == r;
+    if (done) continue;
+    const auto length = static_cast<int>(attention.prefixes.runs.end(r) - attention.prefixes.runs.begin(r));
+    for (int piece = 0; piece * prefix_tiles * kTileRows < length; ++piece) {
+      if (resident.prefix != r || resident.piece != piece) {
+        resident = {r, piece};
+        load_prefix<T, kDim>(attention, memory, head, prefix_tiles, resident);
+      }
+      for (int tile = 0; own == r && tile < prefix_tiles; ++tile) {
+        const int key = (piece * prefix_tiles + tile) * kTileRows;
+        if (key >= length) break;
+        work.see(memory.prefix(prefix_tiles, 0, tile), memory.prefix(prefix_tiles, 1, tile), key, length, false);
+      }
+    }
+  }
+}
+
+// Own rows; the first tile has been asked for and has arrived.
+template <class T, int kDim, class Memory, class Work>
+__device__ __forceinline__ void see_own(const Attention<T>& attention, const Memory& memory, int head, int64_t group,
+                                        const Extent& extent, Work& work) {
+  const Slot own = memory.item(warp_index()).slot;
+  const int64_t last = own.length == 0    ? -1
+                       : attention.causal ? group * kWarps + warp_index()
+                                          : own.first + own.tiles() - 1;
+  int stage = 0;
+  for (int64_t slot = extent.first;; slot += kWarps) {
+    const int64_t next = slot + kWarps;
+    const int other = Memory::kStages == 2 ? 1 - stage : 0;
+    if (Memory::kStages == 2 && next <= extent.last) {
+      load_keys<T, kDim>(attention, memory, head, other, next, extent);
+    }
+    for (int tile = 0; tile < kWarps; ++tile) {
+      if (slot + tile < own.first || slot + tile > last) continue;
+      const int key = static_cast<int>(slot + tile - own.first) * kTileRows;
+      work.see(memory.keys(stage, 0, tile), memory.keys(stage, 1, tile), key, own.length, attention.causal);
+    }
+    if (next > extent.last) return;
+    if (Memory::kStages == 1) {
+      sync_threads();
+      load_keys<T, kDim>(attention, memory, head, other, next, extent);
+    }
+    cp_async_wait<0>();
+    sync_threads();
+    stage = other;
+  }
+}
+
+// Work is what becomes of a warp's rows: rows[], the tensors it wants tiles of; begin(slot, head, memory);
+// see(keys, values, number of the first key, how many keys there are, whether only those up to the own row count);
+// end().
+template <class T, int kDim, class Memory, class Work>
+__device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, int prefix_tiles, Work& work) {
+  const Memory memory{shared_memory()};
+  const int warp = warp_index(), head = block_x() % attention.num_heads;
+  const int64_t groups = (attention.slots.count() + kWarps - 1) / kWarps;
+  Resident resident;
+  for (int64_t group = block_x() / attention.num_heads; group < groups; group += grid_x() / attention.num_heads) {
+    const Slot own = find_slot_warp(attention.slots, group * kWarps + warp);
+    if (lane_index() == 0) memory.item(warp) = {own, own.length == 0 ? -1 : prefix_of(attention, own.run)};
+    sync_threads();
+    const Extent extent = extent_of(memory, attention.causal, group);
+    if (extent.first <= extent.last) {
+#pragma unroll
+      for (int i = 0; i < Memory::kRows; ++i) {
+        load_tile<T, kDim>(memory.rows(warp, i), work.rows[i].head(head), own.begin + own.row, own.count());
+      }
+      load_keys<T, kDim>(attention, memory, head, 0, extent.first, extent);
+      cp_async_wait<0>();
+      sync_threads();
+      work.begin(own, head, memory);
+      see_prefixes<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
+      see_own<T, kDim>(attention, memory, head, group, extent, work);
+      work.end();
+    }
+    sync_threads();  // the next group takes the place of this one
+  }
+}
+
+// Pieces of prefixes that a pass keeps in shared memory.
+template <class Memory>
+int prefix_tiles_of(const AttentionArgs& args) {
+  if (args.plan.num_prefixes == 0) return 0;
+  const int64_t tiles = (args.prefix_total + kTileRows - 1) / kTileRows;
+  return static_cast<int>(clamp<int64_t>(tiles, 1, Memory::kMostPrefixTiles));
+}
+
+// Blocks of a persistent kernel that give every head the same number, at most `most` each.
+template <class Kernel>
+Grid blocks_by_head(Kernel kernel, int shared_bytes, int64_t num_heads, int64_t most) {
+  const int64_t each = clamp<int64_t>(resident_blocks(kernel, kThreads, shared_bytes) / num_heads, 1, most);
+  return {static_cast<unsigned>(each * num_heads)};
+}
+
+// Calls run with the head width as a constant; the widths are multiples of 16 up to 128.
+template <int kDim = 16, class Run>
+int with_dim(int64_t dim, Run run) {
+  if constexpr (kDim > 128) {
+    return run(std::integral_constant<int, 128>{});
+  } else {
+    return dim == kDim ? run(std::integral_constant<int, kDim>{}) : with_dim<kDim + 16>(dim, run);
+  }
+}
+
+}  // namespace pcl

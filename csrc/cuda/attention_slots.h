@@ -1,0 +1,67 @@
+// How blocks find the rows of histories: in slots of 16 rows of one history each. Slot begin(b) / 16 + b is the first
+// of history b, so that a search over the offsets finds whose a slot is, and the number of slots is known without
+// having read them. Some are empty. Tiles begin where histories begin: a history's bits do not depend on its company.
+// Offsets and indices are read without having been checked: what is read of them is clamped.
+#pragma once
+
+#include "attention_tiles.h"
+#include "rows.h"
+
+namespace pcl {
+
+// Runs of packed rows cut into slots: histories, or prefixes.
+struct Slots {
+  Histories runs;
+
+  __host__ __device__ int64_t count() const { return runs.total / kTileRows + runs.batch; }
+  __device__ __forceinline__ int64_t first(int64_t run) const { return runs.begin(run) / kTileRows + run; }
+};
+
+// Where a slot's rows are. length 0: it is empty.
+struct Slot {
+  int64_t begin;         // of its run, in packed rows
+  int64_t first;         // slot of its run
+  int run, length, row;  // rows row .. of `length` rows
+
+  __device__ __forceinline__ int count() const { return clamp(length - row, 0, kTileRows); }
+  // slots of the run
+  __device__ __forceinline__ int tiles() const { return (length + kTileRows - 1) / kTileRows; }
+};
+
+__device__ __forceinline__ Slot slot_of_run(const Slots& slots, int64_t slot, int64_t run) {
+  const int64_t begin = slots.runs.begin(run), length = slots.runs.end(run) - begin, first = slots.first(run);
+  const int64_t row = (slot - first) * kTileRows;
+  const bool inside = row >= 0 && row < length;
+  return {begin, first, static_cast<int>(run), inside ? static_cast<int>(length) : 0,
+          inside ? static_cast<int>(row) : 0};
+}
+
+// The slot's run is the last that begins at or before it; a warp searches together.
+__device__ __forceinline__ Slot find_slot_warp(const Slots& slots, int64_t slot) {
+  if (slot >= slots.count()) return {};
+  int64_t low = 0, high = slots.runs.batch;
+  while (high - low > 1) {
+    const int64_t step = (high - low + kWarp - 1) / kWarp;
+    const int64_t probe = low + (lane_index() + 1) * step;
+    const unsigned before = ballot(probe < high && slots.first(probe < high ? probe : low) <= slot);
+    const int64_t count = count_bits(before);
+    low += count * step;
+    high = high < low + step ? high : low + step;
+  }
+  return high == 0 ? Slot{} : slot_of_run(slots, slot, low);
+}
+
+// The same among the runs low .. high, by every thread for itself.
+__device__ __forceinline__ Slot find_slot(const Slots& slots, int64_t slot, int low, int high) {
+  while (low < high) {
+    const int middle = low + (high - low + 1) / 2;
+    if (slots.first(middle) <= slot) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return slot_of_run(slots, slot, low);
+}
+
+}  // namespace pcl

@@ -1,0 +1,194 @@
+// What attention on a GPU is made of: tiles of 16 rows of one head in shared memory, and the two products that every
+// pass is written with. Products of bf16 and fp16 run on tensor cores, of float by fused multiply-adds.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "device.h"
+
+namespace pcl {
+
+inline constexpr int kTileRows = 16;
+
+// Rows of kDim numbers in shared memory, 16 bytes a chunk. Chunks are swizzled so that one chunk of 8 rows in a row
+// lies in all banks, whatever the width.
+template <class T, int kDim>
+struct Rows {
+  static constexpr int kChunks = kDim * static_cast<int>(sizeof(T)) / 16;
+  static constexpr int kBytes = kChunks * 16;
+  static constexpr int kTileBytes = kTileRows * kBytes;
+
+  __device__ __forceinline__ static int place(int row, int chunk) {
+    constexpr int kAligned = (kChunks & -kChunks) < 8 ? (kChunks & -kChunks) : 8;
+    return (row * kChunks + (chunk ^ (row / (8 / kAligned) & (kAligned - 1)))) * 16;
+  }
+};
+
+// One head of a packed tensor; the head is part of data.
+template <class T>
+struct Head {
+  const T* data;
+  int64_t stride;
+};
+
+// Numbers of a 16 x 16 block as a warp holds them: lane i has rows i / 4 and i / 4 + 8, and of each the columns
+// 2 (i % 4) and the next one, and 8 further on.
+struct Block {
+  float at[8];
+
+  __device__ __forceinline__ static int row(int i) { return lane_index() / 4 + (i & 2) * 4; }
+  __device__ __forceinline__ static int column(int i) { return lane_index() % 4 * 2 + (i & 1) + (i & 4) * 2; }
+};
+
+// A 16 x kDim block, rows as above: sums[j] are the columns 8 j + 2 (i % 4) and the next one of both rows.
+template <int kDim>
+struct Wide {
+  float sums[kDim / 8][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j][i] = 0.f;
+    }
+  }
+
+  __device__ __forceinline__ void scale(float first, float second) {
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      sums[j][0] *= first;
+      sums[j][1] *= first;
+      sums[j][2] *= second;
+      sums[j][3] *= second;
+    }
+  }
+};
+
+// A warp copies `count` rows of a tile from memory without waiting, and fills it up with zeros.
+template <class T, int kDim>
+__device__ __forceinline__ void load_tile(unsigned char* tile, Head<T> from, int64_t first, int count) {
+  using R = Rows<T, kDim>;
+#pragma unroll 2
+  for (int i = lane_index(); i < kTileRows * R::kChunks; i += kWarp) {
+    const int row = i / R::kChunks, chunk = i % R::kChunks;
+    const bool inside = row < count;
+    const T* at = from.data + (inside ? (first + row) * from.stride : 0);
+    cp_async<16>(tile + R::place(row, chunk), at + chunk * (16 / static_cast<int>(sizeof(T))), inside);
+  }
+}
+
+__device__ __forceinline__ float dot4(const Vec16& a, const Vec16& b, float sum) {
+  float x[4], y[4];
+  memcpy(x, &a, 16);
+  memcpy(y, &b, 16);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum = fmaf(x[i], y[i], sum);
+  return sum;
+}
+
+// a b^T of two tiles.
+template <class T, int kDim>
+__device__ __forceinline__ Block product(const unsigned char* a, const unsigned char* b) {
+  using R = Rows<T, kDim>;
+  const int lane = lane_index();
+  if constexpr (std::is_same_v<T, float>) {
+    Block block = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < R::kChunks; ++chunk) {
+      Vec16 left[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) left[i] = load(reinterpret_cast<const Vec16*>(a + R::place(lane / 4 + 8 * i, chunk)));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = Block::column((i & 1) | (i & 2) * 2);
+        const Vec16 right = load(reinterpret_cast<const Vec16*>(b + R::place(column, chunk)));
+        float* at = block.at + (i & 1) + (i & 2) * 2;
+        at[0] = dot4(left[0], right, at[0]);
+        at[2] = dot4(left[1], right, at[2]);
+      }
+    }
+    return block;
+  } else {
+    float low[4] = {}, high[4] = {};
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      uint32_t left[4], right[4];
+      ldmatrix<4>(left, a + R::place(lane % 16, 2 * k + lane / 16));
+      ldmatrix<4>(right, b + R::place(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      mma_m16n8k16<T>(low, left, {right[0], right[1]});
+      mma_m16n8k16<T>(high, left, {right[2], right[3]});
+    }
+    return {{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]}};
+  }
+}
+
+// wide += block tile.
+template <class T, int kDim>
+__device__ __forceinline__ void add_product(Wide<kDim>& wide, const Block& block, const unsigned char* tile) {
+  using R = Rows<T, kDim>;
+  const int lane = lane_index();
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll 1
+    for (int pair = 0; pair < 4; ++pair) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int from = (lane & ~3) | pair, row = pair * 2 + (i & 1) + (i & 2) * 4;
+        const float first = shuffle(block.at[(i & 1) + (i & 2) * 2], from);
+        const float second = shuffle(block.at[(i & 1) + (i & 2) * 2 + 2], from);
+#pragma unroll
+        for (int j = 0; j < kDim / 8; ++j) {
+          const auto* at = reinterpret_cast<const float*>(tile + R::place(row, 2 * j + lane % 4 / 2)) + lane % 2 * 2;
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            wide.sums[j][c] = fmaf(first, at[c], wide.sums[j][c]);
+            wide.sums[j][2 + c] = fmaf(second, at[c], wide.sums[j][2 + c]);
+          }
+        }
+      }
+    }
+  } else {
+    const float* x = block.at;
+    const uint32_t left[4] = {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
+#pragma unroll
+    for (int j = 0; j < kDim / 8; j += 2) {
+      uint32_t right[4];
+      ldmatrix<4, true>(right, tile + R::place(lane % 16, j + lane / 16));
+      mma_m16n8k16<T>(wide.sums[j], left, {right[0], right[1]});
+      mma_m16n8k16<T>(wide.sums[j + 1], left, {right[2], right[3]});
+    }
+  }
+}
+
+// Writes `count` rows of wide to memory, 16 bytes at a time, by way of a tile of this warp that nobody reads any more.
+template <class T, int kDim>
+__device__ __forceinline__ void store_wide(const Wide<kDim>& wide, unsigned char* tile, T* to, int64_t stride,
+                                           int count) {
+  using R = Rows<T, kDim>;
+  const int lane = lane_index();
+  sync_warp();
+#pragma unroll
+  for (int j = 0; j < kDim / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float low = wide.sums[j][2 * i], high = wide.sums[j][2 * i + 1];
+      const int row = lane / 4 + 8 * i;
+      if constexpr (std::is_same_v<T, float>) {
+        auto* at = reinterpret_cast<float*>(tile + R::place(row, 2 * j + lane % 4 / 2)) + lane % 2 * 2;
+        at[0] = low;
+        at[1] = high;
+      } else {
+        *(reinterpret_cast<uint32_t*>(tile + R::place(row, j)) + lane % 4) = pack2<T>(low, high);
+      }
+    }
+  }
+  sync_warp();
+  for (int i = lane; i < count * R::kChunks; i += kWarp) {
+    const int row = i / R::kChunks, chunk = i % R::kChunks;
+    T* at = to + row * stride + chunk * (16 / static_cast<int>(sizeof(T)));
+    store_once(reinterpret_cast<Vec16*>(at), load(reinterpret_cast<const Vec16*>(tile + R::place(row, chunk))));
+  }
+  sync_warp();
+}
+
+}  // namespace pcl

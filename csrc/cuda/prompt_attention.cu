@@ -1,0 +1,125 @@
+// Forward of prompt_attention: one pass of every query over its keys, the softmax taken as they come.
+#include "attention_pass.h"
+#include "isa.h"
+
+namespace pcl {
+
+namespace {
+
+// stats: a row's largest score times log2(e), and one over its softmax's denominator.
+template <class T, int kDim>
+struct Forward {
+  AllHeads<T> rows[1];
+  T* out;
+  float* stats;
+  int num_heads;
+  float scale;  // times log2(e)
+
+  Slot own;
+  int head;
+  unsigned char* q;
+  Wide<kDim> sums;
+  float top[2], weight[2];  // of rows i / 4 and i / 4 + 8; weight: this lane's share
+
+  template <class Memory>
+  __device__ __forceinline__ void begin(const Slot& slot, int head_number, const Memory& memory) {
+    own = slot;
+    head = head_number;
+    q = memory.rows(warp_index(), 0);
+    sums.clear();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = -INFINITY;
+      weight[r] = 0.f;
+    }
+  }
+
+  __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, int key, int length,
+                                      bool causal) {
+    Block scores = product<T, kDim>(q, keys);
+    float most[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int column = key + Block::column(i);
+      const bool seen = column < length && (!causal || column <= own.row + Block::row(i));
+      scores.at[i] = seen ? scores.at[i] * scale : -INFINITY;
+      most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores.at[i]);
+    }
+    float factor[2], base[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float now = fmaxf(top[r], warp_max<4>(most[r]));
+      base[r] = now == -INFINITY ? 0.f : now;
+      factor[r] = exp2_approx(top[r] - base[r]);
+      weight[r] *= factor[r];
+      top[r] = now;
+    }
+    if (ballot(factor[0] != 1.f || factor[1] != 1.f) != 0) sums.scale(factor[0], factor[1]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      scores.at[i] = exp2_approx(scores.at[i] - base[i / 2 % 2]);
+      weight[i / 2 % 2] += scores.at[i];
+    }
+    add_product<T>(sums, scores, values);
+  }
+
+  __device__ __forceinline__ void end() {
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float all = warp_sum<4>(weight[r]);
+      inverse[r] = all == 0.f ? 0.f : 1.f / all;
+      const int row = lane_index() / 4 + 8 * r;
+      if (lane_index() % 4 == 0 && row < own.count()) {
+        float* to = stats + ((own.begin + own.row + row) * num_heads + head) * 2;
+        to[0] = top[r];
+        to[1] = inverse[r];
+      }
+    }
+    sums.scale(inverse[0], inverse[1]);
+    const int64_t stride = static_cast<int64_t>(num_heads) * kDim;
+    T* to = out + (own.begin + own.row) * stride + head * kDim;
+    store_wide<T, kDim>(sums, q, to, stride, own.count());
+  }
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, 2)
+    forward_kernel(Attention<T> attention, int prefix_tiles, T* out, float* stats) {
+  Forward<T, kDim> work;
+  work.rows[0] = attention.q;
+  work.out = out;
+  work.stats = stats;
+  work.num_heads = attention.num_heads;
+  work.scale = attention.scale * kLog2E;
+  pass_over_keys<T, kDim, PassMemory<T, kDim, 1>>(attention, prefix_tiles, work);
+}
+
+template <class T>
+int forward(const AttentionArgs& args, void* out, void* stats, void* stream) {
+  return with_dim(args.head_dim, [&](auto dim) {
+    using Memory = PassMemory<T, dim(), 1>;
+    const int prefix_tiles = prefix_tiles_of<Memory>(args), shared_bytes = Memory::bytes(prefix_tiles);
+    const auto attention = attention_of<T>(args);
+    const int64_t groups = (attention.slots.count() + kWarps - 1) / kWarps;
+    const auto kernel = forward_kernel<T, dim()>;
+    return launch(kernel, blocks_by_head(kernel, shared_bytes, args.num_heads, groups), kThreads, shared_bytes, stream,
+                  attention, prefix_tiles, static_cast<T*>(out), static_cast<float*>(stats));
+  });
+}
+
+}  // namespace
+
+int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream) {
+  if (args.total == 0 || args.num_heads == 0 || args.plan.batch == 0) return 0;
+  switch (dtype) {
+    case Scalar::kBfloat16:
+      return forward<bf16>(args, out, stats, stream);
+    case Scalar::kHalf:
+      return forward<fp16>(args, out, stats, stream);
+    default:
+      return forward<float>(args, out, stats, stream);
+  }
+}
+
+}  // namespace pcl

@@ -1,0 +1,298 @@
+// Gradients of the keys and values of prefixes. A block owns 16 rows of a prefix, one head, and one of equal shares of
+// all rows that see the prefix; its warps take a part of the share each, 16 queries at a time, every warp by itself.
+// What they find is added in the order of the warps, then of the shares. There are more shares than one only as long as
+// the GPU is not full without: what is kept between the two kernels is bounded by the blocks that run at the same time.
+#include "attention_grads.h"
+
+namespace pcl {
+
+namespace {
+
+template <class T, int kDim>
+struct PrefixMemory {
+  static constexpr int kTile = Rows<T, kDim>::kTileBytes;
+  static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kNumbersBytes = kTileRows * static_cast<int>(sizeof(RowNumbers));
+  static constexpr int kStage = 2 * kTile + kNumbersBytes;
+  static constexpr int kSums = kTileRows * kDim * static_cast<int>(sizeof(float));  // of one warp
+  static constexpr int kWarpBytes = kStages * kStage > kSums ? kStages * kStage : kSums;
+  static constexpr int kBytes = 2 * kTile + kWarps * kWarpBytes;
+
+  unsigned char* base;
+
+  __device__ __forceinline__ unsigned char* keys(int which) const { return base + which * kTile; }
+  __device__ __forceinline__ unsigned char* warp(int w) const { return base + 2 * kTile + w * kWarpBytes; }
+  __device__ __forceinline__ unsigned char* rows(int stage, int which) const {
+    return warp(warp_index()) + stage * kStage + which * kTile;
+  }
+  __device__ __forceinline__ RowNumbers* numbers(int stage) const {
+    return reinterpret_cast<RowNumbers*>(rows(stage, 2));
+  }
+};
+
+// 16 rows after 16 rows of one member after another.
+struct Walk {
+  Histories histories;
+  const int64_t* members;
+  int64_t member, end, left;  // tiles left
+  int64_t begin, length, row;
+
+  __device__ __forceinline__ void enter() {
+    const int64_t history = clamp<int64_t>(members[member], 0, histories.batch - 1);
+    begin = histories.begin(history);
+    length = histories.end(history) - begin;
+  }
+
+  // Past members without rows.
+  __device__ __forceinline__ void settle() {
+    while (left > 0 && row >= length) {
+      if (++member >= end) {
+        left = 0;
+        return;
+      }
+      enter();
+      row = 0;
+    }
+  }
+
+  __device__ __forceinline__ int count() const { return static_cast<int>(clamp<int64_t>(length - row, 0, kTileRows)); }
+
+  __device__ __forceinline__ void advance() {
+    --left;
+    row += kTileRows;
+    settle();
+  }
+};
+
+// The first i of low .. high - 1 for which is_after(i), high when there is none; false comes before true.
+template <class IsAfter>
+__device__ __forceinline__ int64_t first_after(int64_t low, int64_t high, IsAfter is_after) {
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (is_after(middle)) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// This warp's part of a share of the rows that see a prefix.
+template <class T>
+__device__ __forceinline__ Walk part_of(const Attention<T>& attention, const Members& members, int prefix, int share,
+                                        int shares) {
+  const Histories histories = attention.slots.runs;
+  const int64_t *index = attention.prefix_index, *order = members.members, *slots = members.slots;
+  const auto sees = [=](int64_t member) { return index[clamp<int64_t>(order[member], 0, histories.batch - 1)]; };
+  Walk walk{histories, order, 0, 0, 0, 0, 0, 0};
+  walk.member = first_after(0, members.count, [=](int64_t m) { return sees(m) >= prefix; });
+  walk.end = first_after(walk.member, members.count, [=](int64_t m) { return sees(m) > prefix; });
+  if (walk.member >= walk.end) return walk;
+  const int64_t base = walk.member == 0 ? 0 : slots[walk.member - 1];
+  const int64_t all = clamp<int64_t>(slots[walk.end - 1] - base, 0, attention.slots.count());
+  const int64_t parts = static_cast<int64_t>(shares) * kWarps,
+                part = static_cast<int64_t>(share) * kWarps + warp_index();
+  const int64_t first = all * part / parts;
+  walk.left = all * (part + 1) / parts - first;
+  if (walk.left == 0) return walk;
+  const int64_t begin = walk.member;
+  walk.member = first_after(begin, walk.end - 1, [=](int64_t m) { return slots[m] - base > first; });
+  walk.enter();
+  const int64_t before = walk.member == begin ? 0 : slots[walk.member - 1] - base;
+  walk.row = clamp<int64_t>(first - before, 0, attention.slots.count()) * kTileRows;
+  walk.settle();
+  return walk;
+}
+
+template <class T, int kDim>
+__device__ __forceinline__ void load_part(const AttentionBackward<T>& backward, const PrefixMemory<T, kDim>& memory,
+                                          int head, int stage, const Walk& walk) {
+  if (walk.left > 0) {
+    const int64_t row = walk.begin + walk.row;
+    load_tile<T, kDim>(memory.rows(stage, 0), backward.attention.q.head(head), row, walk.count());
+    load_tile<T, kDim>(memory.rows(stage, 1), backward.grad_out.head(head), row, walk.count());
+    load_numbers(memory.numbers(stage), backward.numbers, backward.attention.num_heads, head, row, walk.count());
+  }
+  cp_async_commit();
+}
+
+template <class T, int kDim>
+__device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, const PrefixMemory<T, kDim>& memory,
+                                         int head, Walk walk, KeySums<T, kDim>& sums) {
+  constexpr int kStages = PrefixMemory<T, kDim>::kStages;
+  int stage = 0;
+  if (kStages == 2) load_part(backward, memory, head, 0, walk);
+  while (walk.left > 0) {
+    if (kStages == 2) {
+      walk.advance();
+      load_part(backward, memory, head, 1 - stage, walk);
+      cp_async_wait<1>();
+    } else {
+      load_part(backward, memory, head, 0, walk);
+      walk.advance();
+      cp_async_wait<0>();
+    }
+    sync_warp();
+    sums.see(memory.keys(0), memory.keys(1), memory.rows(stage, 0), memory.rows(stage, 1), memory.numbers(stage),
+             kNoDiagonal, backward);
+    sync_warp();
+    stage = kStages - 1 - stage;
+  }
+  cp_async_wait<0>();
+}
+
+// Adds the warps' sums up, in their order, in those of warp 0.
+template <class T, int kDim>
+__device__ __forceinline__ void add_warps(const PrefixMemory<T, kDim>& memory, Wide<kDim>& wide) {
+  sync_threads();
+  auto* own = reinterpret_cast<float*>(memory.warp(warp_index())) + lane_index();
+#pragma unroll
+  for (int j = 0; j < kDim / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own[(j * 4 + i) * kWarp] = wide.sums[j][i];
+  }
+  sync_threads();
+  for (int w = 1; w < kWarps && warp_index() == 0; ++w) {
+    const auto* more = reinterpret_cast<const float*>(memory.warp(w)) + lane_index();
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) wide.sums[j][i] += more[(j * 4 + i) * kWarp];
+    }
+  }
+  sync_threads();
+}
+
+// partial [slots of prefixes, H, shares, k and v, 16 rows of kDim as lanes hold them]; null with one share.
+template <class T, int kDim>
+__device__ __forceinline__ void write_sums(const PrefixMemory<T, kDim>& memory, const Wide<kDim>& wide, int which,
+                                           const Slot& slot, int head, int num_heads, float* partial, T* grad) {
+  if (partial != nullptr) {
+    float* to = partial + (static_cast<int64_t>(block_x()) * 2 + which) * kTileRows * kDim + lane_index();
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[(j * 4 + i) * kWarp] = wide.sums[j][i];
+    }
+    return;
+  }
+  const int64_t stride = static_cast<int64_t>(num_heads) * kDim;
+  T* to = grad + (slot.begin + slot.row) * stride + head * kDim;
+  store_wide<T, kDim>(wide, memory.keys(which), to, stride, slot.count());
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, 2)
+    grad_prefix_kernel(AttentionBackward<T> backward, Members members, int shares, float* partial) {
+  const PrefixMemory<T, kDim> memory{shared_memory()};
+  const Attention<T>& attention = backward.attention;
+  const int share = block_x() % shares, head = block_x() / shares % attention.num_heads;
+  const Slot slot = find_slot_warp(attention.prefixes, block_x() / shares / attention.num_heads);
+  if (slot.length == 0) return;
+  if (warp_index() < 2) {
+    const Head<T> from = (warp_index() == 0 ? attention.prefix_k : attention.prefix_v).head(head);
+    load_tile<T, kDim>(memory.keys(warp_index()), from, slot.begin + slot.row, slot.count());
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  sync_threads();
+  KeySums<T, kDim> sums;
+  sums.clear();
+  see_part(backward, memory, head, part_of(attention, members, slot.run, share, shares), sums);
+  if (backward.grad_k != nullptr) {
+    add_warps(memory, sums.k);
+    if (warp_index() == 0) {
+      write_sums(memory, sums.k, 0, slot, head, attention.num_heads, partial, backward.grad_k);
+    }
+  }
+  if (backward.grad_v != nullptr) {
+    add_warps(memory, sums.v);
+    if (warp_index() == 0) {
+      write_sums(memory, sums.v, 1, slot, head, attention.num_heads, partial, backward.grad_v);
+    }
+  }
+}
+
+// A thread adds up the shares of one number.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads)
+    add_shares_kernel(Slots prefixes, int num_heads, const float* partial, int shares, int which, T* grad) {
+  constexpr int kNumbersEach = kTileRows * kDim;
+  const int64_t slot_head = static_cast<int64_t>(block_x()) * kThreads / kNumbersEach;
+  const int e = static_cast<int>(static_cast<int64_t>(block_x()) * kThreads % kNumbersEach) + thread_index();
+  const Slot slot = find_slot_warp(prefixes, slot_head / num_heads);
+  const int i = e / kWarp % 4, lane = e % kWarp, row = lane / 4 + (i & 2) * 4;
+  if (row >= slot.count()) return;
+  const float* from = partial + (slot_head * shares * 2 + which) * kNumbersEach + e;
+  double sum = 0;
+#pragma unroll 8
+  for (int s = 0; s < shares; ++s) sum += from[static_cast<int64_t>(s) * 2 * kNumbersEach];
+  const int column = e / kWarp / 4 * 8 + lane % 4 * 2 + (i & 1);
+  T* to = grad + ((slot.begin + slot.row + row) * num_heads + slot_head % num_heads) * kDim + column;
+  if constexpr (sizeof(T) == 2) {
+    *to = round_to<T>(static_cast<float>(sum));
+  } else {
+    *to = static_cast<float>(sum);
+  }
+}
+
+// In how many shares the rows that see a prefix are cut.
+template <class T, int kDim>
+int shares_of(const AttentionArgs& args) {
+  constexpr int kFewest = 2 * kWarps;  // slots of queries worth a share
+  const int64_t owned = (args.prefix_total / kTileRows + args.plan.num_prefixes) * args.num_heads;
+  const int64_t room = resident_blocks(grad_prefix_kernel<T, kDim>, kThreads, PrefixMemory<T, kDim>::kBytes) / owned;
+  const int64_t most = (args.total / kTileRows + args.plan.batch) / kFewest;
+  return static_cast<int>(clamp<int64_t>(room < most ? room : most, 1, 1 << 16));
+}
+
+bool has_prefix(const AttentionArgs& args) { return args.plan.num_prefixes > 0 && args.prefix_total > 0; }
+
+}  // namespace
+
+template <class T>
+int64_t prefix_partial_bytes(const AttentionArgs& args) {
+  if (!has_prefix(args)) return 0;
+  int64_t bytes = 0;
+  with_dim(args.head_dim, [&](auto dim) {
+    const int64_t owned = (args.prefix_total / kTileRows + args.plan.num_prefixes) * args.num_heads;
+    const int shares = shares_of<T, dim()>(args);
+    bytes = shares == 1 ? 0 : owned * shares * 2 * kTileRows * dim() * static_cast<int64_t>(sizeof(float));
+    return 0;
+  });
+  return bytes;
+}
+
+template <class T>
+int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const Members& members,
+                     void* partial, void* stream) {
+  if (!has_prefix(args)) return 0;
+  return with_dim(args.head_dim, [&](auto dim) -> int {
+    constexpr int kBytes = PrefixMemory<T, dim()>::kBytes;
+    const int shares = shares_of<T, dim()>(args);
+    const Slots& prefixes = backward.attention.prefixes;
+    const auto owned = static_cast<unsigned>(prefixes.count() * args.num_heads);
+    auto* sums = shares == 1 ? nullptr : static_cast<float*>(partial);
+    int error = launch(grad_prefix_kernel<T, dim()>, {owned * shares}, kThreads, kBytes, stream, backward, members,
+                       shares, sums);
+    const unsigned blocks = owned * (kTileRows * dim() / kThreads);
+    T* const grads[2] = {backward.grad_k, backward.grad_v};
+    for (int which = 0; which < 2 && shares > 1; ++which) {
+      if (error != 0 || grads[which] == nullptr) continue;
+      error = launch(add_shares_kernel<T, dim()>, {blocks}, kThreads, 0, stream, prefixes,
+                     static_cast<int>(args.num_heads), sums, shares, which, grads[which]);
+    }
+    return error;
+  });
+}
+
+template int64_t prefix_partial_bytes<bf16>(const AttentionArgs&);
+template int64_t prefix_partial_bytes<fp16>(const AttentionArgs&);
+template int64_t prefix_partial_bytes<float>(const AttentionArgs&);
+template int grad_prefix_keys<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, const Members&, void*, void*);
+template int grad_prefix_keys<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, const Members&, void*, void*);
+template int grad_prefix_keys<float>(const AttentionArgs&, const AttentionBackward<float>&, const Members&, void*,
+                                     void*);
+
+}  // namespace pcl

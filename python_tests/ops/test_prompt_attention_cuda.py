@@ -1,0 +1,188 @@
+"""The CUDA kernels of prompt_attention, on a GPU or emulated: as right as the twin, whatever they are given."""
+
+import pytest
+import torch
+from attention_cases import CASES, INPUTS, Case, make
+from test_hostile_values import LEAST, MOST, OFFSETS, TOTAL
+from test_prompt_attention import assert_as_right_as
+
+from pcl_ext import ops
+from pcl_ext.ops import _gpu
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def on(case: Case, device: str) -> Case:
+    """The same on another device."""
+    rows = {n: None if x is None else x.detach().to(device).requires_grad_() for n, x in case.rows.items()}
+    layout = (case.offsets, case.prefix_offsets, case.prefix_index)
+    return Case(rows, *(None if x is None else x.to(device) for x in layout))
+
+
+def some_grad(case: Case) -> torch.Tensor:
+    return torch.randn(case.rows["q"].shape).to(case.rows["q"].device, case.rows["q"].dtype)
+
+
+def compare(case: Case, device: str, **options) -> None:
+    """The kernels against the twin, by the bound of assert_as_right_as."""
+    case = on(case, device)
+    grad_out = some_grad(case)
+    want = case.run_with_grads(grad_out, impl="reference", **options)
+    got = case.run_with_grads(grad_out, impl="fused", **options)
+    assert_as_right_as(got, want, case.to(torch.float64).run_with_grads(grad_out, impl="reference", **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_as_right_as_the_twin(name, dtype, cuda):
+    compare(make(*CASES[name], dtype=dtype), cuda)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "some see none", "longer than a block"])
+def test_not_causal(name, dtype, cuda):
+    compare(make(*CASES[name], dtype=dtype), cuda, causal=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", range(16, 129, 16))
+def test_every_head_width(dim, dtype, cuda):
+    compare(make([5, 40], [7, 18], [0, 1], dim=dim, heads=1, dtype=dtype), cuda)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prefix_longer_than_fits(dtype, cuda):
+    compare(make([3, 9, 20], [70, 5], [0, 1, 0], dtype=dtype), cuda)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shares_of_one_prefix(dtype, cuda):
+    compare(make([70, 0, 3, 130, 17, 80], [11], dtype=dtype, heads=1), cuda)
+
+
+def test_one_long_history_among_short_ones(cuda):
+    compare(make([3, 1100, 9], [5], heads=1, dtype=torch.bfloat16), cuda)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+def test_any_scale(scale, cuda):
+    compare(make(*CASES["some see none"], dtype=torch.bfloat16), cuda, scale=scale)
+
+
+def test_large_scores_do_not_overflow(cuda):
+    case = make([9, 30], [4])
+    with torch.no_grad():
+        case.rows["q"] *= 300
+    compare(case, cuda)
+
+
+@pytest.mark.parametrize(
+    "asked", [("q",), ("k", "q"), ("v",), ("prefix_k",), ("prefix_k", "prefix_v"), ("prefix_v", "k")]
+)
+def test_only_what_is_asked_for(asked, cuda):
+    case = on(make(*CASES["some see none"], dtype=torch.bfloat16), cuda)
+    grad_out = some_grad(case)
+    want = case.run_with_grads(grad_out, impl="fused")
+    for name in set(INPUTS) - set(asked):
+        case.rows[name].requires_grad_(False)
+    got = torch.autograd.grad(case.run(impl="fused"), [case.rows[n] for n in asked], grad_out)
+    for name, grad in zip(asked, got):
+        assert torch.equal(grad, want[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_company_does_not_change_bits(dtype, cuda):
+    case = on(make([9, 30], [5], dtype=dtype), cuda)
+    more = on(make([40, 9, 30, 3], [7, 5], [0, 1, 1, -1], dtype=dtype), cuda)
+    for name, rows in case.rows.items():
+        own = slice(7, 12) if name.startswith("prefix") else slice(40, 79)
+        more.rows[name].data[own] = rows.data
+    grad_out = some_grad(more)
+    got = more.run_with_grads(grad_out, impl="fused")
+    want = case.run_with_grads(grad_out[40:79], impl="fused")
+    for name in ("out", "q", "k", "v"):
+        assert torch.equal(got[name][40:79], want[name])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_order_of_threads_does_not_change_bits(order, cuda):
+    if cuda != "cpu":
+        pytest.skip("a GPU chooses its own order")
+    case = make([70, 3, 130], [11], heads=1, dtype=torch.bfloat16)
+    grad_out = some_grad(case)
+    want = case.run_with_grads(grad_out, impl="fused")
+    with _gpu.emulated(order):
+        got = case.run_with_grads(grad_out, impl="fused")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_rows_give_the_same_bits(dtype, cuda):
+    offsets = torch.tensor([0, 5, 14], device=cuda)
+    for columns in (16, 19):  # rows at multiples of 16 bytes, and not
+        rows = torch.randn(14, 3, 2, columns).to(cuda, dtype)[..., :16]
+        strided = [x.requires_grad_() for x in rows.unbind(1)]
+        packed = [x.detach().contiguous().requires_grad_() for x in strided]
+        grad_out = torch.randn(14, 2, columns).to(cuda, dtype)[..., :16]
+        got, want = (ops.prompt_attention(*x, offsets, impl="fused") for x in (strided, packed))
+        assert torch.equal(got, want)
+        grads = torch.autograd.grad(got, strided, grad_out), torch.autograd.grad(want, packed, grad_out.contiguous())
+        assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("index", [[0, 1, 0], [MOST, LEAST, 2], [-2, 1, 5]], ids=str)
+@pytest.mark.parametrize("name", OFFSETS)
+def test_hostile_values_stay_inside(name, index, cuda):
+    rows = {n: torch.randn(TOTAL, 1, 16).to(cuda, torch.bfloat16).requires_grad_() for n in INPUTS}
+    prefix_offsets = torch.tensor([OFFSETS[name][0], *OFFSETS[name][2:]], device=cuda)
+    layout = (torch.tensor(OFFSETS[name], device=cuda), prefix_offsets, torch.tensor(index, device=cuda))
+    guards = {n: x.detach().clone() for n, x in rows.items()}
+    Case(rows, *layout).run_with_grads(torch.ones(TOTAL, 1, 16), impl="fused")
+    assert all(torch.equal(rows[n], guard) for n, guard in guards.items())
+
+
+def test_other_head_widths_take_the_twin(cuda):
+    case = on(make([5, 3], dim=20), cuda)
+    assert torch.equal(case.run(), case.run(impl="reference"))
+    with pytest.raises(ValueError, match="multiples of 16 up to 128 on CUDA, got 20"):
+        case.run(impl="fused")
+
+
+def test_plan_gives_the_same_bits(cuda):
+    case = on(make(*CASES["some see none"], dtype=torch.bfloat16), cuda)
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets, case.prefix_index)
+    assert torch.equal(case.run(plan=plan, impl="fused"), case.run(impl="fused"))
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_compiles_as_one_graph(planned, cuda):
+    case = on(make(*CASES["some see none"], dtype=torch.bfloat16), cuda)
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets, case.prefix_index) if planned else None
+    rows = list(case.rows.values())
+
+    def step(*rows):
+        given = Case(dict(zip(INPUTS, rows)), case.offsets, case.prefix_offsets, case.prefix_index)
+        return given.run(plan=plan, impl="fused").float().square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, want = torch.autograd.grad(compiled(*rows), rows), torch.autograd.grad(step(*rows), rows)
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.gpu
+def test_graph_replay_and_another_stream():
+    case = on(make(*CASES["some see none"], dtype=torch.bfloat16), "cuda")
+    grad_out, side = some_grad(case), torch.cuda.Stream()
+    want = case.run_with_grads(grad_out, impl="fused")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        again = case.run_with_grads(grad_out, impl="fused")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = case.run_with_grads(grad_out, impl="fused")
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, tensor in want.items():
+        assert torch.equal(again[name], tensor)
+        assert torch.equal(got[name], tensor)
