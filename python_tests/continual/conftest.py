@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.append(str(Path(__file__).parents[2]))  # last: the installed pcl_ext goes before this tree's
 
 from benchmarks.continual.settings import Budget
 from benchmarks.continual.trial import Trial, make_learner, pretrained

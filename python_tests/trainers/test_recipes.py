@@ -32,7 +32,7 @@ def start(folder, recipe, processes=None, kill_at=None):
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [Path(__file__).parent / "run_recipe.py", RECIPES / f"{recipe}.py"]
     command += [] if kill_at is None else [str(kill_at)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode == 0) == (kill_at is None), done.stderr[-4000:]
     if kill_at is not None:
