@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pcl_ext.data import Dataset, Examples, iterate
 from pcl_ext.model import Task, UserModel
+from pcl_ext.model.layout import to_offsets
 from pcl_ext.model.ridge import Ridge, csr
 
 _MOST_EXAMPLES = 20_000  # time grows with them, the regression hardly gains
@@ -30,7 +31,7 @@ def start_items(model: UserModel, dataset: Dataset, name: str, strength: float) 
     rows, columns = len(memory.table), len(task.catalogue)
     x = csr(*bags, rows)
     counts = torch.bincount(targets[0], minlength=len(examples))
-    y = csr(targets[1], _offsets(counts), torch.ones(len(targets[1])), columns)
+    y = csr(targets[1], to_offsets(counts), torch.ones(len(targets[1])), columns)
     regression = Ridge(x, y, strength)
     left, right = regression.factors(memory.num_features)
     dropped = csr(bags[0], bags[1], _half(bags[2], task), rows)
@@ -58,7 +59,7 @@ def _bags(
         rows.append(batch.target_row + count)
         columns.append(task.columns(batch.target))
         count += len(batch.history)
-    bags = torch.cat(index), _offsets(torch.cat(lengths)), torch.cat(weights)
+    bags = torch.cat(index), to_offsets(torch.cat(lengths)), torch.cat(weights)
     return bags, (torch.cat(rows), torch.cat(columns))
 
 
@@ -79,7 +80,3 @@ def _factor(read: Tensor, right: Tensor, means: Tensor, targets: tuple[Tensor, T
         return float((torch.logsumexp(scores * factor, 1)[row] - scores[row, column] * factor).mean())
 
     return float(min(_SCALES, key=loss))
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
