@@ -45,7 +45,8 @@ def compare(ours: dict, others: dict, metric: dict[str, str], draws: int = DRAWS
     weights = {fold: _draw(_users(ours, fold), draws, fold) for fold in {fold for fold, _ in ours}}
     for task, name in metric.items():
         own, other = (_values(method, task, name, weights) for method in (ours, others))
-        ratio = own / other - 1.0
+        with np.errstate(invalid="ignore", divide="ignore"):  # over nothing there is no relative gain
+            ratio = own / other - 1.0
         drawn[task] = ratio if higher_is_better(name) else -ratio
         gains[task] = Interval.of(float(drawn[task][0]), drawn[task][1:])
     mean = np.mean(list(drawn.values()), axis=0)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.continual.methods import CONTINUAL
-from benchmarks.continual.summary import Summary, contests, summarise
+from benchmarks.continual.summary import Gain, Summary, contests, summarise
 from pcl_ext.report.charts import CHEAP, DPI, MUTED, OURS
-from pcl_ext.report.page import _CSS, _POLICY
+from pcl_ext.report.page import CSS, POLICY
 
 WIDE = "body { max-width: 84rem; } table { font-size: .82rem; } th, td { padding-right: .6rem; }"
 
@@ -25,13 +25,14 @@ def write_page(out: Path) -> Path:
         "<h1>PCL against multi-task and continual-learning baselines</h1>",
         f'<p class="quiet">{_safe(_runs(summary))}</p>',
         _section("Results", _note(_TABLE) + _table(summary)),
+        _section("PCL against each method", _note(_PAIRED) + _gains(summary)),
         _section("PCL against the best of each kind", _note(_BOOTSTRAP) + _intervals(summary, found) + _forest(found)),
         _section("Forgetting", _note(_CURVES) + _curves(summary)),
         _section("Result matrices", _note(_MATRIX) + "".join(_matrix(summary, name) for name in summary.rows)),
         _section("Protocol", _protocol(summary)),
     ]
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-    head += f"<title>PCL against baselines</title><style>{_CSS}{WIDE}</style>"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    head += f"<title>PCL against baselines</title><style>{CSS}{WIDE}</style>"
     page = out / "report.html"
     body = "\n".join(parts)
     page.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n', "utf-8")
@@ -43,9 +44,14 @@ _TABLE = (
     "Mean: of the metrics as they are. Gain: mean over tasks of the relative gain over the linear probe. "
     "Forgetting: mean over earlier tasks of R[j, j] - R[K, j]. Parameters: numbers of 32 bits per later task."
 )
+_PAIRED = (
+    "Relative gain of pcl, mean over folds ± one standard error of that mean, paired by fold; a fold's value is the "
+    "mean over its seeds. A gain inside one standard error is a tie."
+)
 _BOOTSTRAP = (
     "Relative gain with a paired bootstrap interval of 95 % over test users. The best of a kind is the one with the "
-    "best mean on the test users. An interval that holds 0 is a tie."
+    "best mean on the test users. An interval that holds 0 is a tie. Runs whose test outputs are not in this "
+    "folder are left out."
 )
 _CURVES = (
     "Share of R[j, j] that is left, mean over earlier tasks, after each task was learned. PCL is 1 by construction."
@@ -93,6 +99,26 @@ def _value(value: float, deviation: float) -> str:
     return f"{value:.4f}" + ("" if np.isnan(deviation) else f" ± {deviation:.4f}")
 
 
+def _gains(summary: Summary, ours: str = "pcl") -> str:
+    if ours not in summary.rows:
+        return ""
+    lines = ["<tr><th>against</th>" + "".join(f"<th class=n>{_safe(task)}</th>" for task in [*summary.metric, "mean"])]
+    for other in summary.rows:
+        if other == ours or not (gains := summary.paired(ours, other)):
+            continue
+        cells = [f'<td class="n {_tone(g.mean - g.error, g.mean + g.error)}">{_gain(g)}</td>' for g in gains.values()]
+        lines.append(f"<tr><td>{_safe(other)}</td>{''.join(cells)}")
+    return f"<table>{'</tr>'.join(lines)}</tr></table>"
+
+
+def _gain(gain: Gain) -> str:
+    return f"{gain.mean:+.1%}" + ("" if np.isnan(gain.error) else f" ± {gain.error:.1%}")
+
+
+def _tone(low: float, high: float) -> str:
+    return "up" if low > 0 else "down" if high < 0 else "tie"
+
+
 def _intervals(summary: Summary, found: dict) -> str:
     tasks = [*summary.metric, "mean"]
     head = "<tr><th>against</th>" + "".join(f"<th class=n>{_safe(task)}</th>" for task in tasks) + "</tr>"
@@ -101,8 +127,8 @@ def _intervals(summary: Summary, found: dict) -> str:
         cells = []
         for task in tasks:
             part = intervals[task]
-            tone = "up" if part.low > 0 else "down" if part.high < 0 else "tie"
-            cells.append(f'<td class="n {tone}">{part.gain:+.1%}<br>{part.low:+.1%} .. {part.high:+.1%}</td>')
+            text = f"{part.gain:+.1%}<br>{part.low:+.1%} .. {part.high:+.1%}"
+            cells.append(f'<td class="n {_tone(part.low, part.high)}">{text}</td>')
         lines.append(f"<tr><td>{_safe(what)}: {_safe(other)}</td>{''.join(cells)}</tr>")
     return f"<table>{''.join(lines)}</table>"
 

@@ -4,6 +4,8 @@ backbones/FOLD-SEED/           run folders, shared by all methods
 trials/METHOD/FOLD-SEED-POINT  .json: what one trial measured; .npz: its test outputs
 results.jsonl                  a line per method, task, fold and seed, at the grid point that was chosen
 matrices.jsonl                 a line per method, fold and seed: the whole result matrix, and the choice
+
+What is in results.jsonl and matrices.jsonl is final: a comparison goes on from these two files alone.
 """
 
 from __future__ import annotations
@@ -44,11 +46,20 @@ def load_trial(out: Path, trial: Trial) -> dict[str, Any] | None:
     if not path.exists():
         return None
     answer = json.loads(path.read_text())
+    check(path, answer, trial)
+    return answer
+
+
+def check(path: Path, answer: dict[str, Any], trial: Trial) -> None:
+    """ValueError where what is written at `path` was made with other settings than a trial has."""
     for name, then, now in differences(answer["identity"], json.loads(json.dumps(trial.identity()))):
         raise ValueError(
-            f"{path} was made with {name} = {then!r}, this call has {now!r}; choose another --out, or remove the file"
+            f"{path} was made with {name} = {then!r}, this call has {now!r}; choose another --out, or remove it"
         )
-    return answer
+
+
+def has_outputs(out: Path, key: str) -> bool:
+    return (out / "trials" / f"{key}.npz").exists()
 
 
 def load_outputs(out: Path, key: str) -> dict[str, np.ndarray]:

@@ -54,15 +54,16 @@ class Comparison:
 
     def __init__(self, plan: Plan, out: Path):
         self.plan, self.out = plan, out
-        self.followed: set[str] = set()  # trials of later seeds that were counted or started
-        written = records.read_lines(out / "results.jsonl")
-        self.written = {(line["method"], line["fold"], line["seed"]) for line in written}
+        self.followed: set[str] = set()  # trials that were started after a choice
+        results, matrices = (records.read_lines(out / name) for name in ("results.jsonl", "matrices.jsonl"))
+        self.results = {(line["method"], line["fold"], line["seed"]) for line in results}
+        self.matrices = {(line["method"], line["fold"], line["seed"]): line for line in matrices}
 
     def run(self, jobs: int) -> None:
         """Do what is missing, in `jobs` processes of one thread each, fold after fold: first the grid, then the other
         seeds. A trial that fails is named at the end."""
         context, failed = multiprocessing.get_context("spawn"), []
-        total = sum(1 for fold in self.plan.folds for _ in self._first(fold)) + len(self.plan.folds) * self._later()
+        total = sum(len(list(self._first(fold))) + self._later(fold) for fold in self.plan.folds)
         with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(total=total, unit="trial") as bar:
             self._pretrain(pool)
             for fold in self.plan.folds:
@@ -77,7 +78,7 @@ class Comparison:
         waiting = {pool.submit(_work, "trial", trial, self.out): trial for trial in missing}
         bar.update(len(grid) - len(missing))
         for method in self.plan.methods:
-            waiting |= self._follow(pool, self.plan.trial(method, fold, 0, 0), bar)
+            waiting |= self._follow(pool, self.plan.trial(method, fold, 0, 0))
         while waiting:
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 trial = waiting.pop(future)
@@ -89,32 +90,40 @@ class Comparison:
                     failed.append(trial.key)
                     traceback.print_exception(future.exception())
                 else:
-                    waiting |= self._follow(pool, trial, bar)
+                    waiting |= self._follow(pool, trial)
         return failed
 
+    def _missing(self, fold: str, seed: int) -> list[str]:
+        """Methods of which nothing is written yet."""
+        return [method for method in self.plan.methods if (method, fold, seed) not in self.matrices]
+
     def _pretrain(self, pool: ProcessPoolExecutor) -> None:
-        trials = [self.plan.trial("pcl", fold, seed, 0) for fold in self.plan.folds for seed in range(self.plan.seeds)]
+        runs = [(fold, seed) for fold in self.plan.folds for seed in range(self.plan.seeds)]
+        trials = [self.plan.trial("pcl", fold, seed, 0) for fold, seed in runs if self._missing(fold, seed)]
         for future in [pool.submit(_work, "pretrain", trial, self.out) for trial in trials]:
             future.result()
 
     def _first(self, fold: str) -> Iterator[Trial]:
-        """Every grid point, with the first seed."""
-        for method in self.plan.methods:
+        """Every grid point, with the first seed, of the methods whose choice is not written yet."""
+        for method in self._missing(fold, 0):
             yield from (self.plan.trial(method, fold, 0, point) for point in self.plan.grid(method))
 
-    def _later(self) -> int:
-        """Trials of a fold that wait for a choice."""
-        return len(self.plan.methods) * (self.plan.seeds - 1)
+    def _later(self, fold: str) -> int:
+        """Trials of a fold that wait for a choice, written ones left out."""
+        return sum(len(self._missing(fold, seed)) for seed in range(1, self.plan.seeds))
 
     def choice(self, method: str, fold: str) -> int | None:
-        """The grid point that is best on the valid users; None while one is missing."""
+        """The grid point that is written, or else the best on the valid users; None while one is missing."""
+        if written := self.matrices.get((method, fold, 0)):
+            records.check(self.out / "matrices.jsonl", written, self.plan.trial(method, fold, 0, written["point"]))
+            return written["point"]
         trials = [self.plan.trial(method, fold, 0, point) for point in self.plan.grid(method)]
         answers = [records.load_trial(self.out, trial) for trial in trials]
         if any(answer is None for answer in answers):
             return None
         return max(range(len(answers)), key=lambda point: answers[point]["valid_score"])
 
-    def _follow(self, pool: ProcessPoolExecutor, trial: Trial, bar: tqdm) -> dict[Any, Trial]:
+    def _follow(self, pool: ProcessPoolExecutor, trial: Trial) -> dict[Any, Trial]:
         """After a trial: write what is final, and start what waited for it."""
         point = self.choice(trial.method, trial.fold)
         if point is None:
@@ -122,26 +131,24 @@ class Comparison:
         started = {}
         for seed in range(self.plan.seeds):
             other = replace(trial, seed=seed, point=point)
+            if (trial.method, trial.fold, seed) in self.results and (trial.method, trial.fold, seed) in self.matrices:
+                continue
             answer = records.load_trial(self.out, other)
             if answer is not None:
                 self._write(other, answer)
-            if trial.seed > 0 or seed == 0 or other.key in self.followed:  # two grid points may end in one moment
-                continue
-            self.followed.add(other.key)
-            if answer is not None:
-                bar.update()
-            else:
+            elif other.key not in self.followed:  # two grid points may end in one moment
+                self.followed.add(other.key)
                 started[pool.submit(_work, "trial", other, self.out)] = other
         return started
 
     def _write(self, trial: Trial, answer: dict[str, Any]) -> None:
-        """Add a trial's lines, once."""
-        key = (trial.method, trial.fold, trial.seed)
-        if key in self.written:
-            return
-        name = trial.dataset().name
-        matrix = {"method": trial.method, "fold": trial.fold, "seed": trial.seed, "point": trial.point}
-        matrix |= {name: answer[name] for name in ("metric", "test", "valid", "identity")}
-        records.append(self.out / "matrices.jsonl", [matrix])
-        records.append(self.out / "results.jsonl", records.lines(trial, answer, name))
-        self.written.add(key)
+        """Add what is missing of a trial's lines."""
+        key, name = (trial.method, trial.fold, trial.seed), trial.dataset().name
+        if key not in self.results:
+            records.append(self.out / "results.jsonl", records.lines(trial, answer, name))
+            self.results.add(key)
+        if key not in self.matrices:
+            matrix = {"method": trial.method, "fold": trial.fold, "seed": trial.seed, "point": trial.point}
+            matrix |= {name: answer[name] for name in ("metric", "test", "valid", "identity")}
+            records.append(self.out / "matrices.jsonl", [matrix])
+            self.matrices[key] = matrix

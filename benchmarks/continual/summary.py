@@ -35,14 +35,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """Mean over folds of a relative gain, and its standard error (NaN for one fold)."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Summary:
-    """rows by method; matrix {method: (after, [rows, tasks] with NaN where there is nothing)}; metric by task."""
+    """What a comparison found.
+
+    rows      by method
+    values    {method: {(fold, seed): {task: value}}}
+    matrix    {method: (after, [rows, tasks] with NaN where there is nothing)}
+    metric    by task
+    protocol  of the first line
+    keys      {method: {(fold, seed): the trial whose outputs are measured}}
+    """
 
     rows: dict[str, Row]
+    values: dict[str, dict[Key, dict[str, float]]]
     matrix: dict[str, tuple[list[str], np.ndarray]]
     metric: dict[str, str]
     protocol: dict[str, Any]
-    keys: dict[str, dict[Key, str]]  # of each method, the trial whose outputs are measured
+    keys: dict[str, dict[Key, str]]
 
     def gain(self, method: str, base: str) -> float:
         """Mean over tasks of the relative gain over another method."""
@@ -53,9 +70,32 @@ class Summary:
         return float(np.mean(gains))
 
     def best(self, methods: tuple[str, ...]) -> str | None:
-        """The one of these with the best result: the mean relative gain over the first of them."""
-        present = [name for name in methods if name in self.rows]
+        """The one of these with the best result: the mean relative gain over the first of them. Those with fewer runs
+        than others are not complete yet and are left out."""
+        most = max((self.rows[name].runs for name in methods if name in self.rows), default=0)
+        present = [name for name in methods if name in self.rows and self.rows[name].runs == most]
         return max(present, key=lambda name: self.gain(name, present[0]), default=None)
+
+    def paired(self, ours: str, other: str) -> dict[str, Gain]:
+        """Gains of a method over another by task, and of their "mean", on the folds and seeds that both have.
+
+        A fold's value is the mean over its seeds. Empty where they have nothing in common.
+        """
+        shared = self.values[ours].keys() & self.values[other].keys()
+        folds = sorted({fold for fold, _ in shared})
+        if not folds:
+            return {}
+        gains = {}
+        for task, name in self.metric.items():
+            means = [
+                [np.mean([self.values[method][key][task] for key in shared if key[0] == fold]) for fold in folds]
+                for method in (ours, other)
+            ]
+            with np.errstate(invalid="ignore", divide="ignore"):  # over nothing there is no relative gain
+                ratio = np.divide(*means) - 1.0
+            gains[task] = ratio if higher_is_better(name) else -ratio
+        gains["mean"] = np.mean(list(gains.values()), axis=0)
+        return {task: Gain(float(gain.mean()), _error(gain)) for task, gain in gains.items()}
 
 
 def summarise(out: Path) -> Summary:
@@ -70,8 +110,11 @@ def summarise(out: Path) -> Summary:
     keys: dict[str, dict[Key, str]] = defaultdict(dict)
     for entry in matrices:
         keys[entry["method"]][entry["fold"], entry["seed"]] = "{method}/{fold}-{seed}-{point}".format(**entry)
+    values: dict[str, dict[Key, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        values[line["method"]][line["fold"], line["seed"]][line["task"]] = line["value"]
     matrix = {name: _matrix([m for m in matrices if m["method"] == name], list(metric)) for name in rows}
-    return Summary(rows, matrix, metric, lines[0]["protocol"], keys)
+    return Summary(rows, values, matrix, metric, lines[0]["protocol"], keys)
 
 
 def _row(method: str, tasks: dict[str, list[dict]]) -> Row:
@@ -85,6 +128,10 @@ def _row(method: str, tasks: dict[str, list[dict]]) -> Row:
     return Row(method, runs, each("value", np.mean), deviation, each("forgetting", np.mean), *map(float, means))
 
 
+def _error(values: np.ndarray) -> float:
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
+
+
 def _matrix(entries: list[dict], tasks: list[str]) -> tuple[list[str], np.ndarray]:
     after = [row["after"] for row in entries[0]["test"]]
     values = [[[row["values"].get(t, np.nan) for t in tasks] for row in entry["test"]] for entry in entries]
@@ -92,7 +139,8 @@ def _matrix(entries: list[dict], tasks: list[str]) -> tuple[list[str], np.ndarra
 
 
 def contests(summary: Summary, out: Path, ours: str = "pcl") -> dict[str, tuple[str, dict[str, Interval]]]:
-    """{what: (method, intervals)} of `ours` against the best of each kind, on the folds and seeds that both have."""
+    """{what: (method, intervals)} of `ours` against the best of each kind, on the folds and seeds that both have and
+    whose test outputs are in `out`; a kind without such runs is left out."""
     kinds = {
         "best continual-learning baseline": summary.best(CONTINUAL),
         "best multi-task baseline": summary.best(MULTI_TASK),
@@ -103,15 +151,18 @@ def contests(summary: Summary, out: Path, ours: str = "pcl") -> dict[str, tuple[
         "a fine-tuned copy per task": summary.best(("copy",)),
     }
     return {
-        what: (other, against(summary, out, ours, other))
+        what: (other, intervals)
         for what, other in kinds.items()
-        if other is not None and ours in summary.rows and other != ours
+        if other not in (None, ours) and ours in summary.rows and (intervals := against(summary, out, ours, other))
     }
 
 
 def against(summary: Summary, out: Path, ours: str, other: str) -> dict[str, Interval]:
-    shared = summary.keys[ours].keys() & summary.keys[other].keys()
-    first, second = (
-        {key: records.load_outputs(out, summary.keys[name][key]) for key in sorted(shared)} for name in (ours, other)
-    )
+    """Intervals of `ours` over another method; empty where `out` has no outputs of both."""
+    shared = sorted(summary.keys[ours].keys() & summary.keys[other].keys())
+    pairs = [(key, [summary.keys[name][key] for name in (ours, other)]) for key in shared]
+    pairs = [(key, trials) for key, trials in pairs if all(records.has_outputs(out, trial) for trial in trials)]
+    if not pairs:
+        return {}
+    first, second = ({key: records.load_outputs(out, trials[i]) for key, trials in pairs} for i in range(2))
     return compare(first, second, summary.metric)

@@ -12,7 +12,7 @@ from pcl_ext.report.charts import DPI, draw, number
 from pcl_ext.report.content import Content, TaskResult, gather
 from pcl_ext.store import read_manifest
 
-_CSS = """
+CSS = """
 :root { color: #1f2933; background: #f5f7fa; font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 body { max-width: 62rem; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; }
@@ -34,7 +34,7 @@ td.text { overflow-wrap: anywhere; }
 details { margin-top: .6rem; } details table { width: auto; margin-top: .4rem; } summary { cursor: pointer; }
 .up { color: #1d7a46; } .down { color: #b4232c; } .tie { color: #616e7c; }
 """
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def report(run_path: str | Path, out: str | Path | None = None) -> Path:
@@ -68,8 +68,8 @@ def _page(content: Content, pictures: Mapping[str, bytes]) -> str:
         *(_section(name, _table(record.get(key), name)) for name, key in _TABLES.items()),
     ]
     head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f'<meta name="viewport" content="width=device-width"><title>{_safe(title)}</title><style>{_CSS}</style>'
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width"><title>{_safe(title)}</title><style>{CSS}</style>'
     )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 

@@ -1,6 +1,7 @@
 """The harness: one line a result, resumable, chosen on valid users; intervals; the page; the studies."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from benchmarks.continual.methods import CONTINUAL, LEARNERS, MULTI_TASK, NAMES
 from benchmarks.continual.page import write_page
 from benchmarks.continual.schedule import Comparison, Plan
 from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget
+from benchmarks.continual.summary import Summary
 from benchmarks.continual.trial import Trial, conduct
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.task import TaskSpec
@@ -85,8 +87,6 @@ def plan(comparison, tiny_budget):
 @pytest.fixture
 def out(comparison, tmp_path):
     """A folder of results that has the tiny dataset's backbone already."""
-    import shutil
-
     shutil.copytree(comparison / "backbones", tmp_path / "backbones")
     return tmp_path
 
@@ -113,11 +113,28 @@ def test_one_line_a_result_and_a_run_that_is_complete_does_nothing(plan, out, in
         own = next(m for m in matrices if (m["method"], m["seed"]) == (line["method"], line["seed"]))
         assert own["test"][-1]["values"][line["task"]] == line["value"]
     Comparison(plan, out).run(1)
-    assert [kind for kind, *_ in inline.done] == ["pretrain"] * 2
+    assert inline.done == []
     assert records.read_lines(out / "results.jsonl") == lines
     page = write_page(out).read_text()
     assert all(f"<td>{name}</td>" in page for name in plan.methods)
     assert "best multi-task baseline: mtl" in page
+
+
+def test_gains_are_paired_by_fold():
+    metric = {"segment": "accuracy", "range": "rmse"}
+    values = {
+        "pcl": {("a", 0): {"segment": 0.6, "range": 1.0}, ("a", 1): {"segment": 0.8, "range": 1.0}}
+        | {("b", 0): {"segment": 0.6, "range": 3.0}, ("c", 0): {"segment": 9.0, "range": 9.0}},
+        "mtl": {("a", 0): {"segment": 0.5, "range": 2.0}, ("a", 1): {"segment": 0.5, "range": 2.0}}
+        | {("b", 0): {"segment": 0.5, "range": 3.0}},
+        "ewc": {("d", 0): {"segment": 0.5, "range": 2.0}},
+    }
+    summary = Summary({}, values, {}, metric, {}, {})
+    gains = summary.paired("pcl", "mtl")  # by fold: segment .4, .2; range .5, 0; mean .45, .1
+    expected = {"segment": (0.3, 0.1), "range": (0.25, 0.25), "mean": (0.275, 0.175)}
+    assert gains.keys() == expected.keys()
+    assert all((gains[t].mean, gains[t].error) == pytest.approx(expected[t]) for t in expected)
+    assert summary.paired("pcl", "ewc") == {}
 
 
 def test_a_killed_run_goes_on(plan, out, inline, monkeypatch):
@@ -148,7 +165,30 @@ def test_the_grid_point_is_chosen_on_valid_users(plan, out, inline):
     assert matrix["point"] == best
     answers[1 - best]["valid_score"] = 99.0
     records.save_trial(out, trials[1 - best], answers[1 - best], {})
+    assert Comparison(plan, out).choice("probe", "tiny") == best, "what is written is final"
+    (out / "matrices.jsonl").unlink()
     assert Comparison(plan, out).choice("probe", "tiny") == 1 - best
+
+
+def test_a_comparison_goes_on_from_its_lines_alone(plan, out, inline, tmp_path):
+    plan = replace(plan, methods=("probe", "pcl"))
+    Comparison(replace(plan, seeds=1), out).run(1)
+    (later := tmp_path / "later").mkdir()
+    for name in ("results.jsonl", "matrices.jsonl"):
+        (later / name).write_bytes((out / name).read_bytes())
+    shutil.copytree(out / "backbones", later / "backbones")
+    inline.done.clear()
+    Comparison(plan, later).run(1)
+    points = {line["method"]: line["point"] for line in records.read_lines(out / "matrices.jsonl")}
+    trials = [(t.method, t.seed, t.point) for kind, t, *_ in inline.done if kind == "trial"]
+    assert trials == [(name, 1, points[name]) for name in plan.methods]
+    assert {(line["method"], line["seed"]) for line in records.read_lines(later / "results.jsonl")} == {
+        (name, seed) for name in plan.methods for seed in range(2)
+    }
+    assert "best multi-task" not in write_page(later).read_text()
+    other = replace(plan, budget=replace(plan.budget, epochs=3))
+    with pytest.raises(ValueError, match=r"matrices\.jsonl was made with budget\.epochs = 2, this call has 3"):
+        Comparison(other, later).run(1)
 
 
 def test_a_trial_made_with_other_settings_is_refused(plan, out, inline):
