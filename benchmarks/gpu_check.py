@@ -78,8 +78,9 @@ def environment() -> dict[str, str]:
 
 
 def test(seconds: float, dry: bool) -> dict:
-    """The tests of the ops on CUDA."""
-    chosen = ["python_tests/ops/test_to_packed.py", "-k", "undoes"] if dry else ["python_tests/ops", "-m", "gpu"]
+    """The tests of the ops, and of a model's step, on CUDA."""
+    everything = ["python_tests/ops", "python_tests/model/test_step_on_cuda.py", "-m", "gpu"]
+    chosen = ["python_tests/ops/test_to_packed.py", "-k", "undoes"] if dry else everything
     return call([sys.executable, "-m", "pytest", "-q", "-rf", *chosen], seconds, env=environment())
 
 

@@ -19,6 +19,7 @@ class PackedBatch:
     offsets     [B + 1] int64; user b owns items[offsets[b] : offsets[b + 1]]
     max_seqlen  the longest history, a host int
     plan        the attention work list, made once and used by every layer
+    on_host     [B] int64, items per user, on the CPU wherever the rest is: sizes are known without waiting for a GPU
     dropped     how many unknown ids `from_lists` left out
     """
 
@@ -26,18 +27,24 @@ class PackedBatch:
     offsets: Tensor
     max_seqlen: int
     plan: ops.AttentionPlan
+    on_host: Tensor
     dropped: int = 0
 
     @classmethod
     def from_packed(cls, items: Tensor, offsets: Tensor, dropped: int = 0) -> PackedBatch:
-        """items [T], offsets [B + 1] int64 on the CPU. Raises ValueError where the offsets do not fit the items."""
+        """items [T], offsets [B + 1] int64, best on the CPU, where values are checked: those of a GPU are fetched.
+
+        Raises ValueError where the offsets do not fit the items.
+        """
         if items.dim() != 1 or items.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"items must be [T] int32 or int64, got {list(items.shape)} {items.dtype}")
-        plan = ops.attention_plan(offsets)
-        if int(offsets[-1]) != items.numel():
-            raise ValueError(f"offsets must end at the number of items, got {int(offsets[-1])} and {items.numel()}")
-        longest = int(offsets.diff().max()) if offsets.numel() > 1 else 0
-        return cls(items, offsets, longest, plan, dropped)
+        host = offsets.cpu()
+        plan = ops.attention_plan(host)
+        if int(host[-1]) != items.numel():
+            raise ValueError(f"offsets must end at the number of items, got {int(host[-1])} and {items.numel()}")
+        lengths = host.diff()
+        longest = int(lengths.max()) if len(lengths) else 0
+        return cls(items, offsets, longest, plan.to(offsets.device), lengths, dropped)
 
     @classmethod
     def from_lists(cls, histories: Sequence[Sequence[int]], *, num_items: int, max_len: int) -> PackedBatch:
@@ -75,9 +82,8 @@ class PackedBatch:
         return torch.repeat_interleave(index, self.lengths, output_size=self.items.numel())
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return PackedBatch(
-            self.items.to(device), self.offsets.to(device), self.max_seqlen, self.plan.to(device), self.dropped
-        )
+        moved = (self.items.to(device), self.offsets.to(device), self.max_seqlen, self.plan.to(device))
+        return PackedBatch(*moved, self.on_host, self.dropped)
 
 
 def _as_ids(history: Sequence[int], row: int) -> Tensor:

@@ -130,14 +130,16 @@ class Backbone(nn.Module):
         plan: ops.AttentionPlan | None = None,
         prefix: LayerPrefix | None = None,
         read: str = "every",
+        on_host: Tensor | None = None,
     ) -> tuple[list[Tensor], LayerPrefix]:
         """All layers over embedded rows.
 
         x [T, D], offsets [B + 1] -> states (the rows as they came in, then each layer's; the last one normalised) and
         the keys and values of these rows, to serve as the prefix of others. read says whose last state is wanted:
         "every" row's; the "newest" of each history that is not empty, [m, D] for m such histories; or "none", [0, D].
+        on_host are the lengths [B] on the CPU: with them nothing is read from a GPU.
         """
-        layout = Layout.of(offsets, plan, prefix)
+        layout = Layout.of(offsets, len(x), plan, prefix, on_host)
         states, keys, values = [x], [], []
         for depth, layer in enumerate(self.layers):
             before = (prefix.keys[depth], prefix.values[depth]) if prefix else None
@@ -165,7 +167,7 @@ class Backbone(nn.Module):
     ) -> list[Tensor]:
         """States of every layer, num_layers + 1 tensors [T, D]; the last one is normalised, of the rows `run` says."""
         rows = self.embed(batch.items, batch.offsets, prompt, prompt_index)
-        return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix, read)[0]
+        return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix, read, batch.on_host)[0]
 
 
 def freeze(module: nn.Module) -> None:

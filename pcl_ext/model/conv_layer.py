@@ -48,6 +48,5 @@ class ConvLayer(nn.Module):
 
 def _convolve(conv: nn.Conv1d, x: Tensor, before: Tensor | None, layout: Layout, rows: Tensor | None = None) -> Tensor:
     """The convolution at every row, or at rows [m]: one product of what each sees with the kernel as a matrix."""
-    distances = tuple(step * conv.dilation[0] for step in reversed(range(KERNEL)))
-    seen = layout.look_back(distances, rows).take(x, before)
+    seen = layout.look_back(KERNEL, conv.dilation[0], rows).take(x, before)
     return ops.linear(seen, conv.weight.transpose(1, 2).flatten(1), conv.bias)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model.backbone import Backbone
-from pcl_ext.model.layout import LayerPrefix, newest_rows, to_offsets
+from pcl_ext.model.layout import LayerPrefix, filled_histories, newest_rows, to_offsets
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Piece:
     states   num_layers + 1 tensors [T, D], the last one normalised
     items    [T] ids
     offsets  [B + 1] int64
+    on_host  [B] int64, its rows of each history, on the CPU; None: read from the offsets where they are needed
     """
 
     states: list[Tensor]
     items: Tensor
     offsets: Tensor
+    on_host: Tensor | None = None
     totals: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def total(self, depth: int) -> Tensor:
@@ -41,10 +43,10 @@ class Piece:
         """[T] int64, which history each row belongs to."""
         return users_of(self.offsets, len(self.items))
 
-    def select(self, users: Tensor) -> Piece:
-        """The same for some of the users [b] int64."""
-        rows, offsets = _rows_of(self.offsets, users)
-        return Piece([state[rows] for state in self.states], self.items[rows], offsets)
+    def select(self, users: Tensor, host_users: Tensor) -> Piece:
+        """The same for some of the users [b] int64, given on the CPU too."""
+        rows, offsets, on_host = _rows_of(self.offsets, users, self.on_host, host_users)
+        return Piece([state[rows] for state in self.states], self.items[rows], offsets, on_host)
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class Encoded:
     offsets  [B + 1] int64
     newest   [B, D] last state of each history; 0 where it is empty
     pieces   together all rows of every history with their states; none where only the newest are read
+    on_host  [B] int64, their lengths on the CPU; None: read from the offsets where they are needed
     """
 
     items: Tensor
     offsets: Tensor
     newest: Tensor
     pieces: list[Piece]
+    on_host: Tensor | None = None
 
     def rows(self, depth: int) -> Tensor:
         """[T, D], the states of a layer (0: the embeddings) in the order of `items`."""
@@ -89,10 +93,11 @@ class Encoded:
         return users_of(self.offsets, len(self.items))
 
     def select(self, users: Tensor) -> Encoded:
-        """The same for some of the users [b] int64."""
-        rows, offsets = _rows_of(self.offsets, users)
-        pieces = [piece.select(users) for piece in self.pieces]
-        return Encoded(self.items[rows], offsets, self.newest[users], pieces)
+        """The same for some of the users [b] int64; given on the CPU, nothing is read from a GPU."""
+        here = users.to(self.offsets.device, non_blocking=True)
+        rows, offsets, on_host = _rows_of(self.offsets, here, self.on_host, users)
+        pieces = [piece.select(here, users) for piece in self.pieces]
+        return Encoded(self.items[rows], offsets, self.newest[here], pieces, on_host)
 
 
 def pool(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -120,8 +125,10 @@ def encode(
     prompt [K, P, D] and index [B] as in `ops.embed`.
     """
     states = backbone(batch, prompt, index, prefix, "every" if every_state else "newest")
-    pieces = [Piece(states, batch.items, batch.offsets)] if every_state else []
-    return Encoded(batch.items, batch.offsets, newest_of(states[-1], batch.offsets, every_state), pieces)
+    pieces = [Piece(states, batch.items, batch.offsets, batch.on_host)] if every_state else []
+    top = newest_states(states[-1], batch.offsets, batch.on_host) if every_state else states[-1]
+    top = newest_of(top, batch.offsets, batch.on_host)
+    return Encoded(batch.items, batch.offsets, top, pieces, batch.on_host)
 
 
 def encode_on_trunk(
@@ -147,6 +154,7 @@ class Trunk:
     piece         these rows; None where only newest states are read
     tail_items    [N] the newest P items of each history
     tail_offsets  [B + 1] int64
+    on_host       [B] int64, the lengths of the histories on the CPU, and those of the tails; None: read where needed
     """
 
     backbone: Backbone
@@ -156,16 +164,19 @@ class Trunk:
     piece: Piece | None
     tail_items: Tensor
     tail_offsets: Tensor
+    on_host: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, backbone: Backbone, batch: PackedBatch, length: int, *, every_state: bool) -> Trunk:
         """Compute what all ways share; length: P; every_state: some way reads the states of all rows."""
-        items, offsets, tail_items, tail_offsets = _cut(batch, length)
-        rows = backbone.embed(items, offsets, from_end=length)
-        states, kept = backbone.run(rows, offsets, read="every" if every_state else "none")
+        tails = batch.on_host.clamp_max(length)
+        items, offsets, tail_items, tail_offsets = _cut(batch, length, int(tails.sum()))
+        rows, before = backbone.embed(items, offsets, from_end=length), batch.on_host - tails
+        states, kept = backbone.run(rows, offsets, read="every" if every_state else "none", on_host=before)
         kept = replace(kept, index=torch.arange(len(batch), device=items.device))
-        piece = Piece(states, items, offsets) if every_state else None
-        return cls(backbone, batch.items, batch.offsets, kept, piece, tail_items, tail_offsets)
+        piece = Piece(states, items, offsets, before) if every_state else None
+        histories = (batch.items, batch.offsets)
+        return cls(backbone, *histories, kept, piece, tail_items, tail_offsets, (batch.on_host, tails))
 
     def read(self, prompt: Tensor | None, index: Tensor | None, every_state: bool, ways: int = 1) -> list[Encoded]:
         """The histories in each of C ways; prompt [K, P, D], index [C * B]: which prompt each user has in each way, -1
@@ -174,39 +185,55 @@ class Trunk:
         items, offsets = self.tail_items.repeat(ways), to_offsets(self.tail_offsets.diff().repeat(ways))
         prefix = replace(self.kept, index=self.kept.index.repeat(ways))
         rows = backbone.embed(items, offsets, prompt, index)
-        states, _ = backbone.run(rows, offsets, prefix=prefix, read="every" if every_state else "newest")
-        top = newest_of(states[-1], offsets, every_state)
+        whole, tails = self.on_host or (None, None)
+        here = None if tails is None else tails.repeat(ways)
+        read = "every" if every_state else "newest"
+        states, _ = backbone.run(rows, offsets, prefix=prefix, read=read, on_host=here)
+        top = newest_states(states[-1], offsets, here) if every_state else states[-1]
+        top = newest_of(top, offsets, here)
         tops = top.split(users) if users else [top] * ways
         if not every_state:
-            return [Encoded(self.items, self.offsets, top, []) for top in tops]
+            return [Encoded(self.items, self.offsets, top, [], whole) for top in tops]
         rows = len(self.tail_items)
         parts = zip(*(state.split(rows) for state in states)) if rows else [states] * ways
-        tails = (Piece(list(part), self.tail_items, self.tail_offsets) for part in parts)
-        return [Encoded(self.items, self.offsets, top, [self.piece, tail]) for top, tail in zip(tops, tails)]
+        pieces = ([self.piece, Piece(list(part), self.tail_items, self.tail_offsets, tails)] for part in parts)
+        return [Encoded(self.items, self.offsets, top, both, whole) for top, both in zip(tops, pieces)]
 
 
-def _cut(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Items and offsets of what lies before the newest `length` rows of each history, and of these."""
+def _cut(batch: PackedBatch, length: int, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Items and offsets of what lies before the newest `length` rows of each history, and of these `total` rows."""
     kept = batch.lengths.clamp_max(length)
     trunk_offsets, tail_offsets = to_offsets(batch.lengths - kept), to_offsets(kept)
     if batch.max_seqlen <= length:
         return batch.items[:0], trunk_offsets, batch.items, tail_offsets
-    row = torch.arange(len(batch.items), device=batch.items.device)
-    in_tail = row >= (batch.offsets[1:] - kept).repeat_interleave(batch.lengths, output_size=len(row))
-    return batch.items[~in_tail], trunk_offsets, batch.items[in_tail], tail_offsets
+    trunk = _places(batch.offsets[:-1], trunk_offsets, len(batch.items) - total)
+    tail = _places(batch.offsets[1:] - kept, tail_offsets, total)
+    return batch.items[trunk], trunk_offsets, batch.items[tail], tail_offsets
 
 
-def newest_of(states: Tensor, offsets: Tensor, every_state: bool) -> Tensor:
-    """[B, D], the newest states among every one [T, D] or given as they are [m, D]; 0 where a history is empty."""
-    rows = states.index_select(0, newest_rows(offsets)) if every_state else states
-    filled = offsets.diff() > 0
-    if len(rows) == len(filled):
+def newest_states(states: Tensor, offsets: Tensor, on_host: Tensor | None) -> Tensor:
+    """states [T, D] -> [m, D], those of the newest rows; on_host as in `filled_histories`."""
+    return states.index_select(0, newest_rows(offsets, on_host))
+
+
+def newest_of(rows: Tensor, offsets: Tensor, on_host: Tensor | None) -> Tensor:
+    """rows [m, D] of the histories that are not empty -> [B, D], 0 where one is; on_host as in `filled_histories`."""
+    users = len(offsets) - 1
+    if len(rows) == users:
         return rows
-    return rows.new_zeros(len(filled), rows.shape[1]).index_copy(0, filled.nonzero()[:, 0], rows)
+    return rows.new_zeros(users, rows.shape[1]).index_copy(0, filled_histories(offsets, on_host), rows)
 
 
-def _rows_of(offsets: Tensor, users: Tensor) -> tuple[Tensor, Tensor]:
-    """The packed rows of some users [b], and their offsets [b + 1]."""
+def _rows_of(offsets: Tensor, users: Tensor, on_host: Tensor | None, host_users: Tensor) -> tuple:
+    """The packed rows of some users [b], their offsets [b + 1], and their lengths on the CPU where these are known."""
     picked = to_offsets(offsets.diff()[users])
-    first = torch.repeat_interleave(offsets[users] - picked[:-1], picked.diff())
-    return first + torch.arange(len(first), device=first.device), picked
+    if on_host is None:
+        return _places(offsets[users], picked, int(picked[-1])), picked, None
+    on_host = on_host[host_users.cpu()]
+    return _places(offsets[users], picked, int(on_host.sum())), picked, on_host
+
+
+def _places(first: Tensor, offsets: Tensor, total: int) -> Tensor:
+    """[total] int64: the rows first[b], first[b] + 1, ... of each b, as many as offsets [B + 1] have."""
+    start = (first - offsets[:-1]).repeat_interleave(offsets.diff(), output_size=total)
+    return start + torch.arange(total, device=first.device)

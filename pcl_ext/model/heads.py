@@ -69,10 +69,12 @@ class RepeatScores(nn.Module):
 
     def forward(self, scores: Tensor, states: Tensor, users: Tensor, columns: Tensor) -> Tensor:
         """scores [B, C]; of each history row: states [T, D], users [T], columns [T] (-1: not in the catalogue)."""
-        listed = columns >= 0
-        votes = self.vote(states[listed])[:, 0].to(scores.dtype)
+        columns_and_one = scores.shape[1] + 1  # the last one takes the votes for what is not listed
+        place = users * columns_and_one + torch.where(columns < 0, columns_and_one - 1, columns)
+        votes = self.vote(states)[:, 0].to(scores.dtype)
         # one dimension: there index_add runs in a fixed order
-        return scores.flatten().index_add(0, users[listed] * scores.shape[1] + columns[listed], votes).view_as(scores)
+        added = F.pad(scores, (0, 1)).flatten().index_add(0, place, votes)
+        return added.view(-1, columns_and_one)[:, :-1]
 
 
 class LabelHead(nn.Module):

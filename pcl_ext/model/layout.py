@@ -32,19 +32,19 @@ class LookBack:
     """Rows [m, n] that m rows see at n distances.
 
     own     [m, n] int64, among the rows of the pass; T where there is none
-    places  [p] int64, which of these m n see a row of a prefix
-    rows    [p] int64, which one
+    before  [m, n] int64, among the rows of the prefix; -1 where there is none; None without a prefix
     """
 
     own: Tensor
-    places: Tensor
-    rows: Tensor
+    before: Tensor | None
 
     def take(self, x: Tensor, before: Tensor | None) -> Tensor:
         """x [T, D], before [M, D] of the prefix -> [m, n D], 0 where nothing is seen."""
         taken = F.embedding(self.own.flatten(), torch.cat([x, x.new_zeros(1, x.shape[1])]))
-        if before is not None and len(self.places):
-            taken = taken.index_copy(0, self.places, before.index_select(0, self.rows).to(taken.dtype))
+        if before is not None and len(before):
+            rows = self.before.flatten()
+            shared = F.embedding(rows.clamp_min(0), before).to(taken.dtype)
+            taken = torch.where((rows >= 0)[:, None], shared, taken)
         return taken.view(len(self.own), self.own.shape[1] * x.shape[1])
 
 
@@ -53,29 +53,40 @@ class Layout:
     """Histories of one pass, shared by all layers.
 
     offsets         [B + 1] int64
+    total           packed rows T
     plan            of the attention over them and their prefixes
+    on_host         [B] int64, their lengths on the CPU; None: they are read from the offsets where they are needed
     prefix_offsets  [R + 1] int64, None without a prefix
     prefix_index    [B] int64, None without a prefix
     """
 
     offsets: Tensor
+    total: int
     plan: ops.AttentionPlan
+    on_host: Tensor | None = None
     prefix_offsets: Tensor | None = None
     prefix_index: Tensor | None = None
 
     @classmethod
-    def of(cls, offsets: Tensor, plan: ops.AttentionPlan | None, prefix: LayerPrefix | None) -> Layout:
-        """The layout of a pass; the plan is made where there is none."""
+    def of(
+        cls,
+        offsets: Tensor,
+        total: int,
+        plan: ops.AttentionPlan | None = None,
+        prefix: LayerPrefix | None = None,
+        on_host: Tensor | None = None,
+    ) -> Layout:
+        """The layout of a pass over `total` rows; the plan is made where there is none."""
         shared = (prefix.offsets, prefix.index) if prefix else ()
         plan = plan or ops.attention_plan(offsets, *shared)
-        return cls(offsets, plan, *((prefix.offsets, plan.prefix_index) if prefix else ()))
+        return cls(offsets, total, plan, on_host, *((prefix.offsets, plan.prefix_index) if prefix else ()))
 
     _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def newest(self) -> Tensor:
         """[m] int64, the newest row of each history that is not empty."""
-        return newest_rows(self.offsets)
+        return newest_rows(self.offsets, self.on_host)
 
     @cached_property
     def first(self) -> Tensor:
@@ -87,12 +98,12 @@ class Layout:
     @cached_property
     def place(self) -> Tensor:
         """[T] int64, how many rows come before each row, its prefix included."""
-        rows = torch.arange(self.plan.total, device=self.offsets.device)
+        rows = torch.arange(self.total, device=self.offsets.device)
         return rows + self._of_rows(self.first - self.offsets[:-1])
 
     def _of_rows(self, values: Tensor) -> Tensor:
         """A value of each history [B] for each of its rows [T]."""
-        return values.repeat_interleave(self.offsets.diff(), output_size=self.plan.total)
+        return values.repeat_interleave(self.offsets.diff(), output_size=self.total)
 
     def turn(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """x [T, H, d] turned by the places of its rows (rotary positions: Su et al., 2021, eq. 34).
@@ -110,26 +121,36 @@ class Layout:
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
-    def look_back(self, distances: tuple[int, ...], rows: Tensor | None = None) -> LookBack:
-        """Where the rows lie that each row (or each of rows [m]) sees at these distances, 0: itself."""
-        here = torch.arange(self.plan.total, device=self.offsets.device) if rows is None else rows
-        back = torch.tensor(distances, device=here.device)
+    def look_back(self, count: int, step: int, rows: Tensor | None = None) -> LookBack:
+        """Where the `count` rows lie that each row (or each of rows [m]) sees, `step` apart, itself the last one."""
+        here = torch.arange(self.total, device=self.offsets.device) if rows is None else rows
+        back = torch.arange(count - 1, -1, -1, device=here.device) * step
         place, begin = self.place[here, None] - back, self._of_rows(self.first)[here, None]
-        own = torch.where(place >= begin, here[:, None] - back, self.plan.total)
+        own = torch.where(place >= begin, here[:, None] - back, self.total)
         if self.prefix_offsets is None:
-            return LookBack(own, here[:0], here[:0])
-        before = (place >= 0) & (place < begin)
+            return LookBack(own, None)
         starts = self._of_rows(self.prefix_offsets[self.prefix_index.clamp_min(0)])[here, None]
-        return LookBack(own, before.flatten().nonzero()[:, 0], (starts + place)[before])
+        return LookBack(own, torch.where((place >= 0) & (place < begin), starts + place, -1))
 
     def prefixed(self, before: tuple[Tensor, Tensor] | None) -> tuple:
         """The last arguments of an attention: keys and values of a layer's prefix, and who sees which; or nothing."""
         return () if before is None else (*before, self.prefix_offsets, self.prefix_index)
 
 
-def newest_rows(offsets: Tensor) -> Tensor:
-    """offsets [B + 1] -> [m] int64, the newest row of each history that is not empty."""
-    return offsets[1:][offsets.diff() > 0] - 1
+def filled_histories(offsets: Tensor, on_host: Tensor | None = None) -> Tensor:
+    """offsets [B + 1] -> [m] int64, which histories are not empty.
+
+    on_host: their lengths [B] on the CPU, which say how many these are; without them a GPU is waited for.
+    """
+    filled = offsets.diff() > 0
+    if on_host is None:
+        return filled.nonzero()[:, 0]
+    return torch.nonzero_static(filled, size=int(torch.count_nonzero(on_host)))[:, 0]
+
+
+def newest_rows(offsets: Tensor, on_host: Tensor | None = None) -> Tensor:
+    """offsets [B + 1] -> [m] int64, the newest row of each history that is not empty; on_host as above."""
+    return offsets[1:].index_select(0, filled_histories(offsets, on_host)) - 1
 
 
 def to_offsets(lengths: Tensor) -> Tensor:

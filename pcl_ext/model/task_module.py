@@ -165,7 +165,7 @@ class Task(nn.Module):
         rows = self.prefix()
         if rows is None or not len(rows):
             return None
-        offsets = torch.tensor([0, len(rows)], device=rows.device)
+        offsets = torch.arange(2, device=rows.device) * len(rows)
         if not self.keeps_prefix:
             return backbone.prefix(rows, offsets)
         return LayerPrefix(list(self.prefix_keys), list(self.prefix_values), offsets)
@@ -186,11 +186,14 @@ class Task(nn.Module):
                 self.register_buffer(name, torch.stack(rows))
 
     def columns(self, target: Tensor) -> Tensor:
-        """Targets as the head's output numbers them: item ids [m] become columns of the catalogue."""
+        """Targets as the head's output numbers them: item ids [m] become columns of the catalogue.
+
+        An item that is not in it raises ValueError where the targets are on the CPU; on CUDA nobody looks.
+        """
         if self.spec.kind != "items":
             return target
         columns = self.column_of[target]
-        if bool((columns < 0).any()):
+        if columns.is_cpu and bool((columns < 0).any()):
             item = int(target[columns < 0][0])
             raise ValueError(f"targets of task {self.spec.name!r} must be in its catalogue, got item {item}")
         return columns
@@ -279,8 +282,8 @@ class Task(nn.Module):
                 scores = self.repeats(scores, piece.states[-1], piece.users(), columns)
             return scores
         columns = self._columns_among(encoded.items, first, len(catalogue))
-        listed = columns >= 0
-        return scores.index_put((encoded.users()[listed], columns[listed]), scores.new_tensor(SEEN_SCORE))
+        one_more = F.pad(scores, (0, 1))  # column -1: what is not in the catalogue
+        return one_more.index_put_((encoded.users(), columns), one_more.new_full((), SEEN_SCORE))[:, :-1]
 
     def _columns_among(self, items: Tensor, first: int, count: int) -> Tensor:
         """items [T] -> their columns counted from `first`, -1 for those that are not among these `count`."""

@@ -147,7 +147,8 @@ class UserModel(nn.Module):
 
         task        a name -> output [B, C] (items: a column per item of the catalogue; classes) or [B]
                     (binary: logit; regression: value)
-        task_index  [B] int64, places in `task_names` -> {name: (rows [b] int64, output [b, C] or [b])}
+        task_index  [B] int64, places in `task_names` -> {name: (rows [b] int64, output [b, C] or [b])}; given on the
+                    CPU, nothing is read from a GPU
         """
         if (task is None) == (task_index is None):
             raise ValueError("give either task or task_index")
@@ -158,14 +159,14 @@ class UserModel(nn.Module):
             raise ValueError("task_index takes a PackedBatch, got a UserState; give task, or read state.batch()")
         if task is not None:
             return self.task(task)(self._encode(batch, [self.task(task)], None), self.backbone.table)
-        index = self._check_task_index(batch, task_index)
-        names, index = torch.unique(index, return_inverse=True)
+        names, index = torch.unique(self._check_task_index(batch, task_index), return_inverse=True)
         tasks = [self.tasks[self.task_names[place]] for place in names.tolist()]
-        encoded = self._encode(batch, tasks, index)
+        encoded = self._encode(batch, tasks, index.to(self.device, non_blocking=True))
         outputs = {}
         for place, part in enumerate(tasks):
             rows = torch.nonzero(index == place)[:, 0]
-            outputs[part.spec.name] = (rows, part(encoded.select(rows), self.backbone.table))
+            output = part(encoded.select(rows), self.backbone.table)
+            outputs[part.spec.name] = (rows.to(self.device, non_blocking=True), output)
         return outputs
 
     def member_outputs(self, batch: PackedBatch, task: str) -> list[Tensor]:
@@ -174,12 +175,14 @@ class UserModel(nn.Module):
         return self.task(task).member_outputs(self._encode(batch, [self.task(task)], None), self.backbone.table)
 
     def _check_task_index(self, batch: PackedBatch, index: Tensor) -> Tensor:
+        """The index on the CPU: whose the rows are is what the host has to know."""
         if index.dtype != torch.int64 or index.shape != (len(batch),):
             raise ValueError(f"task_index must be [{len(batch)}] int64, got {list(index.shape)} {index.dtype}")
+        index = index.cpu()
         if len(batch) and not 0 <= int(index.min()) <= int(index.max()) < len(self.tasks):
             worst = index[(index < 0) | (index >= len(self.tasks))][0]
             raise ValueError(f"task_index must be in 0..{len(self.tasks) - 1}, got {int(worst)}")
-        return index.to(self.device)
+        return index
 
     def read(self, batch: PackedBatch, task: str) -> Encoded:
         """The histories of a batch as the readouts of a task see them."""
@@ -203,10 +206,9 @@ class UserModel(nn.Module):
         present = [prefix for prefix in kept if prefix is not None]
         if not present:
             return None
-        number = torch.full((len(tasks),), -1, dtype=torch.int64)
-        number[[prefix is not None for prefix in kept]] = torch.arange(len(present))
-        index = torch.zeros(len(batch), dtype=torch.int64, device=self.device) if index is None else index
-        index = number.to(self.device)[index]
+        if index is None:
+            return present[0]
+        index = _among_present(kept, index)
         if len(present) == 1:
             return replace(present[0], index=index)
         keys, values = (
@@ -342,8 +344,14 @@ def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None
         return None, None
     if index is None:
         return tails[0][None], None
-    present = [place for place, tail in enumerate(tails) if tail is not None]
-    number = torch.full((len(tasks),), -1, dtype=torch.int64, device=index.device)
-    number[present] = torch.arange(len(present), device=index.device)
-    padded = [nn.functional.pad(tails[place], (0, 0, longest - len(tails[place]), 0)) for place in present]
-    return torch.stack(padded), number[index]
+    padded = [nn.functional.pad(tail, (0, 0, longest - len(tail), 0)) for tail in tails if tail is not None]
+    return torch.stack(padded), _among_present(tails, index)
+
+
+def _among_present(given: list, index: Tensor) -> Tensor:
+    """index [B] into what is given for each task, as an index into what is there; -1 where that is None."""
+    number, there = [], 0
+    for one in given:
+        number.append(-1 if one is None else there)
+        there += one is not None
+    return torch.tensor(number).to(index.device, non_blocking=True)[index]

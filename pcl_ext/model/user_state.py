@@ -170,7 +170,7 @@ class UserState:
             tails = to_offsets(offsets.diff() - lengths)
             totals = {depth: total - pool(self.states[depth], left_out, tails) for depth, total in totals.items()}
             items = self.items[place]
-        return [Piece(_Rows(self.states, place), items, to_offsets(lengths), totals)]
+        return [Piece(_Rows(self.states, place), items, to_offsets(lengths), None, totals)]
 
     def select(self, users: Tensor) -> UserState:
         """The state of some of the users [b] int64, a copy."""

@@ -14,6 +14,7 @@ from pcl_ext.ops._check import (
     check_shape,
     check_tensor,
 )
+from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import C, address, define
 
 
@@ -31,32 +32,23 @@ class AttentionPlan:
     prefix_index: Tensor | None
     """[B] int64, filled in where it was left out, None without a prefix."""
     work: Tensor
-    """int64 work list, laid out as csrc/attention_plan.h says."""
+    """int64 work list, laid out as csrc/attention_plan.h says; made on CUDA, the beginning that kernels read there."""
     batch: int
     """Histories B."""
     num_prefixes: int
     """Prefixes R, 0 without a prefix."""
-    total: int
-    """Packed rows T."""
-    prefix_total: int
-    """Packed prefix rows M."""
+    total: int | None
+    """Packed rows T; None where the plan was made on CUDA, and nobody has looked."""
+    prefix_total: int | None
+    """Packed prefix rows M, or None as above."""
 
     def to(self, device) -> "AttentionPlan":
-        """The same plan on another device."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return AttentionPlan(
-            self.offsets.to(device),
-            move(self.prefix_offsets),
-            move(self.prefix_index),
-            self.work.to(device),
-            self.batch,
-            self.num_prefixes,
-            self.total,
-            self.prefix_total,
-        )
+        """The same plan on another device; one made on CUDA is checked when it comes to the CPU."""
+        layout = [t if t is None else t.to(device) for t in (self.offsets, self.prefix_offsets, self.prefix_index)]
+        if self.total is None and not runs_cuda(layout[0]):
+            return attention_plan(*layout)
+        numbers = (self.batch, self.num_prefixes, self.total, self.prefix_total)
+        return AttentionPlan(*layout, self.work.to(device), *numbers)
 
 
 def attention_plan(
@@ -65,18 +57,20 @@ def attention_plan(
     """Check offsets [B + 1], prefix_offsets [R + 1] and prefix_index [B] (all int64) and build the work list.
 
     prefix_index may be left out when R == 1 (all see it) or R == B (each sees its own); -1 is no prefix.
-    Raises ValueError or TypeError naming what is wrong.
+    Raises ValueError or TypeError naming what is wrong. Values are looked at on the CPU alone: on CUDA that would stop
+    the GPU, and kernels stay inside their tensors whatever a plan holds.
     """
     check_layout(offsets, prefix_offsets, prefix_index, "offsets", offsets)
+    unread = runs_cuda(offsets)
     return AttentionPlan(
         offsets=offsets,
         prefix_offsets=prefix_offsets,
         prefix_index=resolve_prefix_index(offsets, prefix_offsets, prefix_index),
-        work=work_list(offsets, prefix_offsets, prefix_index),
+        work=(unchecked_list if unread else work_list)(offsets, prefix_offsets, prefix_index),
         batch=offsets.shape[0] - 1,
         num_prefixes=0 if prefix_offsets is None else prefix_offsets.shape[0] - 1,
-        total=int(offsets[-1]),
-        prefix_total=0 if prefix_offsets is None else int(prefix_offsets[-1]),
+        total=None if unread else int(offsets[-1]),
+        prefix_total=0 if prefix_offsets is None else None if unread else int(prefix_offsets[-1]),
     )
 
 
@@ -92,7 +86,7 @@ def work_list(offsets, prefix_offsets, prefix_index, total: int = -1, prefix_tot
 def unchecked_list(offsets, prefix_offsets, prefix_index) -> Tensor:
     """The beginning of a work list, which is all that CUDA kernels read; made without looking at values."""
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
-    return offsets.contiguous() if prefix_offsets is None else torch.cat([offsets, prefix_offsets, index])
+    return torch.cat([offsets] if prefix_offsets is None else [offsets, prefix_offsets, index])
 
 
 def _check_values(offsets, prefix_offsets, prefix_index, total: int, prefix_total: int) -> None:

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from pcl_ext.ops import prompt_attention_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor
-from pcl_ext.ops._native import call, use_fused
+from pcl_ext.ops._gpu import runs_cuda
+from pcl_ext.ops._native import call
 from pcl_ext.ops.attention_plan import check_layout, resolve_prefix_index, work_list
-from pcl_ext.ops.prompt_attention import _autocast, prompt_attention
+from pcl_ext.ops.prompt_attention import _autocast, prompt_attention, use_fused_width
 
 
 def newest_attention(
@@ -25,8 +26,9 @@ def newest_attention(
     """q [m, H, d] of the newest rows of the m histories that are not empty, k, v [T, H, d] of all -> [m, H, d].
 
     offsets [B + 1] and the prefix as in `prompt_attention`, whose newest rows these are up to rounding. Without a
-    gradient or a prefix O(T + M) is done; where a gradient is asked for through a prefix, as much as prompt_attention
-    does. Raises ValueError or TypeError naming what is wrong.
+    gradient or a prefix O(T + M) is done; where a gradient is asked for through a prefix, and with a prefix on CUDA, as
+    much as prompt_attention does. Raises ValueError or TypeError naming what is wrong. On CUDA m is taken from q: how
+    many histories are empty is not looked at.
     """
     q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
     check_tensor("q", q, 3, FLOATS)
@@ -35,19 +37,17 @@ def newest_attention(
         check_like(name, value, "q", q)
         check_shape(name, value, (k.shape[0], *q.shape[1:]), "[T, H, d]")
     check_layout(offsets, prefix_offsets, prefix_index, "q", q)
-    filled = offsets.diff() > 0
-    newest = offsets[1:][filled] - 1
-    check_shape("q", q, (len(newest), *q.shape[1:]), "[m, H, d], m histories that are not empty")
-    fused = use_fused(impl, q)
+    filled, starts, newest = _filled(q, k, offsets)
+    fused = use_fused_width(impl, q)
     if prefix_k is None:
         if not fused:
             return reference.newest_attention(q, k, v, offsets)
-        return _own_history(q, k, v, offsets[:-1][filled], newest)
+        return _own_history(q, k, v, starts, newest)
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, prefix_k, prefix_v))
     if not fused:
         return reference.newest_attention(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, index)
-    if wants:
+    if wants or runs_cuda(q):
         rows = q.new_zeros(k.shape).index_copy(0, newest, q)
         shared = (prefix_k, prefix_v, prefix_offsets, index)
         return prompt_attention(rows, k, v, offsets, *shared, impl=impl).index_select(0, newest)
@@ -59,14 +59,26 @@ def newest_attention(
         prefix_k,
         prefix_v,
         prefix_offsets,
-        index.index_select(0, filled.nonzero()[:, 0]),
+        index.index_select(0, filled),
     )
-    starts = offsets[:-1][filled]
     before = torch.maximum(newest - 1, starts)
     between = _single_rows(
         q, k.index_select(0, before), v.index_select(0, before), k, v, *_parts(starts, before, k.shape[0])
     )
     return _merged(with_prefix, between, newest > starts)
+
+
+def _filled(q: Tensor, k: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which histories are not empty, where they begin, and their newest rows, [m] each; m must fit q [m, H, d]."""
+    holds = offsets.diff() > 0
+    if runs_cuda(q):
+        check_shape("q", q, (min(len(q), len(holds), len(k)), *q.shape[1:]), "[m, H, d], m at most B and T")
+        filled = torch.nonzero_static(holds, size=len(q))[:, 0].clamp_min(0)
+        begin, end = (part.index_select(0, filled).clamp(0, len(k)) for part in (offsets[:-1], offsets[1:]))
+        return filled, begin, (end - 1).clamp_min(0)
+    filled = holds.nonzero()[:, 0]
+    check_shape("q", q, (len(filled), *q.shape[1:]), "[m, H, d], m histories that are not empty")
+    return filled, offsets[:-1].index_select(0, filled), offsets[1:].index_select(0, filled) - 1
 
 
 def _own_history(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, newest: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def prompt_attention(
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    fused = _use_fused(impl, q)
+    fused = use_fused_width(impl, q)
     if plan is not None:
         work, batch, num_prefixes = plan.work, plan.batch, plan.num_prefixes
     else:
@@ -65,7 +65,7 @@ def prompt_attention(
     )
 
 
-def _use_fused(impl: str, q: Tensor) -> bool:
+def use_fused_width(impl: str, q: Tensor) -> bool:
     """use_fused, for the head widths that the kernels take."""
     fused, dim = use_fused(impl, q, cuda=_gpu.FLOATS), q.shape[2]
     if not fused or not runs_cuda(q) or (dim % 16 == 0 and dim <= 128):
@@ -150,6 +150,8 @@ def _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k) -> Non
         same = given is not None and planned is not None and given.shape == planned.shape
         if not same or (reads_values(given) and not torch.equal(given, planned)):
             raise ValueError(f"plan must be made from the same {name}, got a plan of other {name}")
+    if plan.total is None and runs_cuda(q):  # made there, and unread
+        return
     if plan.total != q.shape[0]:
         raise ValueError(f"offsets must end at len(q) = {q.shape[0]}, got {plan.total}")
     if prefix_k is not None and plan.prefix_total != prefix_k.shape[0]:

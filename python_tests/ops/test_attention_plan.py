@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pcl_ext import ops
-from pcl_ext.ops import reference
+from pcl_ext.ops import _gpu, reference
 
 
 def read(plan):
@@ -84,6 +84,22 @@ def test_moves():
     plan = ops.attention_plan(to_offsets([1, 2]), to_offsets([3]))
     assert torch.equal(plan.to("cpu").work, plan.work)
     assert plan.to("meta").work.device.type == "meta"
+
+
+def test_made_on_cuda_it_is_unread_until_it_comes_to_the_cpu(monkeypatch):
+    layout = (to_offsets([4, 0, 2]), to_offsets([3, 1]), torch.tensor([0, 1, -1]))
+    want = ops.attention_plan(*layout)
+    with monkeypatch.context() as patch:
+        patch.setattr(_gpu, "_emulator", object())
+        plan, wrong = ops.attention_plan(*layout), ops.attention_plan(torch.tensor([0, 4, 2]))
+    assert (plan.total, plan.prefix_total) == (None, None)
+    assert torch.equal(plan.work, want.work[: len(plan.work)])
+    rows = torch.randn(6, 1, 16)
+    with pytest.raises(ValueError, match="offsets must end at len"):
+        ops.prompt_attention(rows, rows, rows, plan.offsets, rows[:4], rows[:4], *layout[1:], plan=plan)
+    assert torch.equal(plan.to("cpu").work, want.work)
+    with pytest.raises(ValueError, match="never decrease"):
+        wrong.to("cpu")
 
 
 @pytest.mark.needs_ext

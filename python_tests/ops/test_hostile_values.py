@@ -47,6 +47,19 @@ def test_embed(name, prompts, cuda):
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("name", OFFSETS)
+def test_newest_attention(name, queries, cuda):
+    q, k, v = (torch.randn(n, 1, 16, device=cuda, requires_grad=True) for n in (queries, TOTAL, TOTAL))
+    offsets = torch.tensor(OFFSETS[name], device=cuda)
+    shared = (k, v, torch.tensor(OFFSETS[name][:2], device=cuda))
+    guards = [x.detach().clone() for x in (q, k, v)]
+    for prefix in ((), shared):
+        out = ops.newest_attention(q, k, v, offsets, *prefix, impl="fused")
+        torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(map(torch.equal, (q, k, v), guards))
+
+
 def test_ids_outside_the_table_read_row_0(cuda):
     table, offsets = torch.randn(7, 4, device=cuda), torch.tensor([0, 4], device=cuda)
     for dtype in (torch.int32, torch.int64):

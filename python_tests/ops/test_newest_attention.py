@@ -4,6 +4,8 @@ import pytest
 import torch
 from attention_cases import make
 from test_prefix_sharing import IMPLS, as_right_as
+from test_prompt_attention import assert_as_right_as
+from test_prompt_attention_cuda import on
 
 from pcl_ext import ops
 
@@ -85,6 +87,31 @@ def test_a_history_has_the_same_bits_in_any_company():
         )
         assert torch.equal(alone[0], together[place])
         place += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_on_cuda(prefix, dtype, cuda):
+    case = on(case_of(prefix).to(dtype), cuda)
+    names = [name for name, rows in case.rows.items() if rows is not None]
+
+    def found(out, inputs):
+        grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        return {"out": out.detach(), **dict(zip(names, grads))}
+
+    inputs, exact_case = [case.rows[name] for name in names], case.to(torch.float64)
+    got, reference = newest_of(case, "fused")
+    exact = newest_of(exact_case, "reference")[1]
+    exact = found(exact, [exact_case.rows[name] for name in names])
+    assert_as_right_as(found(got, inputs), found(reference, inputs), exact)
+    with torch.no_grad():
+        assert torch.equal(newest_of(case, "fused")[0], got)
+
+
+def test_more_queries_than_histories_on_cuda(cuda):
+    rows = torch.randn(4, 2, 16, device=cuda)
+    with pytest.raises(ValueError, match="m at most B and T"):
+        ops.newest_attention(rows, rows, rows, torch.tensor([0, 1, 4], device=cuda))
 
 
 def test_the_number_of_queries_must_fit():

@@ -35,9 +35,10 @@ class LowRankPrompts(Memory):
 
     def reread(self, encoded: Encoded) -> Encoded:
         backbone, offsets = self._shared[0], encoded.offsets
-        rows, layout = encoded.rows(len(backbone.layers) - 1), Layout.of(offsets, None, None)
+        rows = encoded.rows(len(backbone.layers) - 1)
+        layout = Layout.of(offsets, len(rows), on_host=encoded.on_host)
         states, _ = functional_call(backbone.layers[-1], self._weights(), (rows, layout, None, "newest"))
-        return replace(encoded, newest=newest_of(backbone.norm(states), offsets, every_state=False))
+        return replace(encoded, newest=newest_of(backbone.norm(states), offsets, encoded.on_host))
 
     def _weights(self) -> dict[str, Tensor]:
         """The top layer's weights as the task would have them."""
