@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcl_ext.data import Dataset, ExampleBatch, iterate, make_batch, plan
 from pcl_ext.metrics import TaskMetrics
-from pcl_ext.model import UserModel
+from pcl_ext.model import UserModel, task_loss
 
 BATCH_TOKENS = 16_384
 MOST_SCORES = 1 << 26  # of a batch of users: 256 MB
@@ -22,12 +22,14 @@ class Score:
     """One task measured on one fold.
 
     metrics, standard_error  by metric name
+    loss                     mean of the task's training loss over the targets
     count                    targets that were ranked or predicted
     outputs                  sha256 of all outputs, in a fixed order of batches: equal hashes mean equal bits
     """
 
     metrics: dict[str, float]
     standard_error: dict[str, float]
+    loss: float
     count: int
     outputs: str
 
@@ -45,13 +47,16 @@ def evaluate(
     scores = {}
     for name in model.task_names if tasks is None else tasks:
         task = model.task(name)
-        metrics, digest = TaskMetrics(task.spec), hashlib.sha256()
+        metrics, digest, loss = TaskMetrics(task.spec), hashlib.sha256(), 0.0
         for batch, output in outputs(model, dataset, name, fold=fold, batch_tokens=batch_tokens):
             digest.update(output.cpu().contiguous().numpy().tobytes())
-            metrics.update(output, task.columns(batch.target), batch.target_row)
+            columns = task.columns(batch.target)
+            metrics.update(output, columns, batch.target_row)
+            loss += float(task_loss(task.spec, output, columns, batch.target_row)) * len(columns)
         if not metrics.count:
             raise ValueError(f"{dataset.path} has no {fold} users with a target of task {name!r}: nothing to measure")
-        scores[name] = Score(metrics.compute(), metrics.standard_error(), metrics.count, digest.hexdigest())
+        loss /= metrics.count
+        scores[name] = Score(metrics.compute(), metrics.standard_error(), loss, metrics.count, digest.hexdigest())
     return scores
 
 

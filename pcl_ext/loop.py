@@ -6,15 +6,19 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pcl_ext import store
 from pcl_ext.metrics import higher_is_better
+
+if TYPE_CHECKING:
+    from pcl_ext.infer import Score
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class LoopConfig:
 
     Args:
         epochs: at most this many passes over the training users
-        patience: stop after so many epochs without a better validation metric; the best epoch's weights are kept
+        patience: stop after so many epochs without a better one on the valid users; the best epoch's weights are kept
         batch_tokens: packed rows a step
         epoch_tokens: packed rows an epoch at most; of a larger dataset each epoch takes another part, drawn by seed
         learning_rate: of AdamW
@@ -83,18 +87,22 @@ class Problem:
 
     batches   (epoch, first step) -> (steps of the epoch, the batches from that step on): same answer, same bits
     loss      of one batch
-    validate  metrics of the model as it is; `metric` among them stops training
+    validate  how the model as it is does on the valid users; `metric` decides which epoch is kept
     identity  JSON values: a checkpoint made for others is refused
-    keep_start  the weights are good as they are: kept where no epoch beats them
+    keep_start    the weights are good as they are: kept where no epoch beats them
+    average       what is validated and kept is the average over the epochs so far, the e-th with weight e
+    ties_by_loss  epochs whose metric is within one standard error of the best one's are ties: the least loss is kept
     """
 
     label: str
     batches: Callable[[int, int], tuple[int, Iterator[Any]]]
     loss: Callable[[Any], Tensor]
-    validate: Callable[[], dict[str, float]]
+    validate: Callable[[], Score]
     metric: str
     identity: dict[str, Any]
     keep_start: bool = False
+    average: bool = False
+    ties_by_loss: bool = False
 
 
 def fit(
@@ -107,16 +115,16 @@ def fit(
     """Train until the validation metric stops improving; leaves the best epoch's weights in the model.
 
     Trains what has parameters and is in the optimiser. Returns the learning curve: one {"epoch", "loss", "valid",
-    "seconds", "best"} an epoch. A run that finds its own checkpoint goes on from there and ends with the same bits.
-    Dropout draws from torch's global generator, which the caller has seeded.
+    "valid_loss", "seconds", "best"} an epoch. A run that finds its own checkpoint goes on from there and ends with the
+    same bits. Dropout draws from torch's global generator, which the caller has seeded.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    schedule = CosineSchedule(optimizer)
+    schedule, average = CosineSchedule(optimizer), Average(trained)
     keeper = Checkpoint(checkpoint, config.checkpoint_seconds, trained, optimizer, problem.identity)
-    progress, best = keeper.load()
+    progress, best, average.values = keeper.load()
     if problem.keep_start and progress.start is None:
         model.eval()
-        progress.start = problem.validate()
+        progress.start = problem.validate().metrics
         best = {name: p.detach().clone() for name, p in trained.items()}
     while progress.epoch < config.epochs and progress.stale_epochs() < config.patience:
         steps, batches = problem.batches(progress.epoch, progress.step)
@@ -127,16 +135,52 @@ def fit(
             progress.loss_sum += _step(model, optimizer, problem, config, batch)
             progress.step += 1
             progress.seconds += time.monotonic() - started
-            keeper.save(progress, best)
+            keeper.save(progress, best, average.values)
         model.eval()
-        values = problem.validate()
-        if _end_epoch(progress, values, problem.metric):
-            best = {name: p.detach().clone() for name, p in trained.items()}
-        keeper.save(progress, best, now=True)
+        if problem.average:
+            average.add(progress.epoch)
+        with average.in_place():
+            if _end_epoch(progress, problem.validate(), problem):
+                best = {name: p.detach().clone() for name, p in trained.items()}
+        keeper.save(progress, best, average.values, now=True)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best[name])
     return progress.curve
+
+
+class Average:
+    """Parameters averaged over epochs, the e-th (from 1 on) with weight e; nothing before the first is added.
+
+    The later epochs of a run differ mostly by noise, which an average loses (Polyak and Juditsky, 1992).
+    """
+
+    def __init__(self, trained: dict[str, nn.Parameter], values: dict[str, Tensor] | None = None):
+        self.trained, self.values = trained, values or {}
+
+    @torch.no_grad()
+    def add(self, epoch: int) -> None:
+        """Take the parameters as they are after an epoch, counted from 0."""
+        for name, parameter in self.trained.items():
+            if epoch == 0:
+                self.values[name] = parameter.detach().clone()
+            else:
+                self.values[name].lerp_(parameter, 2 / (epoch + 2))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the parameters hold the average, where there is one."""
+        own = {name: self.trained[name].detach().clone() for name in self.values}
+        self._put(self.values)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.trained[name].copy_(value)
 
 
 class CosineSchedule:
@@ -171,17 +215,25 @@ def _step(
     return value
 
 
-def _end_epoch(progress: Progress, values: dict[str, float], metric: str) -> bool:
-    """Append the epoch to the curve; True where it is the best so far."""
-    seen = [entry["valid"][metric] for entry in progress.curve]
-    if progress.start is not None:
-        seen.append(progress.start[metric])
-    better = max if higher_is_better(metric) else min
-    best = not seen or (values[metric] != better(seen) and better([values[metric], *seen]) == values[metric])
-    entry = {"epoch": progress.epoch, "loss": progress.loss_sum / max(progress.step, 1), "valid": values}
-    progress.curve.append(entry | {"seconds": progress.seconds, "best": best})
+def _end_epoch(progress: Progress, score: Score, problem: Problem) -> bool:
+    """Append the epoch to the curve; True where it is the one to keep so far."""
+    best = _is_better(progress, score, problem)
+    entry = {"epoch": progress.epoch, "loss": progress.loss_sum / max(progress.step, 1), "valid": score.metrics}
+    progress.curve.append(entry | {"valid_loss": score.loss, "seconds": progress.seconds, "best": best})
     progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
     return best
+
+
+def _is_better(progress: Progress, score: Score, problem: Problem) -> bool:
+    sign = 1 if higher_is_better(problem.metric) else -1
+    value, *seen = (sign * v[problem.metric] for v in (score.metrics, *(e["valid"] for e in progress.curve)))
+    if progress.start is not None:
+        seen.append(sign * progress.start[problem.metric])
+    kept = next((entry for entry in reversed(progress.curve) if entry["best"]), None)
+    if not problem.ties_by_loss or kept is None:
+        return all(value > other for other in seen)
+    least = max(value, *seen) - score.standard_error[problem.metric]
+    return value >= least and (score.loss < kept["valid_loss"] or sign * kept["valid"][problem.metric] < least)
 
 
 def _bar(batches: Iterator[Any], steps: int, progress: Progress, label: str) -> Iterator[Any]:
@@ -221,29 +273,31 @@ class Checkpoint:
         self.path, self.seconds, self.identity = path, seconds, json.loads(json.dumps(identity))
         self.trained, self.optimizer, self.written = trained, optimizer, time.monotonic()
 
-    def save(self, progress: Progress, best: dict[str, Tensor], now: bool = False) -> None:
+    def save(self, progress: Progress, best: dict[str, Tensor], average: dict[str, Tensor], now: bool = False) -> None:
         """Write where `seconds` have passed since the last time, or `now`."""
         if self.path is None or (not now and time.monotonic() - self.written < self.seconds):
             return
         state = self.optimizer.state_dict()
         tensors = {f"weight/{name}": p.detach() for name, p in self.trained.items()}
         tensors |= {f"best/{name}": value for name, value in best.items()}
+        tensors |= {f"average/{name}": value for name, value in average.items()}
         tensors |= {f"optimizer/{i}/{key}": t for i, part in state["state"].items() for key, t in part.items()}
         tensors["generator"] = torch.get_rng_state()
         store.save_tensors(self.path, tensors, {"identity": self.identity, "progress": asdict(progress)})
         self.written = time.monotonic()
 
-    def load(self) -> tuple[Progress, dict[str, Tensor]]:
-        """Where to go on: the start, where there is no file. Raises ValueError for a file of another run."""
+    def load(self) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+        """Where to go on, the best weights and the average: the start, where there is no file. Raises ValueError for a
+        file of another run."""
         if self.path is None or not self.path.exists():
-            return Progress(), {}
+            return Progress(), {}, {}
         tensors, meta = store.load_tensors(self.path)
         for key, then, now in differences(meta["identity"], self.identity):
             raise ValueError(
                 f"{self.path} is the checkpoint of a run with {key} = {then!r}, this one has {now!r}; "
                 "repeat that run's settings to resume it, or remove the file to start again"
             )
-        groups = {"weight": {}, "best": {}, "optimizer": {}}
+        groups = {"weight": {}, "best": {}, "average": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             if kind in groups:
@@ -257,7 +311,7 @@ class Checkpoint:
             state.setdefault(int(place), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["generator"])
-        return Progress(**meta["progress"]), groups["best"]
+        return Progress(**meta["progress"]), groups["best"], groups["average"]
 
     def remove(self) -> None:
         if self.path is not None:

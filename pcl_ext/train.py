@@ -106,7 +106,12 @@ def learn_task(
     memory: MemoryConfig | None = None,
     checkpoint: Path | None = None,
 ) -> list[dict]:
-    """Add the dataset's task `name` to a model with a frozen backbone, learn it, close it; returns the curve."""
+    """Add the dataset's task `name` to a model with a frozen backbone, learn it, close it; returns the curve.
+
+    What is validated after each epoch, and kept, is the average of the task's weights over the epochs so far, the e-th
+    with weight e. For an items task the reported metric of the valid users picks the epoch; for labels, epochs whose
+    metric is within one standard error of the best are ties, and the one with the least loss is kept.
+    """
     config = config or LearnConfig()
     if not model.backbone_frozen:
         raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
@@ -133,11 +138,18 @@ def learn_task(
         identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
         identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
         problem = Problem(
-            name, batches, loss, lambda: validate(model, dataset, name), task.spec.metric, identity, ridge
+            name,
+            batches,
+            loss,
+            lambda: validate(model, dataset, name),
+            task.spec.metric,
+            identity,
+            keep_start=ridge,
+            average=True,
+            ties_by_loss=task.spec.kind != "items",
         )
-        optimizer = adamw(
-            _rates(task, config, config.ridge_rate if ridge else 1.0), config, config.epochs * batches(0, 0)[0]
-        )
+        groups = task_rates(task, config, config.ridge_rate if ridge else 1.0)
+        optimizer = adamw(groups, config, config.epochs * batches(0, 0)[0])
         curve = fit(model, optimizer, problem, config, checkpoint)
     model.freeze_task(name)
     return curve
@@ -159,7 +171,7 @@ def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> RowAdamW:
     return RowAdamW([part for part in parts if part["params"]])
 
 
-def _rates(task: Task, config: LearnConfig, factor: float = 1.0) -> list[tuple]:
+def task_rates(task: Task, config: LearnConfig, factor: float = 1.0) -> list[tuple]:
     """Groups of a task's parameters for `adamw`.
 
     A label is one number a user, so a rare item has few and small gradients. Adam would move its row as far as a common
@@ -198,9 +210,9 @@ def _check_catalogue(dataset: Dataset, backbone: BackboneConfig) -> None:
         )
 
 
-def validate(model: UserModel, dataset: Dataset, name: str) -> dict[str, float]:
-    """Metrics of one task on the valid users."""
-    return infer.evaluate(model, dataset, [name], fold="valid")[name].metrics
+def validate(model: UserModel, dataset: Dataset, name: str) -> infer.Score:
+    """One task on the valid users."""
+    return infer.evaluate(model, dataset, [name], fold="valid")[name]
 
 
 class NextItemLoss:

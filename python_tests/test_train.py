@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import torch
 from runs import BACKBONE, write_dataset
 
 from pcl_ext.data import Dataset, make_batch
+from pcl_ext.infer import Score
 from pcl_ext.item_start import start_items
 from pcl_ext.loop import Problem, fit
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
@@ -201,17 +203,60 @@ def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, pretrained, item
     assert (got - factor * want)[listed].norm() < 0.02 * got[listed].norm()
 
 
+def one_weight(scores: list[Score], **problem) -> tuple[list[dict], list[float], float]:
+    """Training of one weight that starts at 1 and falls by 1 a step, judged by `scores` in turn.
+
+    -> the curve, the weight at each validation, the weight in the end
+    """
+    layer, seen, scores = torch.nn.Linear(1, 1, bias=False), [], iter(scores)
+    torch.nn.init.ones_(layer.weight)
+
+    def validate() -> Score:
+        seen.append(layer.weight.item())
+        return next(scores)
+
+    batches = lambda epoch, start: (1, iter([torch.ones(1, 1)][start:]))  # noqa: E731
+    problem = Problem("t", batches, lambda x: layer(x).sum(), validate, "auc", {}, **problem)
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    with mock.patch("pcl_ext.loop.CosineSchedule"):
+        curve = fit(layer, optimizer, problem, LearnConfig(epochs=3))
+    return curve, seen, layer.weight.item()
+
+
+def auc(value: float, loss: float = 1.0) -> Score:
+    return Score({"auc": value}, {"auc": 0.1}, loss, 10, "")
+
+
 @pytest.mark.parametrize("better", [False, True])
 def test_a_start_is_kept_where_training_does_not_beat_it(better):
-    layer = torch.nn.Linear(2, 1)
-    first = layer.weight.detach().clone()
-    values = iter([0.5, 0.4, 0.6 if better else 0.5, 0.3])
-    batches = lambda epoch, start: (1, iter([torch.ones(3, 2)][start:]))  # noqa: E731
-    problem = Problem("t", batches, lambda x: layer(x).square().sum(), lambda: {"auc": next(values)}, "auc", {}, True)
-    config = LearnConfig(epochs=3)
-    curve = fit(layer, torch.optim.SGD(layer.parameters(), 0.01), problem, config)
+    scores = [auc(0.5), auc(0.4), auc(0.6 if better else 0.5), auc(0.3)]
+    curve, seen, weight = one_weight(scores, keep_start=True)
+    assert seen == [1, 0, -1, -2]
     assert [entry["best"] for entry in curve] == [False, better, False]
-    assert torch.equal(layer.weight, first) == (not better)
+    assert weight == (-1 if better else 1)
+
+
+def test_the_average_over_epochs_is_judged_and_kept():
+    curve, seen, weight = one_weight([auc(0.5), auc(0.6), auc(0.7)], average=True)
+    assert seen == pytest.approx([0, -2 / 3, -8 / 6])  # of 0, -1, -2 with weights 1, 2, 3
+    assert weight == pytest.approx(-8 / 6)
+    _, _, weight = one_weight([auc(0.5), auc(0.6), auc(0.55)], average=True)
+    assert weight == pytest.approx(-2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([auc(0.50, 3), auc(0.55, 2), auc(0.50, 1)], [True, True, True]),  # ties: the loss decides
+        ([auc(0.50, 1), auc(0.55, 2), auc(0.58, 3)], [True, False, False]),
+        ([auc(0.50, 1), auc(0.65, 2), auc(0.58, 3)], [True, True, False]),  # no tie: the metric does
+        ([auc(0.70, 3), auc(0.65, 2), auc(0.55, 1)], [True, True, False]),  # within .1 of the best, not of the kept
+        ([auc(0.50, 1), auc(0.58, 2), auc(0.66, 3)], [True, False, True]),  # what was kept is no tie any more
+    ],
+)
+def test_ties_go_to_the_least_loss(scores, best):
+    curve, _, _ = one_weight(scores, ties_by_loss=True)
+    assert [entry["best"] for entry in curve] == best
 
 
 def test_settings_of_the_start_are_checked():

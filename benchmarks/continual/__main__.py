@@ -13,6 +13,7 @@ from benchmarks.continual.methods import NAMES
 from benchmarks.continual.page import write_page
 from benchmarks.continual.schedule import Comparison, Plan
 from benchmarks.continual.settings import QUICK, STOPS, Budget
+from benchmarks.continual.table import write_table
 
 
 def folds_of(data: Path, wanted: list[str] | None) -> dict[str, str]:
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         Comparison(plan, options.out).run(options.jobs)
     finally:
         if (options.out / "results.jsonl").exists():
-            print(write_page(options.out))
+            print(write_page(options.out), write_table(options.out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pcl_ext.item_start import start_items
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.model import Backbone, LayerPrefix, MemoryConfig, Task, UserModel, task_loss
 from pcl_ext.model.encoded import Encoded, encode
-from pcl_ext.train import LearnConfig, NextItemLoss, PretrainConfig, _rates, adamw, epoch_batches
+from pcl_ext.train import LearnConfig, NextItemLoss, PretrainConfig, adamw, epoch_batches, task_rates
 
 BACKBONE_DECAY = 0.01  # as in pretraining
 
@@ -189,11 +189,12 @@ class Learner(nn.Module):
         opened = [self.model.task(name) for name in names if not self.model.task(name).closed]
         learn = self.world.learn_config()
         factors = {task: learn.ridge_rate if task.cold and learn.ridge else 1.0 for task in opened}
-        groups = [group for task, factor in factors.items() for group in _rates(task, learn, factor)]
+        groups = [group for task, factor in factors.items() for group in task_rates(task, learn, factor)]
         optimizer = adamw(groups, learn, steps) if groups else None
         optimizer = self._with_method(optimizer, config.epochs, steps)
-        run = Run(batches, loss, lambda: self.valid_score(names), config.epochs, config.patience)
-        train(self, optimizer, replace(run, keep_start=any(factor < 1 for factor in factors.values())))
+        keep_start, average = any(factor < 1 for factor in factors.values()), self.world.setting.average
+        score = lambda: self.valid_score(names)  # noqa: E731
+        train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, keep_start, average))
 
     def _with_method(self, optimizer, epochs: int, steps: int) -> torch.optim.Optimizer:
         parameters, decay = self.trained(), BACKBONE_DECAY * (1000 / steps) ** 0.5
@@ -233,12 +234,17 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def valid_score(self, names: list[str]) -> float:
-        """What early stopping watches, more is better: the mean over tasks of the metric's logarithm, or the loss."""
+        """What early stopping watches, more is better: the mean over tasks of the metric's logarithm, or the loss.
+
+        Where weights are averaged, the loss of a label task that is learned alone: as `learn_task`, but that every
+        metric ties.
+        """
         self.eval()
-        scores = []
+        scores, averaged = [], self.world.setting.average and not self.joint
         for name in names:
-            values, loss = self.measure(name, "valid")
-            scores.append(-loss if self.world.budget.stop == "loss" else score(self.model.task(name).spec, values))
+            (values, loss), spec = self.measure(name, "valid"), self.model.task(name).spec
+            by_loss = self.world.budget.stop == "loss" or (averaged and spec.kind != "items")
+            scores.append(-loss if by_loss else score(spec, values))
         return sum(scores) / len(scores)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pcl_ext.loop import CosineSchedule
+from pcl_ext.loop import Average, CosineSchedule
 
 if TYPE_CHECKING:
     from benchmarks.continual.learner import Learner
@@ -26,12 +26,14 @@ class Run:
     epochs: int
     patience: int
     keep_start: bool = False  # the weights are good as they are: kept where no epoch beats them
+    average: bool = False  # what is scored and kept is the average over the epochs so far, as in `learn_task`
 
 
 def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
     """Train until the score stops rising; the best epoch's weights stay. -> the number of epochs that were run."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     schedule, best, best_epoch, kept = CosineSchedule(optimizer), -math.inf, -1, []
+    average = Average({str(place): parameter for place, parameter in enumerate(trained)})
     if run.keep_start:
         learner.eval()
         best, kept = run.score(), [p.detach().clone() for p in trained]
@@ -50,11 +52,14 @@ def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
             optimizer.step()
             learner.after_step()
         learner.eval()
-        score = run.score()
-        if score > best:
-            best, best_epoch = score, epoch
-            kept = [p.detach().clone() for p in trained]
-        elif epoch - best_epoch >= run.patience:
+        if run.average:
+            average.add(epoch)
+        with average.in_place():
+            score = run.score()
+            if score > best:
+                best, best_epoch = score, epoch
+                kept = [p.detach().clone() for p in trained]
+        if epoch - best_epoch >= run.patience:
             break
     with torch.no_grad():
         for parameter, value in zip(trained, kept, strict=True):

@@ -53,6 +53,7 @@ class Setting:
         readout: what the heads read, a key of READOUTS
         rate: learning rate of what the method trains besides readout and head
         memory_rate, head_rate: of readout and head, as `LearnConfig` has them
+        average: whether weights are averaged over epochs, as `learn_task` does it
         strength: weight of the method's own penalty
         dropout: on what the head reads of the backbone's states; None is the package's default
         keep: share of the free weights a task keeps (CONURE)
@@ -63,6 +64,7 @@ class Setting:
     rate: float = 1e-3
     memory_rate: float = LearnConfig.learning_rate
     head_rate: float = LearnConfig.head_rate
+    average: bool = False
     strength: float = 1.0
     dropout: float | None = None
     keep: float = 0.3
@@ -93,17 +95,18 @@ def _product(**choices: tuple) -> list[Setting]:
     return settings
 
 
+_EITHER = (False, True)
 GRID: dict[str, list[Setting]] = {
     "popularity": [Setting()],
     "cheap": [Setting()],
-    "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2), dropout=(0.2, 0.8)),
-    "pooled-probe": _product(readout=("pooled",), head_rate=(2e-3, 1e-2), dropout=(0.2, 0.8)),
+    "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2), average=_EITHER),
+    "pooled-probe": _product(readout=("pooled",), head_rate=(2e-3, 1e-2), average=_EITHER),
     "single": _product(rate=(1e-3, 3e-3)),
-    "copy": _product(rate=(3e-4, 1e-3)),
+    "copy": _product(rate=(3e-4, 1e-3), average=_EITHER),
     "fine": _product(rate=(1e-4, 1e-3)),
-    "mtl": _product(rate=(3e-4, 1e-3)),
+    "mtl": _product(rate=(3e-4, 1e-3), average=_EITHER),
     "mtl-scratch": _product(rate=(1e-3, 3e-3)),
-    "mmoe": _product(rate=(3e-4, 1e-3)),
+    "mmoe": _product(rate=(3e-4, 1e-3), average=_EITHER),
     "mmoe-scratch": _product(rate=(1e-3, 3e-3)),
     "ewc": _product(rate=(3e-4,), strength=(1e2, 1e4)),
     "lwf": _product(rate=(3e-4,), strength=(1.0, 4.0)),

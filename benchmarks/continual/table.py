@@ -1,0 +1,49 @@
+"""The comparison's table in Markdown: table.md beside the page, to be read in a terminal or put into a document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.continual.summary import Gain, Summary, summarise
+
+
+def write_table(out: Path, ours: str = "pcl") -> Path:
+    """table.md in the folder of a comparison; -> its path. ValueError where there are no results."""
+    summary = summarise(out)
+    heads = ["method", "folds x seeds", *summary.metric, "mean", f"{ours} over it, mean", "forgetting"]
+    heads += ["parameters a task", "seconds a task"]
+    lines = [heads, ["---"] * len(heads), ["", "", *summary.metric.values(), *[""] * 5]]
+    lines += [_line(summary, name, ours) for name in summary.rows]
+    path = out / "table.md"
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), "utf-8")
+    return path
+
+
+def _line(summary: Summary, name: str, ours: str) -> list[str]:
+    row, gains = summary.rows[name], {}
+    if ours in summary.rows and name != ours:
+        gains = summary.paired(ours, name)
+    runs = summary.values[name].keys()
+    lost = [value for task, value in row.forgetting.items() if task != list(summary.metric)[-1]]
+    return [
+        name,
+        f"{len({fold for fold, _ in runs})} x {len({seed for _, seed in runs})}",
+        *(_number(row.value[task], row.deviation[task]) for task in summary.metric),
+        _number(row.mean()),
+        _gain(gains["mean"]) if gains else "",
+        "0" if not any(lost) else _number(float(np.mean(lost))),
+        f"{row.parameters:,.0f}",
+        f"{row.seconds:.1f}",
+    ]
+
+
+def _number(value: float, deviation: float = np.nan) -> str:
+    text = f"{value:.4f}".replace("0.", ".", 1)
+    return text if np.isnan(deviation) else f"{text} ± {deviation:.4f}".replace("± 0.", "± .")
+
+
+def _gain(gain: Gain) -> str:
+    error = "" if np.isnan(gain.error) else f" ± {100 * gain.error:.1f}"
+    return f"{100 * gain.mean:+.1f}{error} %"
