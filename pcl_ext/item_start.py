@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,16 @@ _SCALES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @torch.no_grad()
-def start_items(model: UserModel, dataset: Dataset, name: str, strength: float) -> None:
-    """Start a new task where its item memory alone already ranks as a ridge regression of that strength does.
+def start_items(
+    model: UserModel, dataset: Dataset, name: str, strengths: Sequence[float], score: Callable[[], float]
+) -> None:
+    """Start a new task where its item memory alone already ranks as a ridge regression does.
 
     Each target is one number of n users' rows Y [n, C], regressed on what the item memory sums of their histories; the
     best approximation of the memory's width splits into its table and the head's rows. A softmax needs larger numbers
     than a regression of zeros and ones gives: one factor, the one with the least loss when half of the events are left
-    out.
+    out. Of several strengths the one is kept whose `score()`, of the model as it then is, is the highest: where
+    histories say little about the targets, that is a strong one, which ranks by popularity.
     """
     task = model.task(name)
     memory = task.memories["item_memory"]
@@ -32,11 +37,16 @@ def start_items(model: UserModel, dataset: Dataset, name: str, strength: float) 
     x = csr(*bags, rows)
     counts = torch.bincount(targets[0], minlength=len(examples))
     y = csr(targets[1], to_offsets(counts), torch.ones(len(targets[1])), columns)
-    regression = Ridge(x, y, strength)
-    left, right = regression.factors(memory.num_features)
     dropped = csr(bags[0], bags[1], _half(bags[2], task), rows)
-    factor = _factor(dropped @ left, right, regression.means, targets)
-    task.start_items(left * factor**0.5, right.T * factor**0.5, regression.means * factor)
+    starts = []
+    for strength in strengths:
+        regression = Ridge(x, y, strength)
+        left, right = regression.factors(memory.num_features)
+        factor = _factor(dropped @ left, right, regression.means, targets)
+        start = (left * factor**0.5, right.T * factor**0.5, regression.means * factor)
+        task.start_items(*start)
+        starts.append((score() if len(strengths) > 1 else 0.0, start))
+    task.start_items(*max(starts, key=lambda scored: scored[0])[1])
 
 
 def _sample(examples: Examples) -> Examples:

@@ -18,6 +18,7 @@ from pcl_ext.batch import PackedBatch
 from pcl_ext.data import FOLDS, Dataset, ExampleBatch, Examples, make_batch, plan
 from pcl_ext.item_start import start_items
 from pcl_ext.loop import LoopConfig, Problem, fit
+from pcl_ext.metrics import higher_is_better
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel, task_loss
 from pcl_ext.model.softmax import catalogue_cross_entropy
 from pcl_ext.row_adamw import RowAdamW
@@ -48,8 +49,8 @@ class LearnConfig(LoopConfig):
 
     Args:
         head_rate: learning rate of the head
-        ridge: strength of the ridge regression that an items task with a cold catalogue starts from; 0 starts it at
-            random. The start is kept where training does not beat it
+        ridge: strengths of the ridge regression that an items task with a cold catalogue starts from; the valid users
+            pick one, none starts it at random. The start is kept where training does not beat it
         ridge_rate: factor on both learning rates after such a start
     """
 
@@ -57,13 +58,16 @@ class LearnConfig(LoopConfig):
     learning_rate: float = 5e-3
     weight_decay: float = 1.0
     head_rate: float = 2e-3
-    ridge: float = 3.0
+    ridge: tuple[float, ...] = (3.0, 30.0, 1000.0)
     ridge_rate: float = 0.1  # at full rates range_b of online-retail falls to mrr@5 .087, at these .094
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.ridge >= 0 or not self.ridge_rate > 0:
-            raise ValueError(f"ridge must be at least 0 and ridge_rate above 0, got {self.ridge} and {self.ridge_rate}")
+        object.__setattr__(self, "ridge", tuple(self.ridge))
+        if not all(strength > 0 for strength in self.ridge) or not self.ridge_rate > 0:
+            raise ValueError(
+                f"ridge must hold strengths above 0, and ridge_rate be above 0, got {self.ridge} and {self.ridge_rate}"
+            )
 
 
 def pretrain(
@@ -132,8 +136,10 @@ def learn_task(
             return sum(task_loss(task.spec, output, target, batch.target_row) for output in outputs) / len(outputs)
 
         infer.fit_head(model, dataset, name)
-        if ridge := task.cold and config.ridge > 0:
-            start_items(model, dataset, name, config.ridge)
+        if ridge := task.cold and bool(config.ridge):
+            sign = 1 if higher_is_better(task.spec.metric) else -1
+            score = lambda: sign * validate(model, dataset, name).metrics[task.spec.metric]  # noqa: E731
+            start_items(model, dataset, name, config.ridge, score)
         tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
         identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
         identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}

@@ -178,16 +178,18 @@ def pretrained(dataset):
     return pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1))[0]
 
 
-@pytest.mark.parametrize("item_rows", [1000, 40])
-def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, pretrained, item_rows):
-    """At a width that W fits into, scores are one factor times those of the dense formula."""
+@pytest.mark.parametrize(("item_rows", "strengths"), [(1000, (3.0,)), (40, (3.0,)), (1000, (100.0, 3.0, 0.5))])
+def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, pretrained, item_rows, strengths):
+    """At a width that W fits into, scores are one factor times those of the dense formula; a score picks among
+    several strengths: here the second."""
     model = copy.deepcopy(pretrained).eval()
     model.backbone.trained_items[:] = False
     config = MemoryConfig(placement="none", item_width=60, item_rows=item_rows)
     task = model.add_task(dataset.task("range").spec, config).eval()
     assert task.cold
     torch.manual_seed(0)
-    start_items(model, dataset, "range", 3.0)
+    scores = iter([0.1, 0.3, 0.2])
+    start_items(model, dataset, "range", strengths, lambda: next(scores))
     examples = dataset.examples("range", "train")
     batch = make_batch(dataset, examples, torch.arange(len(examples)), 20)
     memory, columns, n = task.memories["item_memory"], len(task.catalogue), len(examples)
@@ -260,5 +262,9 @@ def test_ties_go_to_the_least_loss(scores, best):
 
 
 def test_settings_of_the_start_are_checked():
-    with pytest.raises(ValueError, match="ridge must be at least 0 and ridge_rate above 0, got 1 and 0"):
-        LearnConfig(ridge=1, ridge_rate=0)
+    with pytest.raises(
+        ValueError, match=r"ridge must hold strengths above 0, and .* got \(0,\) and"
+    ):
+        LearnConfig(ridge=(0,))
+    with pytest.raises(ValueError, match=r"got \(1,\) and 0"):
+        LearnConfig(ridge=(1,), ridge_rate=0)

@@ -224,8 +224,8 @@ class Learner(nn.Module):
             if count >= most:
                 break
         task.fit_head(torch.cat(features), torch.cat(targets), torch.cat(rows))
-        if task.cold and self.world.learn_config().ridge:
-            start_items(self.model, self.world.dataset, name, self.world.learn_config().ridge)
+        if task.cold and (strengths := self.world.learn_config().ridge):
+            start_items(self.model, self.world.dataset, name, strengths, lambda: self.valid_score([name]))
 
     def train(self, mode: bool = True) -> Learner:
         super().train(mode)
