@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = ("online-retail", "ml-1m", "events", "synthetic")
@@ -26,13 +28,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parser.parse_args(argv)
         name = settings.subcommand
-        return getattr(commands, name)(subparsers[name].instantiate(settings[name]))
+        with _log_to_stderr():
+            return getattr(commands, name)(subparsers[name].instantiate(settings[name]))
     except argparse.ArgumentError as error:
         return _fail(f"pcl: {error}; --help says what is accepted")
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         return _fail(f"pcl {name}: {error}")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped")
+
+
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Inside, what the package logs is on stderr: one line an epoch where no progress bar is."""
+    logger, handler = logging.getLogger("pcl_ext"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _fail(message: str) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from pcl_ext.metrics import higher_is_better
 
 if TYPE_CHECKING:
     from pcl_ext.infer import Score
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -237,14 +241,18 @@ def _is_better(progress: Progress, score: Score, problem: Problem) -> bool:
 
 
 def _bar(batches: Iterator[Any], steps: int, progress: Progress, label: str) -> Iterator[Any]:
+    """The batches of an epoch behind a progress bar; where stderr is no terminal, an epoch is a line for the log."""
+    text = f"{label} epoch {progress.epoch}"
+    if progress.curve:
+        text += "  " + "  ".join(f"{name} {value:.4f}" for name, value in progress.curve[-1]["valid"].items())
+    if not sys.stderr.isatty():
+        _LOG.info("%s", text)
+        return batches
     try:
         from tqdm import tqdm
     except ImportError:
         return batches
-    text = f"{label} epoch {progress.epoch}"
-    if progress.curve:
-        text += "  " + "  ".join(f"{name} {value:.4f}" for name, value in progress.curve[-1]["valid"].items())
-    return tqdm(batches, desc=text, total=steps, initial=progress.step, leave=False, disable=None)
+    return tqdm(batches, desc=text, total=steps, initial=progress.step, leave=False)
 
 
 def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -262,9 +262,7 @@ def test_ties_go_to_the_least_loss(scores, best):
 
 
 def test_settings_of_the_start_are_checked():
-    with pytest.raises(
-        ValueError, match=r"ridge must hold strengths above 0, and .* got \(0,\) and"
-    ):
+    with pytest.raises(ValueError, match=r"ridge must hold strengths above 0, and .* got \(0,\) and"):
         LearnConfig(ridge=(0,))
     with pytest.raises(ValueError, match=r"got \(1,\) and 0"):
         LearnConfig(ridge=(1,), ridge_rate=0)

@@ -15,8 +15,7 @@ from pcl_ext.data import Dataset
 CHECKPOINT = "checkpoint.pt"
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def train() -> None:
     dataset = Dataset("shop")
     model = NextItem(dataset.num_items)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -37,6 +36,11 @@ def main() -> None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": step + 1}
             torch.save(state, CHECKPOINT + ".new")
             os.replace(CHECKPOINT + ".new", CHECKPOINT)  # there is always a whole one
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    train()  # a function of its own: what still holds the model would hold the group, beyond its end
     dist.barrier()  # a gloo thread that still holds a tensor of Python when the interpreter ends would abort it
     dist.destroy_process_group()
 
