@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import shutil
@@ -14,8 +15,9 @@ import numpy as np
 
 from pcl_ext.data.work_folder import sync, work_folder
 
-_VERSION = 1
+_VERSION = 2
 _HEADER = 128
+_SIZES = "sizes.json"  # the size of every file of a cache folder, written last
 
 
 class NpyFile:
@@ -81,7 +83,8 @@ def identity(paths: Sequence[Path], extra: str = "") -> str:
 
 def cached(dataset: Path, stem: str, key: str, build: Callable[[Path], None]) -> Path:
     """The folder that `build` once filled for this key: <dataset>/.cache/<stem>-<key>, or below the temporary folder
-    where the dataset cannot be written. Built apart and renamed, so that it is complete wherever it exists."""
+    where that cannot be read or written. Built apart and renamed; one that has lost a file, or a part of it, is built
+    again. Only the user who made it can read it: it may hold more than the modes of the dataset's files show others."""
     try:
         return _find_or_build(dataset / ".cache", f"{stem}-{key}", build)
     except _NotWritable:
@@ -93,7 +96,7 @@ class _NotWritable(OSError):
 
 
 def _find_or_build(root: Path, name: str, build: Callable[[Path], None]) -> Path:
-    if (root / name).is_dir():
+    if _is_whole(root / name):
         return root / name
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,14 +106,26 @@ def _find_or_build(root: Path, name: str, build: Callable[[Path], None]) -> Path
     return _build(root / name, build)
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder is there, may be read, and has every file at its size."""
+    try:
+        sizes = json.loads((folder / _SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
 def _build(final: Path, build: Callable[[Path], None]) -> Path:
     with work_folder(final.parent, f"tmp-{final.name}-") as work:
         build(work)
+        (work / _SIZES).write_text(json.dumps({path.name: path.stat().st_size for path in sorted(work.iterdir())}))
         sync(work)
+        if not _is_whole(final):
+            shutil.rmtree(final, ignore_errors=True)
         try:
             os.rename(work, final)
         except OSError:
-            if not final.is_dir():  # another process was first otherwise
+            if not _is_whole(final):  # another process was first otherwise
                 raise
     for old in final.parent.glob(f"{final.name.rsplit('-', 1)[0]}-{'[0-9a-f]' * 16}"):
         if old != final:  # of an earlier version of the file; open memory maps stay valid

@@ -1,6 +1,9 @@
 import json
+import multiprocessing
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +60,45 @@ def test_a_dataset_that_cannot_be_written_is_cached_elsewhere(write_folder, tmp_
     (tmp_path / "elsewhere").mkdir()
     assert histories(Dataset(folder)) == HISTORIES
     assert list((tmp_path / "elsewhere").rglob("items.npy"))
+
+
+def open_as_another_user(folder, temporary, answer):
+    """In a child: `folder` is opened by a user who may not read its cache."""
+    if os.getuid() == 0:
+        os.setuid(65534)
+    cache_module.tempfile.tempdir = str(temporary)
+    answer.put(histories(Dataset(folder)))
+
+
+def test_a_cache_of_another_user_is_left_alone(write_folder):
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as shared:  # pytest's folders are closed to others
+        folder, temporary = shutil.copytree(write_folder(), f"{shared}/plain"), Path(shared, "tmp")
+        Dataset(folder)
+        temporary.mkdir()
+        for path, mode in ((Path(shared), 0o755), (temporary, 0o777), (Path(folder, ".cache"), 0)):
+            path.chmod(mode)
+        answer = context.Queue()
+        process = context.Process(target=open_as_another_user, args=(folder, temporary, answer))
+        process.start()
+        process.join()
+        Path(folder, ".cache").chmod(0o700)
+        assert process.exitcode == 0
+        assert answer.get() == HISTORIES
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "header"])
+@pytest.mark.parametrize("name", ["items.npy", "offsets.npy", "times.npy", "meta.json", "sizes.json"])
+def test_a_cache_that_lost_a_part_is_built_again(toy, name, damage):
+    file = next((toy.path / ".cache").glob("histories-*")) / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        os.truncate(file, {"empty": 0, "header": min(128, file.stat().st_size - 2)}[damage])
+    again = Dataset(toy.path)
+    assert histories(again) == HISTORIES
+    assert again.times.tolist() == list(range(12))
+    assert len(list((toy.path / ".cache").iterdir())) == 1
 
 
 def test_a_task_may_be_added_without_making_it_another_dataset(write_folder, tmp_path):
