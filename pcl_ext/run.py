@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pcl_ext import baselines, infer, ops, store
-from pcl_ext.data import Dataset
+from pcl_ext.data import Dataset, check_task
 from pcl_ext.loop import differences
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
@@ -33,13 +33,15 @@ def pretrain(
     """Pretrain a backbone on the dataset's train users into a new run folder; row 1 of the result matrix.
 
     backbone  fields of BackboneConfig other than num_items. A run that was interrupted goes on where it stopped; one
-    that is complete is returned as it is. Raises ValueError where `out` holds a run with other settings, or where
-    another process is at it.
+    that is complete is returned as it is. Raises ValueError where `out` holds a run with other settings, where another
+    process is at it, or where the dataset breaks a promise (`data.check_task`).
     """
     shape = BackboneConfig(dataset.num_items, **(backbone or {}))
     config = config or PretrainConfig()
     settings = json.loads(json.dumps({"backbone": shape.to_json(), "pretrain": asdict(config)}))
     out = Path(out)
+    if not (out / "manifest.json").exists():
+        check_task(dataset, "next")
     checkpoint = out / "checkpoints" / "next.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(out):
@@ -82,7 +84,7 @@ def learn(
     same bits on all test users.
 
     A task that the run knows already is left as it is; an interrupted one goes on where it stopped. Raises ValueError
-    where another process is at the run.
+    where another process is at the run, or where the task's table breaks a promise (`data.check_task`).
     """
     run = Path(run)
     store.read_manifest(run)  # before a lock is left in a folder that is no run
@@ -90,6 +92,8 @@ def learn(
         record = store.read_manifest(run)["record"]
         check_dataset(run, record, dataset)
         model = store.from_pretrained(run)
+        if name not in model.task_names:
+            check_task(dataset, name)
         if _other_machine(record["machine"]):
             _take_outputs_again(model, dataset, record)
         checkpoint = run / "checkpoints" / f"{name}.safetensors"

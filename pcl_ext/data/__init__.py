@@ -1,6 +1,6 @@
 """Datasets on disk, their preparation, splits and batches."""
 
-from pcl_ext.data.check import check
+from pcl_ext.data.check import check, check_task
 from pcl_ext.data.dataset import Dataset
 from pcl_ext.data.events import prepare as prepare_events
 from pcl_ext.data.examples import Examples
@@ -20,6 +20,7 @@ __all__ = [
     "Examples",
     "TaskTable",
     "check",
+    "check_task",
     "fold_of",
     "iterate",
     "make_batch",

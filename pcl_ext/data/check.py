@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from pcl_ext.data.cache import cached, identity
 from pcl_ext.data.dataset import Dataset
-from pcl_ext.data.parquet import row_of
+from pcl_ext.data.histories import FILE
 from pcl_ext.data.progress import progress
-from pcl_ext.data.table import NEXT, TaskTable
+from pcl_ext.data.table import NEXT, TaskTable, load_task
 
 _EVENTS = 1 << 21
 
@@ -18,21 +20,43 @@ def check(dataset: Dataset | str | Path) -> None:
     """Raise ValueError, naming file, rule, row and value, for the first promise that does not hold.
 
     Opening a dataset and its tables proves: types, no nulls or NaN, item ids in 1..V, one fold a user, unique and known
-    users, cuts within the history, targets in range. Here: histories are oldest first, `distinct` is true where it is
-    claimed, an item target is not among the visible items (unless the task says repeats), and no time of a target is
-    before the last visible event.
+    users, cuts within the history, targets in range. Here: histories are oldest first, no item is there twice where
+    dataset.json says `distinct` or tasks/next.json does not say `repeats`, an item target is not among the visible
+    items (unless the task says `repeats`), and no time of a target is before the last visible event.
     """
     dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
-    tables = {name: dataset.task(name) for name in dataset.task_names}
-    _check_histories(dataset)
-    for name, table in tables.items():
-        file = dataset.path / "tasks" / f"{name}.parquet"
-        if name == NEXT and not file.exists():
-            continue  # derived: the last item, given those before it
-        if table.time is not None:
-            _check_times(dataset, table, file)
-        if table.spec.kind == "items" and not table.spec.repeats:
-            _check_unseen(dataset, table, file)
+    for name in dataset.task_names:
+        dataset.task(name)  # types and ranges of all tables before the long look at the histories
+    for name in dataset.task_names:
+        check_task(dataset, name)
+
+
+def check_task(dataset: Dataset, name: str) -> None:
+    """What `check` proves of the histories and of one task. What has passed is remembered in the dataset's cache, by
+    the hashes of its contents, and not looked at again."""
+    table, histories = load_task(dataset, name), dataset.sha256  # as the files are now, whatever was read before
+    _once(dataset, "ordered", histories, lambda: _check_times_rise(dataset))
+    if dataset.distinct:
+        _once(dataset, "distinct", histories, lambda: _check_distinct(dataset, "dataset.json says distinct"))
+    elif name == NEXT and not table.spec.repeats:  # every item of a history is a target of pretraining
+        rule = "tasks/next.json does not say repeats"
+        _once(dataset, "distinct", histories, lambda: _check_distinct(dataset, rule))
+    if (dataset.path / "tasks" / f"{name}.parquet").exists():  # else derived: the last item, given those before it
+        key = histories + dataset.task_sha256(name)
+        _once(dataset, f"checked-{name}", key, lambda: _check_table(dataset, table))
+
+
+def _once(dataset: Dataset, what: str, key: str, prove: Callable[[], None]) -> None:
+    """A folder of the cache that holds nothing says that `prove` did not raise for this key."""
+    cached(dataset.path, what, identity([], key), lambda out: prove())
+
+
+def _check_table(dataset: Dataset, table: TaskTable) -> None:
+    file = dataset.path / "tasks" / f"{table.spec.name}.parquet"
+    if table.time is not None:
+        _check_times(dataset, table, file)
+    if table.spec.kind == "items" and not table.spec.repeats:
+        _check_unseen(dataset, table, file)
 
 
 def user_chunks(dataset: Dataset):
@@ -45,28 +69,34 @@ def user_chunks(dataset: Dataset):
         start = min(end, dataset.num_users)
 
 
-def _check_histories(dataset: Dataset) -> None:
-    file = dataset.path / "histories.parquet"
-    bar = progress("checking histories", dataset.num_users)
-    for start, end in user_chunks(dataset):
+def _check_times_rise(dataset: Dataset) -> None:
+    if dataset.times is None:
+        return
+    for start, end, user in _checked_chunks(dataset):
         low, high = dataset.offsets[start], dataset.offsets[end]
-        lengths = np.diff(dataset.offsets[start : end + 1])
-        user = np.repeat(np.arange(end - start), lengths)
-        if dataset.times is not None:
-            back = (np.diff(dataset.times[low:high]) < 0) & (user[1:] == user[:-1])
-            if back.any():
-                at = int(np.flatnonzero(back)[0]) + 1
-                value = int(dataset.times[low + at])
-                raise ValueError(f"{file}: times must not decrease, got {value} in row {start + row_of(lengths, at)}")
-        if dataset.distinct:
-            keys = _keys(dataset, user, dataset.items[low:high])
-            keys.sort()
-            if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
-                row, item = divmod(int(keys[twice[0]]), dataset.num_items + 1)
-                rule = "dataset.json says distinct, so items must not repeat"
-                raise ValueError(f"{file}: {rule}, got {item} twice in row {start + row}")
-        bar.update(end - start)
-    bar.close()
+        back = (np.diff(dataset.times[low:high]) < 0) & (user[1:] == user[:-1])
+        if back.any():
+            at = int(np.flatnonzero(back)[0]) + 1
+            value, row = int(dataset.times[low + at]), start + int(user[at])
+            raise ValueError(f"{dataset.path / FILE}: times must not decrease, got {value} in row {row}")
+
+
+def _check_distinct(dataset: Dataset, rule: str) -> None:
+    for start, end, user in _checked_chunks(dataset):
+        keys = _keys(dataset, user, dataset.items[dataset.offsets[start] : dataset.offsets[end]])
+        keys.sort()
+        if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
+            row, item = divmod(int(keys[twice[0]]), dataset.num_items + 1)
+            text = f"{rule}, so items must not repeat, got {item} twice in row {start + row}"
+            raise ValueError(f"{dataset.path / FILE}: {text}")
+
+
+def _checked_chunks(dataset: Dataset):
+    """(first user, end, which of these users each event belongs to) of all users, with a bar."""
+    with progress("checking histories", dataset.num_users) as bar:
+        for start, end in user_chunks(dataset):
+            yield start, end, np.repeat(np.arange(end - start), np.diff(dataset.offsets[start : end + 1]))
+            bar.update(end - start)
 
 
 def _check_times(dataset: Dataset, table: TaskTable, file: Path) -> None:

@@ -1,0 +1,101 @@
+"""What `run` refuses before its first step: data that leaks, folders of anyone's writing included."""
+
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import BACKBONE
+
+from pcl_ext import run, train
+from pcl_ext.data import Dataset, check_task
+from pcl_ext.train import LearnConfig, PretrainConfig
+
+ONCE = {"epochs": 1, "batch_tokens": 600}
+USERS = 60
+FOLDS = ["train"] * 4 + ["valid", "test"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A dataset folder as other tools would write it: 60 users, 20 items, a table for each task given by name as
+    (json values, targets)."""
+    torch.set_num_threads(1)
+    histories = [[1 + (user * 7 + step * 3) % 20 for step in range(2 + user % 5)] for user in range(USERS)]
+
+    def call(tasks, histories=histories, **header):
+        folder = tmp_path / "own"
+        (folder / "tasks").mkdir(parents=True, exist_ok=True)
+        (folder / "dataset.json").write_text(json.dumps({"format": 1, "name": "own", "num_items": 20} | header))
+        items = pa.array(histories, pa.list_(pa.int32()))
+        columns = {"user_id": list(range(USERS)), "items": items, "fold": FOLDS * (USERS // len(FOLDS))}
+        pq.write_table(pa.table(columns), folder / "histories.parquet")
+        for name, (spec, target) in tasks.items():
+            (folder / "tasks" / f"{name}.json").write_text(json.dumps({"name": name} | spec))
+            rows = {"user_id": list(range(USERS)), "target": target, "cut": [len(items) for items in histories]}
+            pq.write_table(pa.table(rows), folder / "tasks" / f"{name}.parquet")
+        return Dataset(folder)
+
+    call.histories = histories
+    return call
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    """Training would fail."""
+
+    def fail(*args):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(train, "fit", fail)
+
+
+def pretrain(dataset, out):
+    return run.pretrain(dataset, out, BACKBONE, PretrainConfig(**ONCE))
+
+
+def learn(dataset, out, name):
+    return run.learn(out, dataset, name, LearnConfig(**ONCE))
+
+
+def test_a_table_that_leaks_is_not_learned(write, tmp_path):
+    seen = [items[0] for items in write.histories]
+    dataset = write({"leak": ({"kind": "items"}, seen)})
+    pretrain(dataset, tmp_path / "run")
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"leak\.parquet: target must not be among the first 2 items"):
+        learn(dataset, tmp_path / "run", "leak")
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
+    write({"leak": ({"kind": "items", "repeats": True}, seen)})
+    learn(Dataset(dataset.path), tmp_path / "run", "leak")
+
+
+@pytest.mark.parametrize(
+    ("header", "tasks", "words"),
+    [
+        ({"distinct": True}, {}, "dataset.json says distinct"),
+        ({}, {"next": ({"kind": "items"}, [19] * USERS)}, "tasks/next.json does not say repeats"),
+    ],
+    ids=["header", "next.json"],
+)
+def test_histories_that_are_not_distinct_are_not_learned_from(write, tmp_path, no_step, header, tasks, words):
+    dataset = write(tasks, [[3, 4, 3], *write.histories[1:]], **header)
+    with pytest.raises(ValueError, match=f"{words}, so items must not repeat, got 3 twice in row 0"):
+        pretrain(dataset, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_has_passed_is_not_looked_at_again(write, tmp_path, monkeypatch):
+    unseen = [next(i for i in range(1, 21) if i not in items) for items in write.histories]
+    dataset = write({"new": ({"kind": "items"}, unseen)})
+    pretrain(dataset, tmp_path / "run")
+    check_task(dataset, "new")
+    monkeypatch.setattr(sys.modules["pcl_ext.data.check"], "user_chunks", lambda dataset: pytest.fail("read again"))
+    check_task(Dataset(dataset.path), "new")
+    dataset.check()
+    monkeypatch.undo()
+    write({"new": ({"kind": "items"}, [write.histories[0][0], *unseen[1:]])})
+    with pytest.raises(ValueError, match="target must not be among"):
+        check_task(dataset, "new")
