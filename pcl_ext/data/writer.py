@@ -17,6 +17,7 @@ from pcl_ext.data.work_folder import sync, sync_one, work_folder
 from pcl_ext.task import TaskSpec
 
 FORMAT = 1
+_INT32 = 2**31 - 1
 _FOLD = pa.array(FOLDS)
 
 
@@ -58,14 +59,30 @@ class DatasetWriter:
             self._work.__exit__(None, None, None)
 
     def histories(self, user_id, items, offsets, fold, times=None) -> None:
-        """user_id [n], items [t] oldest first, offsets [n + 1], fold [n] 0..2, times [t] or None: n more users."""
+        """user_id [n], items [t] in 1..V, oldest first, offsets [n + 1], fold [n] 0..2, times [t] or None: n users.
+
+        User u of this call owns items[offsets[u] : offsets[u + 1]]: offsets start at 0, never decrease and end at t.
+        ValueError names what is otherwise, and for anything but integers.
+        """
+        user_id, fold = _integers("user_id", user_id), _integers("fold", fold, 0, len(FOLDS) - 1)
+        items = _integers("items", items, 1, self.header["num_items"])
+        offsets = _integers("offsets", offsets, 0, _INT32)
+        if not len(user_id) == len(fold) == len(offsets) - 1:
+            got = f"{len(user_id)}, {len(fold)} and {len(offsets)}"
+            raise ValueError(f"user_id and fold must be [n] and offsets [n + 1], got {got} values")
+        if offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
+            got = f"{offsets[0]}..{offsets[-1]}" + (", decreasing" if (np.diff(offsets) < 0).any() else "")
+            raise ValueError(f"offsets must start at 0, never decrease and end at len(items), {len(items)}; got {got}")
         columns = {
-            "user_id": pa.array(np.asarray(user_id, np.int64)),
-            "items": _lists(offsets, np.asarray(items, np.int32)),
-            "fold": _FOLD.take(pa.array(np.asarray(fold, np.int64))),
+            "user_id": pa.array(user_id),
+            "items": _lists(offsets, items.astype(np.int32)),
+            "fold": _FOLD.take(pa.array(fold)),
         }
         if times is not None:
-            columns["times"] = _lists(offsets, np.asarray(times, np.int64))
+            times = _integers("times", times)
+            if len(times) != len(items):
+                raise ValueError(f"times must be as many as items, {len(items)}, got {len(times)}")
+            columns["times"] = _lists(offsets, times)
         self._append("histories.parquet", pa.table(columns))
         for name, count in zip(FOLDS, np.bincount(fold, minlength=3).tolist(), strict=True):
             self.counts["users"][name] += count
@@ -73,12 +90,13 @@ class DatasetWriter:
 
     def items(self, item_id, original_id) -> None:
         """item_id [n], original_id: n strings."""
-        table = {"item_id": pa.array(np.asarray(item_id, np.int32)), "original_id": pa.array(original_id, pa.string())}
+        item_id = _integers("item_id", item_id, 1, self.header["num_items"]).astype(np.int32)
+        table = {"item_id": pa.array(item_id), "original_id": pa.array(original_id, pa.string())}
         self._append("items.parquet", pa.table(table))
 
     def users(self, user_id, original_id) -> None:
         """user_id [n], original_id: n strings; only where a log's own user ids are not integers."""
-        table = {"user_id": pa.array(np.asarray(user_id, np.int64)), "original_id": pa.array(original_id, pa.string())}
+        table = {"user_id": pa.array(_integers("user_id", user_id)), "original_id": pa.array(original_id, pa.string())}
         self._append("users.parquet", pa.table(table))
 
     def task(self, spec: TaskSpec, user_id, target, cut, time=None, labels=None) -> None:
@@ -90,14 +108,14 @@ class DatasetWriter:
             values = spec.to_json() | ({} if labels is None else {"labels": list(labels)})
             _write_json(self.folder / "tasks" / f"{spec.name}.json", values)
             self._specs.add(spec.name)
-        dtype = np.float32 if spec.kind == "regression" else np.int64
+        target = np.asarray(target, np.float32) if spec.kind == "regression" else _integers("target", target)
         columns = {
-            "user_id": pa.array(np.asarray(user_id, np.int64)),
-            "target": pa.array(np.asarray(target, dtype)),
-            "cut": pa.array(np.asarray(cut, np.int32)),
+            "user_id": pa.array(_integers("user_id", user_id)),
+            "target": pa.array(target),
+            "cut": pa.array(_integers("cut", cut, 0, _INT32).astype(np.int32)),
         }
         if time is not None:
-            columns["time"] = pa.array(np.asarray(time, np.int64))
+            columns["time"] = pa.array(_integers("time", time))
         self._append(f"tasks/{spec.name}.parquet", pa.table(columns))
         self.counts["tasks"][spec.name] = self.counts["tasks"].get(spec.name, 0) + len(columns["target"])
 
@@ -133,8 +151,18 @@ def source(path: str | Path) -> dict[str, Any]:
     return {"file": Path(path).name, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
-def _lists(offsets, values: np.ndarray) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(np.asarray(offsets, np.int32)), pa.array(values))
+def _integers(name: str, values, low: int = -(2**63), high: int = 2**63 - 1) -> np.ndarray:
+    """values [n] as int64, every one in low..high. ValueError for what a conversion would round or wrap around."""
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
+        raise ValueError(f"{name} must be integers [n], got {array.dtype} {list(array.shape)}")
+    if array.size and not low <= int(array.min()) <= int(array.max()) <= high:
+        raise ValueError(f"{name} must be in {low}..{high}, got {array.min()}..{array.max()}")
+    return array.astype(np.int64)
+
+
+def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 
 from pcl_ext.data import Dataset, DatasetWriter, check
@@ -73,6 +74,62 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     for path in sorted((tmp_path / "a").rglob("*.*")):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+GOOD = {"user_id": [7, 8], "items": [1, 2, 3, 3, 1], "offsets": [0, 3, 5], "fold": [0, 2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"offsets": [3, 4, 5]}, "offsets must start at 0, never decrease and end at len(items), 5; got 3..5"),
+        ({"offsets": [0, 1, 2]}, "end at len(items), 5; got 0..2"),
+        ({"offsets": [0, 3, 500_000]}, "end at len(items), 5; got 0..500000"),
+        ({"offsets": [0, 6, 5]}, "end at len(items), 5; got 0..5, decreasing"),
+        ({"offsets": [0, 5]}, "user_id and fold must be [n] and offsets [n + 1], got 2, 2 and 2 values"),
+        ({"offsets": []}, "got 2, 2 and 0 values"),
+        ({"offsets": [0, 3, 5 + 2**32]}, "offsets must be in 0..2147483647, got 0..4294967301"),
+        ({"offsets": [0.0, 3.0, 5.0]}, "offsets must be integers [n], got float64 [3]"),
+        ({"user_id": [7]}, "got 1, 2 and 3 values"),
+        ({"user_id": np.array([7, 2**63], np.uint64)}, "user_id must be in"),
+        ({"items": [1, 2, 3, 2**32 + 3, 1]}, "items must be in 1..3, got 1..4294967299"),
+        ({"items": [1, 2, 3, 0, 1]}, "items must be in 1..3, got 0..3"),
+        ({"items": [1.9, 2, 3, 3, 1]}, "items must be integers [n], got float64 [5]"),
+        ({"fold": [0, 3]}, "fold must be in 0..2, got 0..3"),
+        ({"times": [1, 2, 3]}, "times must be as many as items, 5, got 3"),
+        ({"times": [1.5, 2, 3, 4, 5]}, "times must be integers [n]"),
+    ],
+    ids=str,
+)
+def test_histories_that_are_no_histories_are_refused(tmp_path, change, words):
+    with pytest.raises(ValueError, match="must") as error, DatasetWriter(tmp_path / "out", "tiny", 3) as writer:
+        writer.histories(**GOOD | change)
+    assert words in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": [0.9]}, "target must be integers [n], got float64 [1]"),
+        ({"cut": [2**32 + 1]}, "cut must be in 0..2147483647, got 4294967297..4294967297"),
+        ({"user_id": ["7"]}, "user_id must be integers [n], got <U1 [1]"),
+        ({"time": [1.5]}, "time must be integers [n], got float64 [1]"),
+    ],
+    ids=str,
+)
+def test_tables_are_not_rounded(tmp_path, change, words):
+    rows = {"user_id": [7], "target": [1], "cut": [3]} | change
+    with pytest.raises(ValueError, match="must") as error, DatasetWriter(tmp_path / "out", "tiny", 3) as writer:
+        writer.task(TaskSpec("t", "binary"), **rows)
+    assert words in str(error.value)
+
+
+def test_nobody_and_empty_histories_are_written(tmp_path):
+    with DatasetWriter(tmp_path / "out", "tiny", 3) as writer:
+        writer.histories([], [], [0], [])
+        writer.histories([7, 8], [], [0, 0, 0], [0, 2])
+    assert Dataset(tmp_path / "out").offsets.tolist() == [0, 0, 0]
 
 
 KILLED = """

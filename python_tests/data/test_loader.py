@@ -16,9 +16,8 @@ def dataset(tmp_path_factory):
     with DatasetWriter(out, "loader", int(offsets[-1]) + 1) as writer:
         writer.histories(np.arange(200), np.arange(1, offsets[-1] + 1), offsets, rng.integers(0, 3, 200))
         user = rng.integers(0, 200, 500)
-        writer.task(
-            TaskSpec("toy", "items", repeats=True), user, rng.integers(1, 50, 500), (lengths[user] * rng.random(500))
-        )
+        cut = (lengths[user] * rng.random(500)).astype(int)
+        writer.task(TaskSpec("toy", "items", repeats=True), user, rng.integers(1, 50, 500), cut)
     return Dataset(out)
 
 
