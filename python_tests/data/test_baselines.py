@@ -70,6 +70,38 @@ def test_a_part_of_the_users_is_named(dataset, task, monkeypatch):
     assert "learned from 50 " in baselines.cheap(dataset, task)["name"]
 
 
+def test_cosines_are_counted_in_blocks_of_bounded_memory(dataset, monkeypatch):
+    spec, examples = dataset.task("likes").spec, dataset.examples("likes", "test")
+    model = baselines.NearestUsers(dataset, spec)
+    sets = [np.zeros((len(part), 25)) for part in (examples, model.train)]
+    for rows, part in zip(sets, (examples, model.train), strict=True):
+        for row, user in enumerate(part.user.tolist()):
+            rows[row, dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]] = 1
+    shared, whole = sets[0] @ sets[1].T, model._cosine(examples)
+    assert np.array_equal(np.rint(6 * whole), shared)  # six items each
+    counted, bincount = [], np.bincount
+
+    def counting(values, *more, **named):
+        counted.append(len(values))
+        return bincount(values, *more, **named)
+
+    monkeypatch.setattr(baselines, "_MOST_SHARED", 500)
+    monkeypatch.setattr(np, "bincount", counting)
+    assert np.array_equal(model._cosine(examples), whole)
+    assert sum(counted) == shared.sum()
+    assert max(counted) <= 500 + np.diff(model.begin).max()
+
+
+def test_nearest_users_of_a_large_fold_are_measured_on_a_part_that_is_named(dataset, monkeypatch):
+    whole = baselines.cheap(dataset, "likes")
+    monkeypatch.setattr(baselines, "_MOST_MEASURED", 20)
+    got = baselines.cheap(dataset, "likes")
+    count = len(dataset.examples("likes", "test"))
+    assert got["name"] == f"{whole['name']}, measured on 20 of {count} test examples"
+    assert got["metrics"] != whole["metrics"]
+    assert got == baselines.cheap(dataset, "likes")
+
+
 def test_no_valid_users_and_empty_histories(tmp_path):
     with DatasetWriter(tmp_path / "data", "small", 3) as writer:
         writer.histories(np.arange(8), [1, 2, 3, 1, 1, 2, 3, 1], [0, 2, 4, 4, 6, 8, 8, 8, 8], [0, 0, 0, 0, 2, 2, 2, 2])
