@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import jsonargparse  # noqa: F401
 
-        from pcl_ext import commands
+        from pcl_ext import commands, run
     except ImportError as error:
         if error.name is None or error.name.startswith("pcl_ext"):
             raise
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"pcl: {error}; --help says what is accepted")
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         return _fail(f"pcl {name}: {error}")
+    except run.ForgettingError as error:
+        return _fail(f"pcl {name}: {error}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped")
 
@@ -52,9 +54,9 @@ def _log_to_stderr() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(" ".join(message.split()), file=sys.stderr)
-    return 2
+    return status
 
 
 def build_parser():

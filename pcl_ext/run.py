@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
 from pcl_ext.train import pretrain as pretrain_model
 
+_log = logging.getLogger(__name__)  # a program without handlers prints its warnings on stderr, one line each
+
 PROTOCOL = {
     "ranking": "full, over the task's catalogue, every target",
     "seen items": "not filtered by the metric; a model may rank them last where a task's targets are new items",
@@ -25,6 +29,10 @@ PROTOCOL = {
     "input": "the newest max_len events of items[:cut]",
     "forgetting": "first - last: R[j, j] - R[K, j], j earlier than K",
 }
+
+
+class ForgettingError(RuntimeError):
+    """Learning a task changed the outputs of a closed one; the run is as it was before."""
 
 
 def pretrain(
@@ -81,7 +89,8 @@ def learn(
     memory: MemoryConfig | None = None,
 ) -> dict[str, Any]:
     """Teach a run one task more; returns its record. The run is saved only when every earlier task still gives the
-    same bits on all test users.
+    same bits on all test users, ForgettingError otherwise. Tasks whose tables have been replaced since they were
+    learned cannot be compared: a logged warning names them before training starts.
 
     A task that the run knows already is left as it is; an interrupted one goes on where it stopped. Raises ValueError
     where another process is at the run, or where the task's table breaks a promise (`data.check_task`).
@@ -98,23 +107,50 @@ def learn(
             _take_outputs_again(model, dataset, record)
         checkpoint = run / "checkpoints" / f"{name}.safetensors"
         if name not in model.task_names:
+            compared = _compared(model, dataset, record)
             checkpoint.parent.mkdir(exist_ok=True)
             config, memory = config or LearnConfig(), memory or MemoryConfig()
             curve = learn_task(model, dataset, name, config, memory, checkpoint)
             settings = json.loads(json.dumps({"memory": asdict(memory), "learn": asdict(config)}))
             record["config"].setdefault("tasks", {})[name] = settings
-            _measure(model, dataset, record, name, curve)
+            _measure(model, dataset, record, name, curve, compared)
             store.save_pretrained(model, run, record)
         checkpoint.unlink(missing_ok=True)
     return record
 
 
-def _measure(model: UserModel, dataset: Dataset, record: dict[str, Any], name: str, curve: list[dict]) -> None:
+def _compared(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> list[str]:
+    """Learned tasks whose outputs can be compared after the next one is learned; says which cannot, and measures those
+    now: what cannot be read at all is known before training."""
+    same = same_tables(record, dataset)
+    if replaced := [name for name in record["outputs"] if name not in same]:
+        infer.evaluate(model, dataset, replaced)
+        _log.warning(
+            "the tables of %s in %s are not those that the run learned from: the outputs of these tasks are not "
+            "compared, and their results from here on are those of the new tables",
+            ", ".join(replaced),
+            dataset.path,
+        )
+    return same
+
+
+def same_tables(record: dict[str, Any], dataset: Dataset) -> list[str]:
+    """Learned tasks whose tables are those they were learned from."""
+    return [name for name in record["outputs"] if record["dataset"]["tasks"][name] == dataset.task_sha256(name)]
+
+
+def _measure(
+    model: UserModel,
+    dataset: Dataset,
+    record: dict[str, Any],
+    name: str,
+    curve: list[dict],
+    compared: Sequence[str] = (),
+) -> None:
     """Add a learned task to the record: a row of the matrix, its curve, what trivial and cheap models reach."""
     scores = infer.evaluate(model, dataset)
-    changed = changed_outputs(record, scores)
-    if changed:
-        raise RuntimeError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
+    if changed := [task for task in changed_outputs(record, scores) if task in compared]:
+        raise ForgettingError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
     matrix = ResultMatrix.from_json(record["matrix"])
     matrix.add(name, model.task(name).spec.metric)
     matrix.append({task: score.metrics for task, score in scores.items()})
@@ -130,10 +166,11 @@ def _measure(model: UserModel, dataset: Dataset, record: dict[str, Any], name: s
 
 
 def _take_outputs_again(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> None:
-    """Outputs of closed tasks as this machine computes them, before anything is learned here: other machines round
-    otherwise."""
+    """Outputs of closed tasks as this machine computes them, from the tables there are, before anything is learned
+    here: other machines round otherwise."""
     scores = infer.evaluate(model, dataset, list(record["outputs"]))
     record["outputs"] = {name: score.outputs for name, score in scores.items()}
+    record["dataset"]["tasks"] = {name: dataset.task_sha256(name) for name in scores}
     record["machine"] = machine()
 
 
@@ -159,8 +196,7 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
         dataset = Dataset(path)
     answer["not_checked"] = _why_not_checked(record, dataset)
     if answer["not_checked"] is None:
-        tables = record["dataset"]["tasks"]
-        same = [name for name in record["outputs"] if tables[name] == dataset.task_sha256(name)]
+        same = same_tables(record, dataset)
         scores = infer.evaluate(store.from_pretrained(run), dataset, same)
         changed = changed_outputs(record, scores)
         for name in record["outputs"]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import BACKBONE
 
-from pcl_ext import run, train
+from pcl_ext import loop, run, train
 from pcl_ext.data import Dataset, check_task
 from pcl_ext.train import LearnConfig, PretrainConfig
 
@@ -99,3 +99,23 @@ def test_what_has_passed_is_not_looked_at_again(write, tmp_path, monkeypatch):
     write({"new": ({"kind": "items"}, [write.histories[0][0], *unseen[1:]])})
     with pytest.raises(ValueError, match="target must not be among"):
         check_task(dataset, "new")
+
+
+def test_a_table_that_was_replaced_is_left_out_of_the_comparison(write, tmp_path, caplog, monkeypatch):
+    labels = {name: ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)]) for name in ("a", "b", "c")}
+    pretrain(write(labels), tmp_path / "run")
+    learn(write(labels), tmp_path / "run", "a")
+    learn(write(labels), tmp_path / "run", "b")
+    labels["a"] = ({"kind": "binary"}, [user // 6 % 2 for user in range(USERS)])
+    dataset, step = write(labels), loop._step
+    replaced = f"the tables of a in {dataset.path} are not those that the run learned from"
+
+    def told(*args):
+        assert replaced in caplog.text
+        return step(*args)
+
+    monkeypatch.setattr(loop, "_step", told)
+    record = learn(dataset, tmp_path / "run", "c")
+    assert list(record["outputs"]) == ["next", "a", "b", "c"]
+    found = run.verify_unchanged(tmp_path / "run", dataset)["tasks"]
+    assert found == dict.fromkeys(["next", "b", "c"], "equal") | {"a": "not compared: its table is another now"}

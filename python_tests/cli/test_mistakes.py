@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pcl_ext import store
+from pcl_ext import run, store
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,15 @@ def test_a_dataset_that_lost_a_task_is_refused(made, refused, tmp_path, command)
 def test_a_run_in_use_is_refused(made, refused, copy):
     with store.lock(copy):
         assert "copy is in use by process" in refused("learn", copy, "loyal", "--data", made.data)
+
+
+def test_what_would_be_forgotten_is_not_saved(made, pcl, copy, monkeypatch):
+    before = (copy / "manifest.json").read_bytes()
+    monkeypatch.setattr(run, "changed_outputs", lambda record, scores: ["spend"])
+    status, out, err = pcl("learn", copy, "loyal", "--data", made.data, "--learn.epochs", 1)
+    assert (status, out) == (1, [])
+    assert err == ["pcl learn: learning 'loyal' changed the outputs of closed tasks: spend"]
+    assert (copy / "manifest.json").read_bytes() == before
 
 
 def test_a_run_without_a_record(made, pcl, refused, tmp_path):

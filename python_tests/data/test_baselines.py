@@ -78,7 +78,7 @@ def test_cosines_are_counted_in_blocks_of_bounded_memory(dataset, monkeypatch):
         for row, user in enumerate(part.user.tolist()):
             rows[row, dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]] = 1
     shared, whole = sets[0] @ sets[1].T, model._cosine(examples)
-    assert np.array_equal(np.rint(6 * whole), shared)  # six items each
+    assert np.array_equal(np.rint(6 * whole.numpy()), shared)  # six items each
     counted, bincount = [], np.bincount
 
     def counting(values, *more, **named):
