@@ -34,11 +34,11 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
     user, item = log.row_of[log.user.codes[chosen]], log.item.codes[chosen]
     if task.cut == "end":
         cut = log.offsets[user + 1] - log.offsets[user]
-        first = first_of_pairs(user, item, len(log.item))
+        wanted = first_of_pairs(user, item, len(log.item)) if task.pick == "all" else np.arange(len(user))
     else:
         cut = np.searchsorted(log.rank[log.history], log.rank[chosen]) - log.offsets[user]
-        first = np.flatnonzero(cut > 0)
-    chosen, user, item, cut = chosen[first], user[first], item[first], cut[first]
+        wanted = np.flatnonzero(cut > 0)
+    chosen, user, item, cut = chosen[wanted], user[wanted], item[wanted], cut[wanted]
     if not task.repeats:
         fresh = ~_visible(log, user, item, cut)
         chosen, user, item, cut = chosen[fresh], user[fresh], item[fresh], cut[fresh]

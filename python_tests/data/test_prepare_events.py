@@ -158,6 +158,18 @@ def test_items_tasks(prepare, keys, want):
     assert rows(prepare(task(ITEMS + keys)), "t") == want
 
 
+@pytest.mark.parametrize("cut", ["end", "before"])
+@pytest.mark.parametrize(("pick", "want"), [("first", ["a"]), ("last", ["a"]), ("all", ["a", "b"])])
+def test_the_picked_event_is_the_users_first_or_last_of_any_item(prepare, cut, pick, want):
+    log = "user_id,item_id,time,kind\nann,h,10,view\nann,a,20,buy\nann,b,30,buy\nann,a,40,buy\n"
+    toml = BASE + f'where = [["kind", "==", "view"]]\n[[task]]\nname = "t"\n{ITEMS}where = [["kind", "==", "buy"]]\n'
+    dataset = prepare(toml + f'pick = "{pick}"\ncut = "{cut}"\n', log=log)
+    names = originals(dataset, "items.parquet", "item_id")
+    table = dataset.task("t")
+    assert sorted({names[item] for item in table.target.tolist()}) == want
+    assert cut == "end" or table.time[-1] == {"first": 20, "last": 40, "all": 40}[pick]
+
+
 def test_future_items_leave_out_what_was_seen(prepare):
     toml = task(ITEMS + "from = 5\n").replace('time = "time"', 'time = "time"\nuntil = 5')
     dataset = prepare(toml)
