@@ -148,7 +148,7 @@ def _measure(
     compared: Sequence[str] = (),
 ) -> None:
     """Add a learned task to the record: a row of the matrix, its curve, what trivial and cheap models reach."""
-    scores = infer.evaluate(model, dataset)
+    scores = infer.evaluate(model, dataset, [*record["outputs"], name])  # a model may know tasks that no run taught it
     if changed := [task for task in changed_outputs(record, scores) if task in compared]:
         raise ForgettingError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
     matrix = ResultMatrix.from_json(record["matrix"])

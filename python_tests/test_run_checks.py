@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import BACKBONE
 
-from pcl_ext import loop, run, train
+from pcl_ext import loop, run, store, train
 from pcl_ext.data import Dataset, check_task
 from pcl_ext.train import LearnConfig, PretrainConfig
 
@@ -119,3 +119,33 @@ def test_a_table_that_was_replaced_is_left_out_of_the_comparison(write, tmp_path
     assert list(record["outputs"]) == ["next", "a", "b", "c"]
     found = run.verify_unchanged(tmp_path / "run", dataset)["tasks"]
     assert found == dict.fromkeys(["next", "b", "c"], "equal") | {"a": "not compared: its table is another now"}
+
+
+def test_a_run_goes_on_after_a_task_was_removed(write, tmp_path):
+    labels = {name: ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)]) for name in ("a", "b", "c")}
+    dataset, out = write(labels), tmp_path / "run"
+    pretrain(dataset, out)
+    for name in ("a", "b"):
+        before = learn(dataset, out, name)
+    model = store.from_pretrained(out)
+    model.remove_task("a")
+    store.save_pretrained(model, out)
+    after = store.read_manifest(out)["record"]
+    assert '"a"' not in json.dumps(after)
+    assert after["matrix"]["tasks"] == ["next", "b"]
+    assert after["matrix"]["rows"][1] == {name: before["matrix"]["rows"][2][name] for name in ("next", "b")}
+    assert run.verify_unchanged(out, dataset)["tasks"] == dict.fromkeys(["next", "b"], "equal")
+    for name in ("c", "a"):
+        after = learn(dataset, out, name)
+    assert after["matrix"]["tasks"] == ["next", "b", "c", "a"]
+    assert run.verify_unchanged(out, dataset)["tasks"] == dict.fromkeys(["next", "b", "c", "a"], "equal")
+
+
+def test_a_run_goes_on_after_a_task_was_taught_by_hand(write, tmp_path):
+    labels = {name: ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)]) for name in ("a", "b")}
+    dataset, out = write(labels), tmp_path / "run"
+    model = pretrain(dataset, out)
+    train.learn_task(model, dataset, "a", LearnConfig(**ONCE))
+    store.save_pretrained(model, out)
+    assert learn(dataset, out, "b")["matrix"]["tasks"] == ["next", "b"]
+    assert run.verify_unchanged(out, dataset)["tasks"] == dict.fromkeys(["next", "b"], "equal")

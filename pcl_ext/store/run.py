@@ -29,6 +29,7 @@ from pcl_ext.store.manifest import (
     read_manifest,
     write_manifest,
 )
+from pcl_ext.store.record import without_tasks
 from pcl_ext.store.tensor_file import dtype_name, read_tensors, to_bytes
 from pcl_ext.task import TaskSpec, check_task_name
 
@@ -36,7 +37,8 @@ from pcl_ext.task import TaskSpec, check_task_name
 def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
     """Save the backbone and the closed tasks of a model as the run `path`; open tasks are left out.
 
-    record  JSON values kept with them; None keeps the record that is there
+    record  JSON values kept with them; None keeps the record that is there, but for what it says of tasks that were
+            removed from the model
     StoreError, with what was saved before untouched: a tensor that is not finite, a run of another backbone that has
     tasks, a damaged file in the way, a second process saving to the same run. OSError where the disk refuses.
     """
@@ -50,10 +52,12 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
             raise StoreError(f"{path} holds tasks of another backbone; save to another folder")
         _sweep(path, old)
         kept = {entry["name"]: entry for entry in old["tasks"]}
+        if record is None:
+            record = without_tasks(old["record"], set(kept) - {task["name"] for task in tasks})
         values = {
             "backbone": _place(path, "backbone", backbone, old["backbone"]),
             "tasks": [_place(path, f"tasks/{task['name']}", task, kept.get(task["name"])) for task in tasks],
-            "record": old["record"] if record is None else dict(record),
+            "record": dict(record),
         }
         for folder in (path / "tasks", path, path.absolute().parent):
             fsync_folder(folder)
