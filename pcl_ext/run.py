@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from pcl_ext import baselines, infer, ops, store
-from pcl_ext.data import Dataset, check_task
+from pcl_ext.data import FOLDS, Dataset, check_task
 from pcl_ext.loop import differences
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
 from pcl_ext.train import pretrain as pretrain_model
 
+_NEED = {"valid": "stop training at its best epoch", "test": "measure what was learned"}
 _log = logging.getLogger(__name__)  # a program without handlers prints its warnings on stderr, one line each
 
 PROTOCOL = {
@@ -42,14 +43,14 @@ def pretrain(
 
     backbone  fields of BackboneConfig other than num_items. A run that was interrupted goes on where it stopped; one
     that is complete is returned as it is. Raises ValueError where `out` holds a run with other settings, where another
-    process is at it, or where the dataset breaks a promise (`data.check_task`).
+    process is at it, where the dataset breaks a promise (`data.check_task`), or cannot be measured.
     """
     shape = BackboneConfig(dataset.num_items, **(backbone or {}))
     config = config or PretrainConfig()
     settings = json.loads(json.dumps({"backbone": shape.to_json(), "pretrain": asdict(config)}))
     out = Path(out)
     if not (out / "manifest.json").exists():
-        check_task(dataset, "next")
+        _check_before(dataset, "next")
     checkpoint = out / "checkpoints" / "next.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(out):
@@ -65,6 +66,21 @@ def pretrain(
         store.save_pretrained(model, out, record)
         checkpoint.unlink(missing_ok=True)
     return model
+
+
+def _check_before(dataset: Dataset, name: str) -> None:
+    """ValueError, before the first step, for a task that leaks or cannot be measured on the valid or the test users."""
+    check_task(dataset, name)
+    table = dataset.task(name)
+    fold = dataset.fold[table.user]
+    for which in _NEED:
+        target = table.target[fold == FOLDS.index(which)]
+        where = f"{dataset.path} has no {which} users with a target of task {name!r}"
+        if not len(target):
+            raise ValueError(f"{where}: they are needed to {_NEED[which]}; put some users into that fold")
+        if table.spec.metric == "auc" and target.min() == target.max():
+            mend = 'give the task "metric": "log_loss", or put users of both into that fold'
+            raise ValueError(f"{where} {1 - int(target[0])}, all {len(target)} are {int(target[0])}: no auc; {mend}")
 
 
 def _new_record(dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +109,8 @@ def learn(
     learned cannot be compared: a logged warning names them before training starts.
 
     A task that the run knows already is left as it is; an interrupted one goes on where it stopped. Raises ValueError
-    where another process is at the run, or where the task's table breaks a promise (`data.check_task`).
+    where another process is at the run, where the task's table breaks a promise (`data.check_task`), or where its
+    metric is not defined on the valid or the test users.
     """
     run = Path(run)
     store.read_manifest(run)  # before a lock is left in a folder that is no run
@@ -102,7 +119,7 @@ def learn(
         check_dataset(run, record, dataset)
         model = store.from_pretrained(run)
         if name not in model.task_names:
-            check_task(dataset, name)
+            _check_before(dataset, name)
         if _other_machine(record["machine"]):
             _take_outputs_again(model, dataset, record)
         checkpoint = run / "checkpoints" / f"{name}.safetensors"

@@ -245,6 +245,13 @@ def test_undefined_metrics_raise():
         measure(SPECS["binary"], torch.randn(3), torch.ones(3, dtype=LONG)).compute()
 
 
+def test_auc_of_a_single_class_is_left_out_where_the_task_has_another_metric():
+    spec = TaskSpec("ctr", "binary", metric="log_loss")
+    metrics = measure(spec, torch.zeros(3), torch.ones(3, dtype=LONG))
+    assert metrics.compute() == {"log_loss": pytest.approx(math.log(2)), "accuracy": 0.5}
+    assert set(metrics.standard_error()) == {"log_loss", "accuracy"}
+
+
 def test_a_batch_without_targets_adds_nothing():
     metrics = measure(ITEMS, torch.randn(4, 5), torch.tensor([0, 1, 2, 3]))
     before = metrics.compute()

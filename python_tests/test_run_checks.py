@@ -15,7 +15,7 @@ from pcl_ext.train import LearnConfig, PretrainConfig
 
 ONCE = {"epochs": 1, "batch_tokens": 600}
 USERS = 60
-FOLDS = ["train"] * 4 + ["valid", "test"]
+FOLDS = (["train"] * 4 + ["valid", "test"]) * 10
 
 
 @pytest.fixture
@@ -25,12 +25,12 @@ def write(tmp_path):
     torch.set_num_threads(1)
     histories = [[1 + (user * 7 + step * 3) % 20 for step in range(2 + user % 5)] for user in range(USERS)]
 
-    def call(tasks, histories=histories, **header):
+    def call(tasks, histories=histories, folds=FOLDS, **header):
         folder = tmp_path / "own"
         (folder / "tasks").mkdir(parents=True, exist_ok=True)
         (folder / "dataset.json").write_text(json.dumps({"format": 1, "name": "own", "num_items": 20} | header))
         items = pa.array(histories, pa.list_(pa.int32()))
-        columns = {"user_id": list(range(USERS)), "items": items, "fold": FOLDS * (USERS // len(FOLDS))}
+        columns = {"user_id": list(range(USERS)), "items": items, "fold": folds}
         pq.write_table(pa.table(columns), folder / "histories.parquet")
         for name, (spec, target) in tasks.items():
             (folder / "tasks" / f"{name}.json").write_text(json.dumps({"name": name} | spec))
@@ -149,3 +149,26 @@ def test_a_run_goes_on_after_a_task_was_taught_by_hand(write, tmp_path):
     store.save_pretrained(model, out)
     assert learn(dataset, out, "b")["matrix"]["tasks"] == ["next", "b"]
     assert run.verify_unchanged(out, dataset)["tasks"] == dict.fromkeys(["next", "b"], "equal")
+
+
+@pytest.mark.parametrize("missing", ["valid", "test"])
+def test_a_fold_without_users_is_known_before_training(write, tmp_path, no_step, missing):
+    dataset = write({}, folds=[fold.replace(missing, "train") for fold in FOLDS])
+    with pytest.raises(ValueError, match=f"has no {missing} users with a target of task 'next'"):
+        pretrain(dataset, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fold", ["valid", "test"])
+def test_a_fold_of_one_class_has_no_auc(write, tmp_path, monkeypatch, fold):
+    rare = [int(user % 4 == 0 and FOLDS[user] != fold) for user in range(USERS)]
+    dataset = write({"rare": ({"kind": "binary"}, rare), "rare2": ({"kind": "binary", "metric": "log_loss"}, rare)})
+    pretrain(dataset, tmp_path / "run")
+    record = learn(dataset, tmp_path / "run", "rare2")
+    valid, test = record["curves"]["rare2"][0]["valid"], record["matrix"]["rows"][1]["rare2"]
+    assert "auc" not in {"valid": valid, "test": test}[fold]
+    assert {"log_loss", "accuracy"} == set(valid) & set(test)
+    assert set(record["references"]["rare2"]["cheap"]["metrics"]) == set(test)
+    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("a step was taken"))
+    with pytest.raises(ValueError, match=f"has no {fold} users with a target of task 'rare' 1, all 10 are 0: no auc"):
+        learn(dataset, tmp_path / "run", "rare")

@@ -50,7 +50,8 @@ class TaskMetrics:
         self._rows += len(output)
 
     def compute(self) -> dict[str, float]:
-        """All metrics of the task's kind. ValueError when one is undefined: no target yet, or AUC of a single class."""
+        """All metrics of the task's kind. AUC of a single class is undefined: it is left out, or ValueError where it is
+        the task's own metric. ValueError also where there is no target yet."""
         if not self.count:
             raise ValueError(f"metrics of task {self.spec.name!r} need at least one target, got none")
         return self._kind.compute()
@@ -164,8 +165,14 @@ class _Binary:
         return torch.nn.functional.softplus(torch.where(label > 0, -logit, logit), threshold=700)
 
     def compute(self) -> dict[str, float]:
-        auc = self._auc()
-        return {"auc": auc, "log_loss": _mean(self.losses()), "accuracy": self.confusion.accuracy()}
+        others = {"log_loss": _mean(self.losses()), "accuracy": self.confusion.accuracy()}
+        positive, count = sum(int(label.sum()) for label in self.label), sum(map(len, self.label))
+        if positive not in (0, count):
+            return {"auc": self._auc()} | others
+        if self.spec.metric == "auc":
+            name, only = self.spec.name, int(positive > 0)
+            raise ValueError(f"auc of task {name!r} needs targets of both classes, got {count} targets of {only}")
+        return others
 
     def _auc(self) -> float:
         try:
@@ -173,10 +180,6 @@ class _Binary:
         except ImportError as error:
             raise ImportError("auc needs torchmetrics: pip install pcl_ext[cli]") from error
         label = torch.cat(self.label).long()
-        positive = int(label.sum())
-        if positive in (0, len(label)):
-            name, only = self.spec.name, int(positive > 0)
-            raise ValueError(f"auc of task {name!r} needs targets of both classes, got {len(label)} targets of {only}")
         # Dense ranks: binary_auroc takes a sigmoid of logits in float32, which ties all logits above 17.
         _, rank = torch.cat(self.logit).unique(return_inverse=True)
         return float(binary_auroc(rank.double() / len(rank), label, validate_args=False))
