@@ -20,12 +20,16 @@ class Labels(NamedTuple):
 
 
 def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
-    """One value per kept user: `reduce` over the user's selected events; null where there is none to reduce."""
+    """One value per kept user: `reduce` over the user's selected events; null where there is none to reduce.
+
+    ValueError where a task with `from` selects events that a history shows.
+    """
     label = f"task {task.name!r}"
     start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
     kept = log.mask(task.where, f"{label}: where", start, until) & (log.row_of[log.user.codes] >= 0)
     if task.items is not None:
         kept &= log.subset(task.items, f"{label}: items")[log.item.codes]
+    _check_window(log, task, kept)
     user = log.row_of[log.user.codes]
     if task.reduce in ("any", "count"):
         counts = np.bincount(user[kept], minlength=len(log.users))
@@ -33,6 +37,18 @@ def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
     values = numbers(log.column(task.column, label), f"{label}: column {task.column!r}")
     kept &= np.isfinite(values)
     return pa.array(_reduce(task.reduce, user[kept], values[kept], len(log.users)), from_pandas=True)
+
+
+def _check_window(log: EventLog, task: TaskConfig, kept: np.ndarray) -> None:
+    """A task with `from` is about what comes after the histories: none of its events may be visible in one."""
+    if task.start is None or not (seen := int(kept[log.history].sum())):
+        return
+    ends = "have no end" if log.until is None else f"end at {log.config.events.until}"
+    raise ValueError(
+        f"task {task.name!r}: {seen} of its events, from {task.start} on, are visible in the histories, which {ends}; "
+        f"write [events] until = {task.start}, so that histories end where the task begins, or leave `from` out where "
+        "the label is to describe what is visible"
+    )
 
 
 def _reduce(how: str, user: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

@@ -259,6 +259,31 @@ def test_labels(prepare, keys, want, labels):
         assert dataset.task("t").labels == labels
 
 
+@pytest.mark.parametrize(
+    ("until", "keys", "words"),
+    [
+        ("", "from = 5", "3 of its events, from 5 on, are visible in the histories, which have no end"),
+        ("until = 8", "from = 5", "2 of its events, from 5 on, are visible in the histories, which end at 8"),
+        ("until = 8", "from = 5\nuntil = 6", "1 of its events"),
+        ("until = 8", 'from = 3\nwhere = [["kind", "==", "back"]]', "1 of its events"),
+        ("until = 5", "from = 5", None),
+        ("until = 8", "from = 8", None),
+        ("until = 8", "", None),  # describes what is visible
+        ("until = 8", 'from = 5\nwhere = [["rating", "==", 1]]', None),  # no such event
+        ('where = [["kind", "==", "buy"]]', 'from = 3\nwhere = [["kind", "==", "back"]]', None),
+    ],
+    ids=str,
+)
+def test_a_label_of_later_events_is_not_visible(prepare, until, keys, words):
+    toml = BASE + until + f'\n[[task]]\nname = "t"\nkind = "regression"\nreduce = "count"\n{EVENTS}{keys}\n'
+    if words is None:
+        assert len(prepare(toml).task("t"))
+        return
+    with pytest.raises(ValueError, match=r"write \[events\] until = \d, so that") as error:
+        prepare(toml)
+    assert words in str(error.value)
+
+
 def test_bins_are_quantiles_of_the_train_users(prepare):
     log = "user_id,item_id,time\n" + "".join(f"{i},1,1\n" for i in range(500))
     users = "user_id,age\n" + "".join(f"{i},{(i * 7919) % 500}\n" for i in range(500))
