@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +14,7 @@ METRICS = {
     "classes": ("accuracy", "macro_f1"),
     "regression": ("rmse", "mae"),
 }
+_TYPES = {"kind": str, "description": str, "metric": str, "num_classes": int, "repeats": bool}
 _NAME = re.compile(r"[a-z0-9_-]{1,64}")
 
 
@@ -47,6 +50,8 @@ class TaskSpec:
 
     def __post_init__(self):
         check_task_name(self.name)
+        for key, kind in _TYPES.items():
+            self._check_type(key, kind)
         if self.kind not in METRICS:
             raise ValueError(f"kind of task {self.name!r} must be one of {', '.join(METRICS)}, got {self.kind!r}")
         metric = METRICS[self.kind][0] if self.metric is None else self.metric
@@ -62,6 +67,13 @@ class TaskSpec:
             raise ValueError(f"catalogue and repeats are for items only, task {self.name!r} is {self.kind}")
         if self.catalogue is not None:
             object.__setattr__(self, "catalogue", _check_catalogue(self.name, self.catalogue))
+
+    def _check_type(self, key: str, kind: type) -> None:
+        value = getattr(self, key)
+        if key in ("metric", "num_classes") and value is None:
+            return
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise TypeError(f"{key} of task {self.name!r} must be of type {kind.__name__}, got {value!r}")
 
     def num_outputs(self, num_items: int) -> int:
         """Columns of the task's output for a backbone that knows `num_items` items."""
@@ -83,7 +95,13 @@ class TaskSpec:
 
 
 def _check_catalogue(name: str, catalogue: Any) -> tuple[int, ...]:
-    ids = tuple(int(item) for item in catalogue)
+    if isinstance(catalogue, str | bytes | dict) or not isinstance(catalogue, Iterable):
+        raise TypeError(f"catalogue of task {name!r} must be a list of item ids, got {catalogue!r:.80}")
+    items = tuple(catalogue)
+    for item in items:
+        if isinstance(item, bool) or not hasattr(item, "__index__"):
+            raise TypeError(f"catalogue of task {name!r} must hold integers, got {item!r}")
+    ids = tuple(map(operator.index, items))
     if not ids:
         raise ValueError(f"catalogue of task {name!r} must not be empty")
     if min(ids) < 1:

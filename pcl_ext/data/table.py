@@ -83,6 +83,9 @@ def _read_spec(dataset: Dataset, path: Path, name: str) -> tuple[TaskSpec, tuple
         raise ValueError(f"{path}: {error}") from error
     if spec.name != name:
         raise ValueError(f"{path}: name must be the file's, {name!r}, got {spec.name!r}")
+    if name == NEXT and (spec.kind != "items" or spec.catalogue is not None):
+        got = spec.kind if spec.kind != "items" else "a catalogue"
+        raise ValueError(f"{path}: next ranks all items: kind must be items and catalogue left out, got {got}")
     count = {"binary": 2, "classes": spec.num_classes}.get(spec.kind)
     if labels is not None and not (isinstance(labels, list) and len(labels) == count):
         raise ValueError(f"{path}: labels must be a list of {count} names (classes and binary only), got {labels!r}")

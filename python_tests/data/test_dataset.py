@@ -258,6 +258,8 @@ GOOD = {"user_id": [10, 13], "target": [7, 6], "cut": [3, 6]}
         ({"kind": None}, {}, "kind is missing"),
         ({"colour": 1}, {}, "unknown keys of a task: colour"),
         ({"name": "toy", "labels": ["a"]}, {}, "labels must be a list"),
+        ({"repeats": "false"}, {}, "repeats of task 'toy' must be of type bool, got 'false'"),
+        ({"catalogue": "67"}, {}, "catalogue of task 'toy' must be a list of item ids, got '67'"),
         ({}, {"cut": None}, "missing: cut"),
     ],
     ids=str,
@@ -268,6 +270,23 @@ def test_broken_tables_are_named(write_folder, task, rows, words):
     with pytest.raises(ValueError, match="toy") as error:
         Dataset(folder).task("toy")
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "got"),
+    [
+        ({"kind": "binary"}, "binary"),
+        ({"kind": "items", "catalogue": [1, 2, 3, 4, 5, 6]}, "a catalogue"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("derived", [False, True])
+def test_next_ranks_all_items(write_folder, task, got, derived):
+    folder = write_folder(task={"name": "next"} | task, rows={"user_id": [10, 13], "target": [1, 1], "cut": [3, 6]})
+    if derived:
+        (folder / "tasks" / "next.parquet").unlink()
+    with pytest.raises(ValueError, match=rf"next\.json: next ranks all items: .* left out, got {got}"):
+        Dataset(folder).task("next")
 
 
 def test_table_and_json_belong_together(write_folder):
