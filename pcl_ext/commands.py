@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import torch
 
@@ -24,6 +24,7 @@ from pcl_ext.serve.encode import EncodeJob
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 PREDICT_LINES = 512
+READ_BYTES = 1 << 20
 # small and quick: a demonstration takes about a minute
 DEMO_BACKBONE = {"dim": 32, "max_len": 50}
 DEMO_PRETRAIN = PretrainConfig(epochs=15, learning_rate=1e-2)
@@ -110,7 +111,7 @@ def predict(args) -> int:
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, got {args.k}")
     predictor = Predictor(args.run, args.task)
-    for histories in _read_histories(sys.stdin):
+    for histories in _read_histories(sys.stdin.buffer):
         answer = predictor.predict(histories, args.task, args.k, skip_seen=args.skip_seen)
         if dropped := int(answer["unknown"].sum()):
             print(
@@ -119,25 +120,41 @@ def predict(args) -> int:
             )
         for row in as_rows(answer):
             print(json.dumps(row))
+        sys.stdout.flush()
     return 0
 
 
-def _read_histories(lines: TextIO) -> Iterator[list[list[int]]]:
-    """Chunks of JSON lists, one a line."""
-    chunk = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            history = json.loads(line)
-        except (ValueError, RecursionError):
-            history = None
-        if not isinstance(history, list) or not all(type(item) is int and abs(item) < 2**63 for item in history):
-            raise ValueError(f"line {number} must be a JSON list of item ids, got {line.strip()!r:.60}")
-        chunk.append(history)
-        if len(chunk) == PREDICT_LINES:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _read_histories(stdin: BinaryIO) -> Iterator[list[list[int]]]:
+    """Chunks of JSON lists, one a line: what has come, at most PREDICT_LINES. Waits only where nothing has."""
+    first = 1
+    for lines in _lines_that_came(stdin):
+        for start in range(0, len(lines), PREDICT_LINES):
+            chunk = lines[start : start + PREDICT_LINES]
+            yield [_history(line, number) for number, line in enumerate(chunk, first + start)]
+        first += len(lines)
+
+
+def _lines_that_came(stdin: BinaryIO) -> Iterator[list[bytes]]:
+    begun = []  # pieces of a line whose end has not come
+    while data := stdin.read1(READ_BYTES):
+        *ends, rest = data.split(b"\n")
+        if ends:
+            yield [b"".join([*begun, ends[0]]), *ends[1:]]
+            begun = []
+        begun.append(rest)
+    if last := b"".join(begun):
+        yield [last]
+
+
+def _history(line: bytes, number: int) -> list[int]:
+    try:
+        history = json.loads(line)
+    except (ValueError, RecursionError):
+        history = None
+    if not isinstance(history, list) or not all(type(item) is int and abs(item) < 2**63 for item in history):
+        text = line[:80].decode(errors="replace").strip()
+        raise ValueError(f"line {number} must be a JSON list of item ids, got {text!r:.60}")
+    return history
 
 
 def encode(args) -> int:

@@ -47,7 +47,7 @@ def pcl(capsys, monkeypatch):
     torch.set_num_threads(1)
 
     def call(*argv, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         status = main([str(word) for word in argv])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err.splitlines()

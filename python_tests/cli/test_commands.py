@@ -1,6 +1,10 @@
 """Every command of `pcl`, as a user types it: what it prints, and what it writes."""
 
 import json
+import os
+import select
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,6 +137,33 @@ def test_predict_keeps_the_order_of_many_lines(made, pcl):
     want = torch.tensor([model.predict([history], "spend")[0]["value"] for history in histories[::50]])
     torch.testing.assert_close(values[::50], want)
     assert len(values.unique()) > 100
+
+
+@pytest.mark.parametrize(("between", "last"), [("\n", ""), ("\n", "\n"), ("\r\n", "\r\n")], ids=repr)
+@pytest.mark.parametrize("size", [1, 7, 1 << 16])
+def test_predict_takes_lines_as_they_come(made, pcl, monkeypatch, size, between, last):
+    monkeypatch.setattr(commands, "READ_BYTES", size)
+    lines = between.join(map(json.dumps, [[1, 2], [], [4] * 30])) + last
+    status, out, err = pcl("predict", made.run, "--task", "next", stdin=lines)
+    assert (status, err) == (0, [])
+    want = store.from_pretrained(made.run).predict([[1, 2], [], [4] * 30], "next")
+    assert [json.loads(line)["items"] for line in out] == [row["items"] for row in want]
+
+
+def test_predict_answers_a_pipe_that_stays_open(made):
+    argv = [sys.executable, "-m", "pcl_ext.cli", "predict", made.run, "--task", "click"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        for lines in (1, 1, 3):
+            os.write(process.stdin.fileno(), b"[1, 2]\n" * lines)
+            answers = b""
+            while answers.count(b"\n") < lines:
+                if not select.select([process.stdout], [], [], 60)[0]:
+                    process.kill()
+                    pytest.fail("no answer")
+                answers += os.read(process.stdout.fileno(), 1 << 16)
+            assert [set(json.loads(line)) for line in answers.splitlines()] == [{"probability"}] * lines
+        process.stdin.close()
+        assert process.wait(60) == 0
 
 
 def test_predict_of_nothing_is_nothing(made, pcl):
