@@ -137,8 +137,19 @@ class Dataset:
 
         check(self)
 
+    def __reduce__(self):
+        """A path and a hash: whoever unpickles it, say a worker of a DataLoader, maps the same files."""
+        return _reopen, (type(self), self.path, self.sha256)
+
     def __repr__(self) -> str:
         return f"Dataset({self.name!r}, {self.num_users} users, {self.num_items} items, {str(self.path)!r})"
+
+
+def _reopen(kind: type[Dataset], path: Path, digest: str) -> Dataset:
+    dataset = kind(path)
+    if dataset.sha256 != digest:
+        raise ValueError(f"{path} is no longer the dataset that was pickled: its sha256 was {digest}")
+    return dataset
 
 
 def fold_index(fold: str) -> int:

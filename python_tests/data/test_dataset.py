@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -109,6 +110,20 @@ def test_a_task_may_be_added_without_making_it_another_dataset(write_folder, tmp
     richer = Dataset(write_folder(task=TOY, rows=rows))
     assert richer.sha256 == first.sha256
     assert richer.task_sha256("toy") != Dataset(tmp_path / "copy").task_sha256("toy")
+
+
+def test_a_pickled_dataset_is_opened_again_not_copied(write_folder):
+    dataset = Dataset(write_folder(items=pa.array([[1, 2] * 5000] * 5, pa.list_(pa.int32()))))
+    dataset.task("next")
+    text = pickle.dumps(dataset)
+    assert len(text) < 1000
+    again = pickle.loads(text)
+    assert isinstance(again.items, np.memmap)
+    assert again.sha256 == dataset.sha256
+    assert np.array_equal(again.items, dataset.items)
+    write_folder()
+    with pytest.raises(ValueError, match="is no longer the dataset that was pickled"):
+        pickle.loads(text)
 
 
 def test_next_is_derived(toy):
