@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -20,14 +20,34 @@ def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """
     for left in parent.glob(f"{prefix}*"):
         _remove_unlocked(left)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    lock = os.open(folder, os.O_RDONLY)
+    folder, lock = _new_locked(parent, prefix)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _new_locked(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds its lock. Before it is locked another process may take it for a
+    leftover and sweep it: then there is another."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError, BlockingIOError):
+            return folder, _lock(folder)
+
+
+def _lock(folder: Path) -> int:
+    """The descriptor that holds the folder's lock. BlockingIOError where another process holds it, FileNotFoundError
+    where one has swept it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)  # it may have gone after it was opened
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def sync(folder: Path) -> None:
@@ -47,13 +67,8 @@ def sync_one(path: Path) -> None:
 
 def _remove_unlocked(folder: Path) -> None:
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = _lock(folder)
     except OSError:
-        return  # gone already, or not ours
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(descriptor)
+        return  # in use, gone already, or not ours
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
