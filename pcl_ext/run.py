@@ -75,12 +75,16 @@ def _check_before(dataset: Dataset, name: str) -> None:
     fold = dataset.fold[table.user]
     for which in _NEED:
         target = table.target[fold == FOLDS.index(which)]
-        where = f"{dataset.path} has no {which} users with a target of task {name!r}"
         if not len(target):
-            raise ValueError(f"{where}: they are needed to {_NEED[which]}; put some users into that fold")
+            raise ValueError(
+                f"{dataset.path} has no {which} users with a target of task {name!r}, which are needed to "
+                f"{_NEED[which]}; put some users into that fold"
+            )
         if table.spec.metric == "auc" and target.min() == target.max():
-            mend = 'give the task "metric": "log_loss", or put users of both into that fold'
-            raise ValueError(f"{where} {1 - int(target[0])}, all {len(target)} are {int(target[0])}: no auc; {mend}")
+            raise ValueError(
+                f"{dataset.path}: auc of task {name!r} needs {which} users of both classes, all {len(target)} targets "
+                f'are {int(target[0])}; give the task "metric": "log_loss", or put users of both classes into that fold'
+            )
 
 
 def _new_record(dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:

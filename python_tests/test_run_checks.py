@@ -170,5 +170,5 @@ def test_a_fold_of_one_class_has_no_auc(write, tmp_path, monkeypatch, fold):
     assert {"log_loss", "accuracy"} == set(valid) & set(test)
     assert set(record["references"]["rare2"]["cheap"]["metrics"]) == set(test)
     monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("a step was taken"))
-    with pytest.raises(ValueError, match=f"has no {fold} users with a target of task 'rare' 1, all 10 are 0: no auc"):
+    with pytest.raises(ValueError, match=f"'rare' needs {fold} users of both classes, all 10 targets are 0; give"):
         learn(dataset, tmp_path / "run", "rare")

@@ -135,8 +135,8 @@ def _build(final: Path, build: Callable[[Path], None]) -> Path:
 
 def _user_cache(dataset: Path) -> Path:
     name = sha256(str(dataset).encode()).hexdigest()[:16]
-    root = Path(tempfile.gettempdir()) / f"pcl_ext-cache-{os.getuid()}"
+    root = Path(tempfile.gettempdir()) / f"pcl_ext-cache-{os.geteuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
-    if root.is_symlink() or root.stat().st_uid != os.getuid():
+    if root.is_symlink() or root.stat().st_uid != os.geteuid():
         raise PermissionError(f"{root} must be a folder of this user, it belongs to someone else")
     return root / name

@@ -65,8 +65,8 @@ def test_a_dataset_that_cannot_be_written_is_cached_elsewhere(write_folder, tmp_
 
 def open_as_another_user(folder, temporary, answer):
     """In a child: `folder` is opened by a user who may not read its cache."""
-    if os.getuid() == 0:
-        os.setuid(65534)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
     cache_module.tempfile.tempdir = str(temporary)
     answer.put(histories(Dataset(folder)))
 
