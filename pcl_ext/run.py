@@ -21,7 +21,7 @@ from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
 from pcl_ext.train import pretrain as pretrain_model
 
 _NEED = {"valid": "stop training at its best epoch", "test": "measure what was learned"}
-_log = logging.getLogger(__name__)  # a program without handlers prints its warnings on stderr, one line each
+_LOG = logging.getLogger(__name__)
 
 PROTOCOL = {
     "ranking": "full, over the task's catalogue, every target",
@@ -146,7 +146,7 @@ def _compared(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> lis
     same = same_tables(record, dataset)
     if replaced := [name for name in record["outputs"] if name not in same]:
         infer.evaluate(model, dataset, replaced)
-        _log.warning(
+        _LOG.warning(
             "the tables of %s in %s are not those that the run learned from: the outputs of these tasks are not "
             "compared, and their results from here on are those of the new tables",
             ", ".join(replaced),
