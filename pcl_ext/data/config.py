@@ -46,6 +46,7 @@ class EventsConfig(TableConfig):
     time_format  strptime format of times that are text; ISO 8601 where left out
     where        conditions an event of a history satisfies
     distinct     keep only the first event of each (user, item)
+    skip_empty   leave out rows without a user, item or time; they are refused otherwise
     min_length   users with fewer events in their history are left out
     until        histories end before this date (or raw time)
     """
@@ -57,6 +58,7 @@ class EventsConfig(TableConfig):
     time_format: str | None = _key(TEXT, None)
     where: tuple[Condition, ...] = _key(LIST, ())
     distinct: bool = _key(YES_NO, False)
+    skip_empty: bool = _key(YES_NO, False)
     min_length: int = _key(WHOLE, 1)
     until: Any = _key(ANY, None)
 

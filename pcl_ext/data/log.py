@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.conditions import Condition, holds
-from pcl_ext.data.config import LogConfig, SubsetConfig
+from pcl_ext.data.config import EventsConfig, LogConfig, SubsetConfig
 from pcl_ext.data.split import hash_modulo
 from pcl_ext.data.times import TimeColumn
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,6 +85,7 @@ class EventLog:
         names = config.events
         for name in {names.user, names.item} - set(events.column_names):
             raise ValueError(f"[events]: column {name!r} is missing")
+        self._events = events = _without_empty(events, names)
         self.user = encode([events[names.user]], ["[events] user"])
         columns, labels = [events[names.item]], ["[events] item"]
         if items is not None:
@@ -178,10 +182,30 @@ class EventLog:
                 f"of {self.num_events} events in the log"
             )
         self.users = np.flatnonzero(long_enough)
+        if left_out := len(self.user) - len(self.users):
+            _LOG.info("left out: %d of %d users, whose histories have no min_length events", left_out, len(self.user))
         self.row_of = np.full(len(self.user), -1)
         self.row_of[self.users] = np.arange(len(self.users))
         self.history = chosen[long_enough[self.user.codes[chosen]]]
         self.offsets = np.r_[0, np.cumsum(counts[self.users])]
+
+
+def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
+    """Events with a user, an item and a time. Raises ValueError where some have none and are not to be skipped."""
+    keys = [names.user, names.item, *([names.time] if names.time else [])]
+    empty = {name: events[name].null_count for name in keys if events[name].null_count}
+    if empty and not names.skip_empty:
+        counts = ", ".join(f"{name!r} in {count:,}" for name, count in empty.items())
+        raise ValueError(
+            f"[events]: empty cells among {len(events):,} rows: {counts}; skip_empty = true leaves them out"
+        )
+    for name in empty:
+        events = events.filter(pc.is_valid(events[name]))
+    if empty:
+        _LOG.info("left out: events with an empty %s", " or ".join(map(repr, empty)))
+    if not len(events):
+        raise ValueError(f"[events]: {names.file} holds no events")
+    return events
 
 
 def first_of_pairs(a: np.ndarray, b: np.ndarray, width: int) -> np.ndarray:

@@ -46,8 +46,13 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
         side = np.diff(user, prepend=-1) if task.pick == "first" else np.diff(user, append=-1)
         picked = side != 0
         chosen, user, item, cut = chosen[picked], user[picked], item[picked], cut[picked]
-    if not len(user):
+    if not kept.any():
         raise ValueError(f"{label}: no event satisfies where, from, until and items")
+    if not len(user):
+        raise ValueError(
+            f"{label}: every event that satisfies where, from, until and items is part of the visible history, or has "
+            "none before it: hold `items` out, start after [events] until, or say repeats = true"
+        )
     after = task.cut == "before" or (start is not None and log.until is not None and start >= log.until)
     return ItemTargets(user, item, cut, log.time[chosen] if after and log.config.events.time else None, catalogue)
 

@@ -38,7 +38,7 @@ class TimeColumn:
         if unit not in _PER_SECOND:
             raise ValueError(f"{where}_unit must be one of {', '.join(_PER_SECOND)}, got {unit!r}")
         if column.null_count:
-            raise ValueError(f"{where}: {column.null_count} of {len(column)} times are null; leave them out by `where`")
+            raise ValueError(f"{where}: {column.null_count} of {len(column)} times are null")
         self.where = where
         if pa.types.is_integer(column.type):
             self.unit, self.values = unit, column.cast(pa.int64()).to_numpy()

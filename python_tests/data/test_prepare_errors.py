@@ -121,8 +121,11 @@ def test_mistakes_in_the_file(tmp_path, old, new, words):
         ({"users": USERS + ",7,c\n"}, "[users] user must not be null, 1 of 4 rows are"),
         ({"users": "user_id,age\nann,3\n"}, "[users] user must be of the same type as in [events], int64, got string"),
         ({"items": ITEMS + "3,k\n"}, "[items] item must be unique"),
-        ({"log": LOG + "1,,3,1\n"}, "[events] item must not be null, 1 of 41 rows are"),
-        ({"log": LOG + "1,2,,1\n"}, "1 of 41 times are null"),
+        (
+            {"log": LOG + "1,,3,1\n"},
+            "empty cells among 41 rows: 'item_id' in 1; skip_empty = true leaves",
+        ),
+        ({"log": LOG + "1,2,,1\n"}, "[events]: empty cells among 41 rows: 'time' in 1; skip_empty"),
         ({"log": LOG + "1,2\n"}, "not readable as CSV"),
         ({"log": "user_id,item_id,time\n"}, "[events]"),
         ({"log": ""}, "not readable as CSV"),

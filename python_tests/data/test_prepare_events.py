@@ -97,6 +97,27 @@ def test_what_a_history_holds(prepare, keys, want):
     assert histories(prepare(BASE + keys)) == want
 
 
+def test_events_without_user_item_or_time_are_skipped_on_request(prepare, caplog):
+    log = LOG + ",x,6,buy,1\nann,,6,buy,1\nann,y,,buy,1\n"
+    with pytest.raises(ValueError, match="'user_id' in 1, 'item_id' in 1, 'time' in 1; skip_empty = true"):
+        prepare(BASE, log)
+    with caplog.at_level("INFO", "pcl_ext"):
+        assert histories(prepare(BASE + "skip_empty = true\nmin_length = 2\n", log)) == {
+            "ann": ["z", "x", "w", "x"],
+            "bob": ["y", "x", "w"],
+        }
+    assert "left out: events with an empty 'user_id' or 'item_id' or 'time'" in caplog.text
+    assert "left out: 1 of 3 users, whose histories have no min_length events" in caplog.text
+    with pytest.raises(ValueError, match=r"log\.csv holds no events"):
+        prepare(BASE, LOG.splitlines()[0] + "\n")
+
+
+def test_targets_that_are_all_visible_are_named_so(prepare):
+    text = BASE + '[[task]]\nname = "again"\nkind = "items"\nsource = "events"\n'
+    with pytest.raises(ValueError, match="is part of the visible history, or has none before it"):
+        prepare(text)
+
+
 def test_users_are_split_by_the_hash_of_their_own_ids(prepare):
     dataset = prepare(BASE, log="user_id,item_id,time\n" + "".join(f"u{i},a,1\n" for i in range(300)))
     names = originals(dataset, "users.parquet", "user_id")
