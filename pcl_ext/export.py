@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model import Task, UserModel
+from pcl_ext.model.catalogue import SEEN_SCORE
 from pcl_ext.model.memories import ItemMemory, LastState, LearnedPool, MeanStates, Memory
-from pcl_ext.model.task_module import SEEN_SCORE
 from pcl_ext.store.atomic import fsync_folder
 
 FORMATS = ("program", "package", "onnx")
@@ -95,7 +95,7 @@ class PlainModel(nn.Module):
         part = self.part
         rows = table[part.catalogue] if part.tied else part.head.rows
         scores = F.linear(part.head.queries(features, newest), rows, part.head.bias)
-        columns = part.column_of[items]
+        columns = part.ranked.column_of[items]
         columns = torch.where(used & (columns >= 0), columns, len(part.catalogue))  # one more, for what is not listed
         scores = F.pad(scores, (0, 1))
         if part.repeats is None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze
+from pcl_ext.model.catalogue import Catalogue
 from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
@@ -30,7 +31,6 @@ from pcl_ext.task import TaskSpec
 
 COLD_WIDTH = 128  # a regression of this rank ranks nearly as the whole one does
 KEPT = ("prefix_keys", "prefix_values")
-SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
 
 
 class Task(nn.Module):
@@ -61,6 +61,7 @@ class Task(nn.Module):
             self.memories["prefix"] = PrefixPrompt(config.prompt_len, shape.dim)
         if config.low_rank:
             self.memories["low_rank"] = LowRankPrompts(backbone, config.low_rank)
+        self.ranked = Catalogue(spec, shape.num_items) if spec.kind == "items" else None
         self.tied = spec.kind == "items" and self._is_tied(backbone)
         self.cold = spec.kind == "items" and self._is_cold(backbone)
         members = config.members if spec.kind != "items" else 1
@@ -112,20 +113,13 @@ class Task(nn.Module):
             return width
         return folded_width(name, width, self.config.members, self.spec.num_outputs(0))
 
+    @property
+    def catalogue(self) -> Tensor:
+        """[C] int64, the items that an items task ranks, in column order."""
+        return self.ranked.items
+
     def _is_tied(self, backbone: Backbone) -> bool:
-        """Whether items are scored against the frozen table; lists the catalogue and its columns."""
-        num_items = backbone.config.num_items
-        columns = self.spec.num_outputs(num_items)
-        ids = range(1, columns + 1) if self.spec.catalogue is None else self.spec.catalogue
-        self.register_buffer("catalogue", torch.tensor(list(ids), dtype=torch.int64), persistent=False)
-        if int(self.catalogue.max()) > num_items:
-            raise ValueError(
-                f"catalogue of task {self.spec.name!r} names item {int(self.catalogue.max())}, the backbone knows "
-                f"items 1..{num_items}"
-            )
-        column_of = torch.full((num_items + 1,), -1, dtype=torch.int64)
-        column_of[self.catalogue] = torch.arange(columns)
-        self.register_buffer("column_of", column_of, persistent=False)
+        """Whether items are scored against the frozen table."""
         return bool(backbone.trained_items[self.catalogue].all()) if self.config.tied is None else self.config.tied
 
     def _is_cold(self, backbone: Backbone) -> bool:
@@ -190,13 +184,7 @@ class Task(nn.Module):
 
         An item that is not in it raises ValueError where the targets are on the CPU; on CUDA nobody looks.
         """
-        if self.spec.kind != "items":
-            return target
-        columns = self.column_of[target]
-        if columns.is_cpu and bool((columns < 0).any()):
-            item = int(target[columns < 0][0])
-            raise ValueError(f"targets of task {self.spec.name!r} must be in its catalogue, got item {item}")
-        return columns
+        return target if self.ranked is None else self.ranked.columns(target)
 
     def memory_parameters(self) -> list[nn.Parameter]:
         """What is trained besides the head."""
@@ -276,19 +264,12 @@ class Task(nn.Module):
         else:
             rows = self.head.rows[first:last]
         scores = F.linear(queries, rows, self.head.bias[first:last])
-        if self.repeats is not None:
-            for piece in encoded.pieces:
-                columns = self._columns_among(piece.items, first, len(catalogue))
-                scores = self.repeats(scores, piece.states[-1], piece.users(), columns)
-            return scores
-        columns = self._columns_among(encoded.items, first, len(catalogue))
-        one_more = F.pad(scores, (0, 1))  # column -1: what is not in the catalogue
-        return one_more.index_put_((encoded.users(), columns), one_more.new_full((), SEEN_SCORE))[:, :-1]
-
-    def _columns_among(self, items: Tensor, first: int, count: int) -> Tensor:
-        """items [T] -> their columns counted from `first`, -1 for those that are not among these `count`."""
-        columns = self.column_of[items] - first
-        return columns.masked_fill((columns < 0) | (columns >= count), -1)
+        if self.repeats is None:
+            return self.ranked.rank_last(scores, encoded, first)
+        for piece in encoded.pieces:
+            columns = self.ranked.among(piece.items, first, len(catalogue))
+            scores = self.repeats(scores, piece.states[-1], piece.users(), columns)
+        return scores
 
     @torch.no_grad()
     def fit_head(self, features: Tensor, target: Tensor, target_row: Tensor) -> None:

@@ -61,7 +61,7 @@ def top_items(
         last = min(first + step, columns)
         scores = task.item_scores(queries, encoded, table, first, last).float()
         if seen is not None:
-            at = task.column_of[seen[1]]
+            at = task.ranked.column_of[seen[1]]
             here = (at >= first) & (at < last)
             scores[seen[0][here], at[here] - first] = -torch.inf
         best.offer(scores.cpu(), task.catalogue[first:last].cpu())

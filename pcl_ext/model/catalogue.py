@@ -1,0 +1,57 @@
+"""Catalogue: which items an items task ranks, where they lie in its output, and which of them come last."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcl_ext.model.encoded import Encoded
+from pcl_ext.task import TaskSpec
+
+SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
+
+
+class Catalogue(nn.Module):
+    """The items of an items task. It follows from the task and the backbone, so nothing of it is saved.
+
+    items      [C] int64, in column order
+    column_of  [V + 1] int64, the column of each id; -1 for what is not listed
+    """
+
+    def __init__(self, spec: TaskSpec, num_items: int):
+        super().__init__()
+        self.name = spec.name
+        columns = spec.num_outputs(num_items)
+        ids = range(1, columns + 1) if spec.catalogue is None else spec.catalogue
+        self.register_buffer("items", torch.tensor(list(ids), dtype=torch.int64), persistent=False)
+        if int(self.items.max()) > num_items:
+            raise ValueError(
+                f"catalogue of task {spec.name!r} names item {int(self.items.max())}, the backbone knows "
+                f"items 1..{num_items}"
+            )
+        column_of = torch.full((num_items + 1,), -1, dtype=torch.int64)
+        column_of[self.items] = torch.arange(columns)
+        self.register_buffer("column_of", column_of, persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def columns(self, target: Tensor) -> Tensor:
+        """Item ids [m] -> their columns; ValueError for one that is not listed, on the CPU."""
+        columns = self.column_of[target]
+        if columns.is_cpu and bool((columns < 0).any()):
+            item = int(target[columns < 0][0])
+            raise ValueError(f"targets of task {self.name!r} must be in its catalogue, got item {item}")
+        return columns
+
+    def among(self, items: Tensor, first: int, count: int) -> Tensor:
+        """items [T] -> their columns counted from `first`, -1 for those that are not among these `count`."""
+        columns = self.column_of[items] - first
+        return columns.masked_fill((columns < 0) | (columns >= count), -1)
+
+    def rank_last(self, scores: Tensor, encoded: Encoded, first: int, score: float = SEEN_SCORE) -> Tensor:
+        """scores [B, c] of the columns from `first` on -> the same, with `score` for what a history holds."""
+        columns = self.among(encoded.items, first, scores.shape[1])
+        one_more = F.pad(scores, (0, 1))  # column -1: what is not in the catalogue
+        return one_more.index_put_((encoded.users(), columns), one_more.new_full((), score))[:, :-1]
