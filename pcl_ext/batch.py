@@ -12,6 +12,23 @@ from pcl_ext import ops
 
 
 @dataclass(frozen=True)
+class Older:
+    """What histories of B users held before the events that are read: seen, and otherwise of no account.
+
+    items    [S] int32 or int64, 1..V
+    offsets  [B + 1] int64; user b owns items[offsets[b] : offsets[b + 1]]
+    on_host  [B] int64, ids per user, on the CPU wherever the rest is
+    """
+
+    items: Tensor
+    offsets: Tensor
+    on_host: Tensor
+
+    def to(self, device: torch.device | str) -> Older:
+        return Older(self.items.to(device), self.offsets.to(device), self.on_host)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Histories of B users without padding.
 
@@ -21,6 +38,7 @@ class PackedBatch:
     plan        the attention work list, made once and used by every layer
     on_host     [B] int64, items per user, on the CPU wherever the rest is: sizes are known without waiting for a GPU
     dropped     how many unknown ids `from_lists` left out
+    older       what came before, where a history is longer than what is read of it: an items task ranks it last too
     """
 
     items: Tensor
@@ -29,9 +47,10 @@ class PackedBatch:
     plan: ops.AttentionPlan
     on_host: Tensor
     dropped: int = 0
+    older: Older | None = None
 
     @classmethod
-    def from_packed(cls, items: Tensor, offsets: Tensor, dropped: int = 0) -> PackedBatch:
+    def from_packed(cls, items: Tensor, offsets: Tensor, dropped: int = 0, older: Older | None = None) -> PackedBatch:
         """items [T], offsets [B + 1] int64, best on the CPU, where values are checked: those of a GPU are fetched.
 
         Raises ValueError where the offsets do not fit the items.
@@ -44,23 +63,36 @@ class PackedBatch:
             raise ValueError(f"offsets must end at the number of items, got {int(host[-1])} and {items.numel()}")
         lengths = host.diff()
         longest = int(lengths.max()) if len(lengths) else 0
-        return cls(items, offsets, longest, plan.to(offsets.device), lengths, dropped)
+        return cls(items, offsets, longest, plan.to(offsets.device), lengths, dropped, older)
 
     @classmethod
     def from_lists(cls, histories: Sequence[Sequence[int]], *, num_items: int, max_len: int) -> PackedBatch:
         """Histories as lists of item ids, oldest first, of any length.
 
-        Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are kept.
+        Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are read.
         """
-        kept, dropped = [], 0
+        kept, before, dropped = [], [], 0
         for row, history in enumerate(histories):
             ids = _as_ids(history, row)
             known = ids[(ids >= 1) & (ids <= num_items)]
             dropped += ids.numel() - known.numel()
-            kept.append(known[-max_len:] if max_len else known[:0])
-        lengths = torch.tensor([0] + [ids.numel() for ids in kept], dtype=torch.int64)
-        items = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64)
-        return cls.from_packed(items, lengths.cumsum(0), dropped)
+            first = max(known.numel() - max_len, 0)
+            before.append(known[:first])
+            kept.append(known[first:])
+        older = Older(*_packed(before)) if any(map(len, before)) else None
+        return cls.from_packed(*_packed(kept)[:2], dropped, older)
+
+    @classmethod
+    def from_stored(cls, values, offsets, rows, cut, max_len: int) -> PackedBatch:
+        """The first cut [b] int64 events of the histories rows [b] int64 of a stored CSR, as `ops.gather_histories`
+        takes them: the newest max_len are read."""
+        read = ops.gather_histories(values, offsets, rows, max_len, cut)
+        before = torch.as_tensor(cut) - max_len
+        older, most = None, int(before.max()) if len(before) else 0
+        if most > 0:
+            items, ends = ops.gather_histories(values, offsets, rows, most, before.clamp_min(0))
+            older = Older(items, ends, ends.diff())
+        return cls.from_packed(*read, older=older)
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -83,7 +115,14 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         moved = (self.items.to(device), self.offsets.to(device), self.max_seqlen, self.plan.to(device))
-        return PackedBatch(*moved, self.on_host, self.dropped)
+        return PackedBatch(*moved, self.on_host, self.dropped, None if self.older is None else self.older.to(device))
+
+
+def _packed(histories: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Back to back, their offsets and their lengths."""
+    lengths = torch.tensor([0] + [ids.numel() for ids in histories], dtype=torch.int64)
+    items = torch.cat(histories) if histories else torch.empty(0, dtype=torch.int64)
+    return items, lengths.cumsum(0), lengths[1:]
 
 
 def _as_ids(history: Sequence[int], row: int) -> Tensor:

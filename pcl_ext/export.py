@@ -31,7 +31,8 @@ class PlainModel(nn.Module):
 
     items [B, L] int64, oldest first -> output [B, C] (items: a column per item of the catalogue; classes: logits) or
     [B] (binary: logit; regression: value), float32. An id outside 1..V is no event, wherever it stands: pad with 0.
-    The newest max_len events count. ValueError for a readout that has no plain form.
+    The newest max_len events count, all of them for what an items task ranks last. ValueError for a readout that has no
+    plain form.
     """
 
     def __init__(self, model: UserModel, task: str):
@@ -54,13 +55,13 @@ class PlainModel(nn.Module):
         known = (items >= 1) & (items <= config.num_items)
         newer = known.long().flip(1).cumsum(1).flip(1) - known.long()  # events between each and the history's end
         used = known & (newer < config.max_len)
-        items = torch.where(used, items, 0)
+        held, items = torch.where(known, items, 0), torch.where(used, items, 0)
         states = self._states(items, newer, used)
         newest = (states[-1] * (used & (newer == 0))[:, :, None]).sum(1)
         features = torch.cat([read(states, items, used, newest) for read in self.readouts], 1)
         features = (features - self.part.shift) * self.part.scale
         if self.part.spec.kind == "items":
-            return self._item_scores(features, newest, states[-1], items, used, table)
+            return self._item_scores(features, newest, states[-1], held if self.part.repeats is None else items, table)
         output, unit = self.part.head(features), self.part.head.unit
         return output if self.part.spec.kind == "classes" else output[:, 0] * unit[1] + unit[0]
 
@@ -91,12 +92,12 @@ class PlainModel(nn.Module):
         states[-1] = backbone.norm(x)
         return states
 
-    def _item_scores(self, features, newest, last, items, used, table) -> Tensor:
+    def _item_scores(self, features, newest, last, items, table) -> Tensor:
         part = self.part
         rows = table[part.catalogue] if part.tied else part.head.rows
         scores = F.linear(part.head.queries(features, newest), rows, part.head.bias)
         columns = part.ranked.column_of[items]
-        columns = torch.where(used & (columns >= 0), columns, len(part.catalogue))  # one more, for what is not listed
+        columns = torch.where(columns < 0, len(part.catalogue), columns)  # one more, for what is not listed
         scores = F.pad(scores, (0, 1))
         if part.repeats is None:
             scores = scores.scatter(1, columns, SEEN_SCORE)

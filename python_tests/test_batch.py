@@ -1,5 +1,8 @@
 """PackedBatch from plain lists: what is kept, what is dropped, what is refused."""
 
+import pickle
+
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +16,32 @@ def test_the_newest_known_ids_are_kept():
     assert (len(batch), batch.max_seqlen, batch.dropped) == (4, 2, 3)
     assert batch.lengths.tolist() == [2, 0, 0, 2]
     assert batch.users.tolist() == [0, 0, 3, 3]
+
+
+def test_what_is_older_comes_along():
+    batch = PackedBatch.from_lists([[4, 1, 9, 2, 3], [5], [3, 2, 1]], num_items=5, max_len=2)
+    for part in (batch, pickle.loads(pickle.dumps(batch)), batch.to("cpu")):
+        assert part.items.tolist() == [2, 3, 5, 2, 1]
+        assert part.older.items.tolist() == [4, 1, 3]
+        assert part.older.offsets.tolist() == [0, 2, 2, 3]
+        assert part.older.on_host.tolist() == [2, 0, 1]
+    assert batch.to("meta").older.items.is_meta
+    assert PackedBatch.from_lists([[1, 2], [9, 3, 4]], num_items=5, max_len=2).older is None
+
+
+@pytest.mark.parametrize("max_len", [1, 2, 3, 4])
+def test_stored_histories_are_read_as_lists_are(max_len):
+    lists = [[4, 1, 2, 3], [5], [], [3, 2, 1]]
+    values, offsets = np.concatenate(lists).astype(np.int32), np.array([0, 4, 5, 5, 8])
+    rows, cut = torch.tensor([3, 0, 1, 2, 0]), torch.tensor([3, 4, 1, 0, 2])
+    got = PackedBatch.from_stored(values, offsets, rows, cut, max_len)
+    want = PackedBatch.from_lists([lists[r][:c] for r, c in zip(rows, cut)], num_items=5, max_len=max_len)
+    assert (got.older is None) == (want.older is None) == (max_len == 4)
+    for one, other in ((got, want), (got.older, want.older)):
+        if one is not None:
+            assert one.items.tolist() == other.items.tolist()
+            assert torch.equal(one.offsets, other.offsets)
+            assert torch.equal(one.on_host, other.on_host)
 
 
 def test_no_history_at_all():

@@ -15,7 +15,7 @@ from pcl_ext import export as export_module
 from pcl_ext.export import PlainModel, export
 
 TASKS = ["next", "range_b", "ctr", "age", "spend"]
-HISTORIES = [[1, 2, 3], [], [5] * 9, [20, 99, 7, -1], [4, 8, 15, 16, 2, 3, 4, 8], [0]]
+HISTORIES = [[1, 2, 3], [], [5] * 9, [20, 99, 7, -1], [11, 8, 15, 16, 2, 3, 4, 8], [0]]
 PARTS = [HISTORIES, HISTORIES[:1], HISTORIES[2:4], [[3]], [[0]], [[0]] * 3]
 DOCS = Path(__file__).parent.parent / "docs"
 

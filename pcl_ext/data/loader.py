@@ -17,7 +17,7 @@ from pcl_ext.data.examples import Examples
 class ExampleBatch(NamedTuple):
     """b examples and their m targets.
 
-    history     the newest max_len visible events of each
+    history     the newest max_len visible events of each; those before them as its `older`
     target      [m] int64 item ids, classes or 0/1; float32 for regression
     target_row  [m] int64, which row of the batch each target belongs to
     index       [b] int64, positions in the Examples
@@ -49,7 +49,7 @@ def iterate(
 def make_batch(dataset: Dataset, examples: Examples, rows: Tensor, max_len: int) -> ExampleBatch:
     """The examples at positions `rows` [b] as one batch."""
     user, cut = examples.user[rows], examples.cut[rows]
-    items, offsets = ops.gather_histories(dataset.items, dataset.offsets, user, max_len, cut)
+    history = PackedBatch.from_stored(dataset.items, dataset.offsets, user, cut, max_len)
     index, target_offsets = examples.target_rows(rows)
     target_row = torch.repeat_interleave(torch.arange(len(rows)), target_offsets.diff())
-    return ExampleBatch(PackedBatch.from_packed(items, offsets), examples.target[index], target_row, rows)
+    return ExampleBatch(history, examples.target[index], target_row, rows)

@@ -52,6 +52,7 @@ class Catalogue(nn.Module):
 
     def rank_last(self, scores: Tensor, encoded: Encoded, first: int, score: float = SEEN_SCORE) -> Tensor:
         """scores [B, c] of the columns from `first` on -> the same, with `score` for what a history holds."""
-        columns = self.among(encoded.items, first, scores.shape[1])
+        users, items = encoded.seen()
+        columns = self.among(items, first, scores.shape[1])
         one_more = F.pad(scores, (0, 1))  # column -1: what is not in the catalogue
-        return one_more.index_put_((encoded.users(), columns), one_more.new_full((), score))[:, :-1]
+        return one_more.index_put_((users, columns), one_more.new_full((), score))[:, :-1]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcl_ext.batch import PackedBatch
+from pcl_ext.batch import Older, PackedBatch
 from pcl_ext.model.backbone import Backbone
 from pcl_ext.model.layout import LayerPrefix, filled_histories, newest_rows, to_offsets
 
@@ -58,6 +58,7 @@ class Encoded:
     newest   [B, D] last state of each history; 0 where it is empty
     pieces   together all rows of every history with their states; none where only the newest are read
     on_host  [B] int64, their lengths on the CPU; None: read from the offsets where they are needed
+    older    what they held before these rows, where they did
     """
 
     items: Tensor
@@ -65,6 +66,7 @@ class Encoded:
     newest: Tensor
     pieces: list[Piece]
     on_host: Tensor | None = None
+    older: Older | None = None
 
     def rows(self, depth: int) -> Tensor:
         """[T, D], the states of a layer (0: the embeddings) in the order of `items`."""
@@ -92,12 +94,20 @@ class Encoded:
         """[T] int64, which history each row belongs to."""
         return users_of(self.offsets, len(self.items))
 
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Users [S] int64 and items [S] of all that the histories hold, and held before."""
+        if self.older is None:
+            return self.users(), self.items
+        before = users_of(self.older.offsets, len(self.older.items))
+        return torch.cat([before, self.users()]), torch.cat([self.older.items, self.items])
+
     def select(self, users: Tensor) -> Encoded:
         """The same for some of the users [b] int64; given on the CPU, nothing is read from a GPU."""
         here = users.to(self.offsets.device, non_blocking=True)
         rows, offsets, on_host = _rows_of(self.offsets, here, self.on_host, users)
         pieces = [piece.select(here, users) for piece in self.pieces]
-        return Encoded(self.items[rows], offsets, self.newest[here], pieces, on_host)
+        older = None if self.older is None else _select_older(self.older, here, users)
+        return Encoded(self.items[rows], offsets, self.newest[here], pieces, on_host, older)
 
 
 def pool(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -128,7 +138,7 @@ def encode(
     pieces = [Piece(states, batch.items, batch.offsets, batch.on_host)] if every_state else []
     top = newest_states(states[-1], batch.offsets, batch.on_host) if every_state else states[-1]
     top = newest_of(top, batch.offsets, batch.on_host)
-    return Encoded(batch.items, batch.offsets, top, pieces, batch.on_host)
+    return Encoded(batch.items, batch.offsets, top, pieces, batch.on_host, batch.older)
 
 
 def encode_on_trunk(
@@ -155,6 +165,7 @@ class Trunk:
     tail_items    [N] the newest P items of each history
     tail_offsets  [B + 1] int64
     on_host       [B] int64, the lengths of the histories on the CPU, and those of the tails; None: read where needed
+    older         what the histories held before these rows, where they did
     """
 
     backbone: Backbone
@@ -165,6 +176,7 @@ class Trunk:
     tail_items: Tensor
     tail_offsets: Tensor
     on_host: tuple[Tensor, Tensor] | None = None
+    older: Older | None = None
 
     @classmethod
     def of(cls, backbone: Backbone, batch: PackedBatch, length: int, *, every_state: bool) -> Trunk:
@@ -176,7 +188,8 @@ class Trunk:
         kept = replace(kept, index=torch.arange(len(batch), device=items.device))
         piece = Piece(states, items, offsets, before) if every_state else None
         histories = (batch.items, batch.offsets)
-        return cls(backbone, *histories, kept, piece, tail_items, tail_offsets, (batch.on_host, tails))
+        lengths = (batch.on_host, tails)
+        return cls(backbone, *histories, kept, piece, tail_items, tail_offsets, lengths, batch.older)
 
     def read(self, prompt: Tensor | None, index: Tensor | None, every_state: bool, ways: int = 1) -> list[Encoded]:
         """The histories in each of C ways; prompt [K, P, D], index [C * B]: which prompt each user has in each way, -1
@@ -193,11 +206,11 @@ class Trunk:
         top = newest_of(top, offsets, here)
         tops = top.split(users) if users else [top] * ways
         if not every_state:
-            return [Encoded(self.items, self.offsets, top, [], whole) for top in tops]
+            return [Encoded(self.items, self.offsets, top, [], whole, self.older) for top in tops]
         rows = len(self.tail_items)
         parts = zip(*(state.split(rows) for state in states)) if rows else [states] * ways
         pieces = ([self.piece, Piece(list(part), self.tail_items, self.tail_offsets, tails)] for part in parts)
-        return [Encoded(self.items, self.offsets, top, both, whole) for top, both in zip(tops, pieces)]
+        return [Encoded(self.items, self.offsets, top, both, whole, self.older) for top, both in zip(tops, pieces)]
 
 
 def _cut(batch: PackedBatch, length: int, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -231,6 +244,11 @@ def _rows_of(offsets: Tensor, users: Tensor, on_host: Tensor | None, host_users:
         return _places(offsets[users], picked, int(picked[-1])), picked, None
     on_host = on_host[host_users.cpu()]
     return _places(offsets[users], picked, int(on_host.sum())), picked, on_host
+
+
+def _select_older(older: Older, users: Tensor, host_users: Tensor) -> Older:
+    rows, offsets, on_host = _rows_of(older.offsets, users, older.on_host, host_users)
+    return Older(older.items[rows], offsets, on_host)
 
 
 def _places(first: Tensor, offsets: Tensor, total: int) -> Tensor:

@@ -270,7 +270,8 @@ class UserModel(nn.Module):
         """Predictions for plain lists of item ids, oldest first: new users and empty histories included.
 
         items: {"items": [k ids], "scores": [k]}; classes: {"class", "probabilities"}; binary: {"probability"};
-        regression: {"value"}. Only the newest max_len ids count; unknown ids are dropped, with a warning that counts.
+        regression: {"value"}. The newest max_len ids are read, older ones count as seen; unknown ids are dropped, with
+        a warning that counts.
         """
         config, training = self.backbone.config, self.training
         batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)

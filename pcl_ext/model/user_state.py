@@ -25,7 +25,8 @@ class UserState:
 
     The window: a history that would grow past max_len is started again from its newest `keep` events, one full pass
     over these; so a long history is read through a window of keep to max_len events. keep is 3/4 of max_len unless
-    given.
+    given. What lies before the window is forgotten, `older` of a batch too: an items task that ranks what a history
+    holds last knows the window alone.
     """
 
     def __init__(self, backbone: Backbone, users: int, *, every_state: bool = False, keep: int | None = None):

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from pcl_ext import ops
 from pcl_ext.batch import PackedBatch
 
 BATCH_TOKENS = 16_384
@@ -52,13 +50,8 @@ class Histories:
         return Histories(items[known].astype(np.int64, copy=False), kept), np.diff(offsets) - np.diff(kept)
 
     def batch(self, max_len: int) -> PackedBatch:
-        """All of them, the newest max_len events of each."""
-        rows = np.arange(len(self))
-        return PackedBatch.from_packed(*ops.gather_histories(self.items, self.offsets, rows, max_len))
-
-    def users(self) -> torch.Tensor:
-        """[E] int64, which history each event belongs to."""
-        return torch.repeat_interleave(torch.from_numpy(np.diff(self.offsets)))
+        """All of them, the newest max_len events of each; those before them as its `older`."""
+        return PackedBatch.from_stored(self.items, self.offsets, np.arange(len(self)), np.diff(self.offsets), max_len)
 
 
 def read_histories(data: Any, column: str = "items") -> Histories:

@@ -21,7 +21,7 @@ class Predictor:
 
     Pickles as its settings: each process opens the run when it is first asked. Histories are those of `read_histories`:
     an Arrow table, a dict of arrays, a list of lists; new users and empty histories included. Of each the newest
-    max_len known ids count; unknown ones are dropped and counted, in `unknown` (so far) and in each answer. Memory
+    max_len known ids are read; unknown ones are dropped and counted, in `unknown` (so far) and in each answer. Memory
     beyond input and answer does not depend on the number of histories: they are worked on in chunks.
 
     path       the run's folder
@@ -98,12 +98,10 @@ class Predictor:
         """
         part, parts = self.model.task(task), []
         _check_k(k)
-        for known, unknown, batch in self._batches(read_histories(histories, self.column)):
+        for unknown, batch in self._batches(read_histories(histories, self.column)):
             if part.spec.kind == "items":
-                seen = (known.users(), torch.from_numpy(known.items)) if skip_seen else None
-                seen = None if seen is None else tuple(ids.to(self.model.device) for ids in seen)
                 read = self.model.read(batch, task)
-                items, scores = top_items(part, read, self.model.backbone.table, k, seen)
+                items, scores = top_items(part, read, self.model.backbone.table, k, skip_seen=skip_seen)
                 answer = {"items": items, "scores": scores}
             else:
                 answer = _label_answer(part.spec.kind, self.model(batch, task).float().cpu())
@@ -117,17 +115,17 @@ class Predictor:
         return _joined(
             [
                 {name: vectors.float().cpu().numpy() for name, vectors in self.model.encode(batch, tasks).items()}
-                for _, _, batch in batches
+                for _, batch in batches
             ]
         )
 
-    def _batches(self, histories: Histories) -> Iterator[tuple[Histories, np.ndarray, PackedBatch]]:
-        """Chunk by chunk: known ids, how many of each history are not, and what the model sees of them."""
+    def _batches(self, histories: Histories) -> Iterator[tuple[np.ndarray, PackedBatch]]:
+        """Chunk by chunk: how many ids of each history are unknown, and the others."""
         config = self.model.backbone.config
         for rows in histories.chunks(BATCH_TOKENS, config.max_len):
             known, unknown = histories.known(rows, config.num_items)
             self.unknown += int(unknown.sum())
-            yield known, unknown, known.batch(config.max_len).to(self.model.device)
+            yield unknown, known.batch(config.max_len).to(self.model.device)
 
 
 def as_rows(answer: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -46,12 +46,10 @@ def _order(scores: Tensor, items: Tensor) -> Tensor:
     return (ordered.long() << 32) | (0x7FFFFFFF - items)
 
 
-def top_items(
-    task: Task, encoded: Encoded, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def top_items(task: Task, encoded: Encoded, table: Tensor, k: int, *, skip_seen: bool = False) -> tuple[Tensor, Tensor]:
     """Items [B, k] int64 and scores [B, k] float32 of an items task, the best first; 0 and -inf where there are fewer.
 
-    seen  users [m] and items [m] that are left out. Of the scores only a few MB are held at a time.
+    skip_seen leaves out what a history holds. Of the scores only a few MB are held at a time.
     """
     users, columns = encoded.offsets.numel() - 1, len(task.catalogue)
     best = TopItems(users, min(k, columns))
@@ -60,9 +58,7 @@ def top_items(
     for first in range(0, columns, step):
         last = min(first + step, columns)
         scores = task.item_scores(queries, encoded, table, first, last).float()
-        if seen is not None:
-            at = task.ranked.column_of[seen[1]]
-            here = (at >= first) & (at < last)
-            scores[seen[0][here], at[here] - first] = -torch.inf
+        if skip_seen:
+            scores = task.ranked.rank_last(scores, encoded, first, -torch.inf)
         best.offer(scores.cpu(), task.catalogue[first:last].cpu())
     return best.items, best.scores

@@ -33,8 +33,11 @@ def test_every_example_once_with_its_visible_history_and_targets(dataset, name, 
         for row, position in enumerate(batch.index.tolist()):
             user, cut = int(examples.user[position]), int(examples.cut[position])
             begin = dataset.offsets[user]
-            want = dataset.items[begin : begin + cut][-max_len:].tolist()
-            assert history.items[history.offsets[row] : history.offsets[row + 1]].tolist() == want
+            want = dataset.items[begin : begin + cut].tolist()
+            assert history.items[history.offsets[row] : history.offsets[row + 1]].tolist() == want[-max_len:]
+            older = history.older
+            before = [] if older is None else older.items[older.offsets[row] : older.offsets[row + 1]].tolist()
+            assert before == want[:-max_len]
             low, high = examples.target_offsets[position : position + 2].tolist()
             assert batch.target[batch.target_row == row].tolist() == examples.target[low:high].tolist()
         seen += batch.index.tolist()

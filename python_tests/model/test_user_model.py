@@ -185,7 +185,7 @@ def test_learning_on_leaves_closed_tasks_bit_for_bit(model):
 
 def test_predict_for_new_users_unknown_ids_and_empty_histories(model):
     add_all(model)
-    lists = [[1, 2, 3], [], [10**9, 2, -4, 0], list(range(1, 41))]
+    lists = [[1, 2, 3], [], [10**9, 2, -4, 0], [30, 31, *range(21, 41)]]
     with pytest.warns(UserWarning, match="3 unknown item ids"):
         ranked = model.predict(lists, "rank", k=5)
     assert [len(answer["items"]) for answer in ranked] == [5] * 4
