@@ -23,6 +23,7 @@ from pcl_ext.model.memories import ItemMemory, LastState, LearnedPool, MeanState
 from pcl_ext.store.atomic import fsync_folder
 
 FORMATS = ("program", "package", "onnx")
+RTOL, ATOL = 1.3e-6, 1e-5  # what torch.testing allows float32
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
@@ -31,8 +32,8 @@ class PlainModel(nn.Module):
 
     items [B, L] int64, oldest first -> output [B, C] (items: a column per item of the catalogue; classes: logits) or
     [B] (binary: logit; regression: value), float32. An id outside 1..V is no event, wherever it stands: pad with 0.
-    The newest max_len events count, all of them for what an items task ranks last. ValueError for a readout that has no
-    plain form.
+    The newest max_len events count, all of them for what an items task ranks last. ValueError for a backbone or a
+    readout that has no plain form.
     """
 
     def __init__(self, model: UserModel, task: str):
@@ -40,6 +41,12 @@ class PlainModel(nn.Module):
         part = model.task(task)
         if not part.closed or not model.backbone_frozen:
             raise ValueError(f"task {task!r} must be closed to be exported: freeze_backbone(), freeze_task({task!r})")
+        config = model.backbone.config
+        if not config.counts_from_end:
+            raise ValueError(
+                "a backbone of kind='transformer' with positions='learned_from_end' can be exported, got "
+                f"kind={config.kind!r} with positions={config.positions!r}"
+            )
         self.backbone, self.part, self.readouts = model.backbone, part, _readouts(part)
         self.register_buffer("tail", part.tail())
         prefix = part.prefix()
@@ -248,9 +255,15 @@ def _check(model: UserModel, task: str, name: str, run: Callable[[Tensor], Tenso
     want = model(batch.to(model.device), task)
     try:
         if run is not None:
-            torch.testing.assert_close(run(nn.utils.rnn.pad_sequence(histories, batch_first=True)), want)
+            got = run(nn.utils.rnn.pad_sequence(histories, batch_first=True))
+            torch.testing.assert_close(got, want, rtol=RTOL, atol=ATOL * _unit(model.task(task)))
     except AssertionError as error:
         raise ValueError(f"the {name} of task {task!r} does not answer as the run and is not kept: {error}") from error
+
+
+def _unit(part: Task) -> float:
+    """What a step of 1 in the head's output is in the task's: the deviation of a regression's targets."""
+    return float(part.head.unit[1]) if part.spec.kind == "regression" else 1.0
 
 
 def _facts(model: UserModel, task: str) -> dict[str, Any]:

@@ -4,13 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from stores import SPECS, make_model
 
-from pcl_ext import MemoryConfig, PackedBatch, TaskSpec
+from pcl_ext import Backbone, BackboneConfig, MemoryConfig, PackedBatch, TaskSpec, UserModel
 from pcl_ext import export as export_module
 from pcl_ext.export import PlainModel, export
 
@@ -85,6 +86,30 @@ def test_a_memory_without_a_plain_form_is_refused(name, options, tmp_path):
     model = closed(**options)
     with pytest.raises(ValueError, match=f"task 'ctr' reads {name}, which cannot be exported yet"):
         export(model, "ctr", tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"positions": "rotary"}, {"kind": "nextitnet"}], ids=str)
+def test_a_backbone_without_a_plain_form_is_refused(options, tmp_path):
+    model = UserModel(Backbone(BackboneConfig(20, dim=4, max_len=6, **options)))
+    model.freeze_backbone()
+    model.add_task(SPECS["ctr"])
+    model.freeze_task("ctr")
+    with pytest.raises(ValueError, match="'learned_from_end' can be exported, got kind='(trans|next)"):
+        export(model, "ctr", tmp_path)
+
+
+@pytest.mark.parametrize(("wrong_by", "refused"), [(3e-6, False), (3e-5, True)])
+@pytest.mark.parametrize("unit", [1e4, 1.0, 1e-6])
+def test_a_regression_is_compared_in_its_own_unit(unit, wrong_by, refused):
+    """unit: the deviation of its targets."""
+    model = make_model("spend")
+    head = model.task("spend").head
+    head.unit.copy_(torch.tensor([0.0, unit]))
+    head.linear.weight.zero_()
+    head.linear.bias.zero_()  # nothing may be wrong because a value is large
+    plain = PlainModel(model, "spend")
+    with pytest.raises(ValueError, match="does not answer as the run") if refused else nullcontext():
+        export_module._check(model, "spend", "program", lambda items: plain(items) + unit * wrong_by)
 
 
 def check(run, model, task):
