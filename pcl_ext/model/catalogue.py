@@ -38,8 +38,10 @@ class Catalogue(nn.Module):
         return len(self.items)
 
     def columns(self, target: Tensor) -> Tensor:
-        """Item ids [m] -> their columns; ValueError for one that is not listed, on the CPU."""
-        columns = self.column_of[target]
+        """Item ids [m] -> their columns, -1 for what is not listed: on the CPU that raises ValueError, on CUDA, where
+        nobody looks, `task_loss` is NaN."""
+        known = (target >= 1) & (target < len(self.column_of))
+        columns = self.column_of[torch.where(known, target, 0)]  # an index below 0 would count from the end
         if columns.is_cpu and bool((columns < 0).any()):
             item = int(target[columns < 0][0])
             raise ValueError(f"targets of task {self.name!r} must be in its catalogue, got item {item}")

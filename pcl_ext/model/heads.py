@@ -111,11 +111,13 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     """Mean loss over targets.
 
     output [b, C] (items, classes) or [b] (binary logits, regression values); target [m]: the column, the class, 0 / 1
-    or the value; target_row [m]: the row of the output each belongs to.
+    or the value; target_row [m]: the row of the output each belongs to. A column below 0, which is none, makes the loss
+    NaN.
     """
     if spec.kind == "items":
         normal = torch.logsumexp(output.float(), dim=1)
-        return (normal[target_row] - output[target_row, target].float()).mean()
+        losses = normal[target_row] - output[target_row, target].float()
+        return losses.masked_fill(target < 0, torch.nan).mean()
     if spec.kind == "classes":
         return F.cross_entropy(output[target_row].float(), target)
     if spec.kind == "binary":

@@ -182,7 +182,8 @@ class Task(nn.Module):
     def columns(self, target: Tensor) -> Tensor:
         """Targets as the head's output numbers them: item ids [m] become columns of the catalogue.
 
-        An item that is not in it raises ValueError where the targets are on the CPU; on CUDA nobody looks.
+        An id that is not in it, -100 for one, raises ValueError where the targets are on the CPU; on CUDA nobody looks,
+        and `task_loss` is NaN.
         """
         return target if self.ranked is None else self.ranked.columns(target)
 
