@@ -80,7 +80,7 @@ class RepeatScores(nn.Module):
 class LabelHead(nn.Module):
     """A linear layer; one column for binary and regression, C for classes.
 
-    unit [2]: mean and standard deviation of a regression target, measured on the training data.
+    unit [2]: mean and standard deviation of a regression target, measured on the training data; 1 for a constant.
     """
 
     def __init__(self, num_features: int, columns: int):
@@ -99,7 +99,8 @@ class LabelHead(nn.Module):
         """Start at the base rates of targets [m]."""
         if kind == "regression":
             deviation, mean = torch.std_mean(target.double(), correction=0)
-            self.unit.copy_(torch.stack([mean, deviation.clamp_min(1e-12)]))
+            constant = target.min() == target.max()
+            self.unit.copy_(torch.stack([mean, torch.where(constant, 1.0, deviation)]))
             return
         classes = max(self.linear.out_features, 2)
         counts = torch.bincount(target.long(), minlength=classes).double() + 1.0

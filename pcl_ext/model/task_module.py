@@ -12,7 +12,7 @@ from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.catalogue import Catalogue
 from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded
-from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead
+from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead, task_loss
 from pcl_ext.model.layout import LayerPrefix
 from pcl_ext.model.members import OWN, Member, fold, folded_width
 from pcl_ext.model.memories import (
@@ -249,6 +249,15 @@ class Task(nn.Module):
         """Standardised, some left out while the task learns."""
         features = (features - self.shift) * self.scale
         return torch.where(self.fixed, self.dropout(features), features)
+
+    def loss(self, output: Tensor, target: Tensor, target_row: Tensor) -> Tensor:
+        """`task_loss`, with a regression in units of its targets' deviation, as `fit_head` has measured it.
+
+        Adam's eps and weight decay are absolute: so the task learns the same whatever unit its targets are given in.
+        """
+        if self.spec.kind == "regression":
+            output, target = output.float() / self.head.unit[1], target.float() / self.head.unit[1]
+        return task_loss(self.spec, output, target, target_row)
 
     def queries(self, encoded: Encoded) -> Tensor:
         """[B, width of the rows], what the items of an items task are scored against."""

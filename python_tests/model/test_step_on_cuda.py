@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pcl_ext import Backbone, BackboneConfig, MemoryConfig, PackedBatch, TaskSpec, UserModel, task_loss
+from pcl_ext import Backbone, BackboneConfig, MemoryConfig, PackedBatch, TaskSpec, UserModel
 from pcl_ext.ops import _gpu
 
 V, LENGTHS = 40, [5, 0, 26, 1, 9, 0, 3]  # one longer than what is read
@@ -113,7 +113,7 @@ def step(model: UserModel, batch: PackedBatch, target: torch.Tensor) -> dict[str
     ((name, task),) = model.tasks.items()
     rows = torch.arange(len(batch), device=model.device)
     outputs, columns = model.member_outputs(batch, name), task.columns(target)
-    loss = sum(task_loss(task.spec, output, columns, rows) for output in outputs)
+    loss = sum(task.loss(output, columns, rows) for output in outputs)
     learned = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
     found = {"loss": loss, **{f"output {i}": output for i, output in enumerate(outputs)}}
