@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,6 +130,8 @@ def _as_ids(history: Sequence[int], row: int) -> Tensor:
     try:
         if len(history) == 0:
             return torch.empty(0, dtype=torch.int64)
+        if isinstance(history, np.ndarray) and history.dtype.kind in "iu":
+            history = np.array(history, np.int64, order="C")  # torch takes no other byte order, nor steps backwards
         ids = torch.as_tensor(history)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"history {row} must be a list of item ids, got {str(history):.80}") from error

@@ -49,6 +49,30 @@ def test_no_history_at_all():
     assert (len(batch), batch.max_seqlen, batch.items.numel()) == (0, 0, 0)
 
 
+def read_only(ids):
+    ids.flags.writeable = False
+    return ids
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "history",
+    [
+        np.array([4, 1, 3])[::-1],
+        np.array([3, 9, 1, 9, 4])[::2],
+        np.array([3, 1, 4], ">i8"),
+        np.array([3, 1, 4], ">u2"),
+        np.array([3, 1, 4], np.uint64),
+        read_only(np.array([3, 1, 4])),
+        np.array([[3, 1], [1, 3], [4, 0]], np.int32)[:, 0],
+        torch.tensor([3, 1, 4], dtype=torch.int16),
+    ],
+    ids=["backwards", "in steps", "big-endian", "big-endian uint16", "uint64", "read-only", "a column", "a tensor"],
+)
+def test_any_integer_array_is_a_history(history):
+    assert PackedBatch.from_lists([history], num_items=5, max_len=3).items.tolist() == [3, 1, 4]
+
+
 @pytest.mark.parametrize(
     ("history", "message"),
     [
@@ -59,6 +83,9 @@ def test_no_history_at_all():
         ([1.5], r"history 1 must be a flat list of integer item ids, got \[1.5\]"),
         ([[1, 2]], "history 1 must be a flat list"),
         ([True], "history 1 must be a flat list"),
+        (np.array([1.5]), "history 1 must be a flat list"),
+        (np.array([[1, 2]]), "history 1 must be a flat list"),
+        (np.array(3), "history 1 must be a list of item ids, got 3"),
     ],
     ids=str,
 )
