@@ -144,6 +144,8 @@ class MemoryConfig:
             raise ValueError(f"contextual must be one of {', '.join(CONTEXTS)}, got {self.contextual!r}")
         if self.contextual != "none" and self.placement == "none":
             raise ValueError(f"contextual {self.contextual!r} needs a prompt to act on, got placement 'none'")
+        if self.contextual != "none" and not self.prompt_len:
+            raise ValueError(f"contextual {self.contextual!r} needs a prompt to act on, got prompt_len 0")
         if self.low_rank and self.placement in ("prefix", "both"):
             raise ValueError(f"low_rank reads histories without a prefix, got placement {self.placement!r}")
         if self.readout is not None:
