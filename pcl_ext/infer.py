@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcl_ext.data import Dataset, ExampleBatch, iterate, make_batch, plan
 from pcl_ext.metrics import TaskMetrics
-from pcl_ext.model import UserModel, task_loss
+from pcl_ext.model import UserModel
 
 BATCH_TOKENS = 16_384
 MOST_SCORES = 1 << 26  # of a batch of users: 256 MB
@@ -52,7 +52,7 @@ def evaluate(
             digest.update(output.cpu().contiguous().numpy().tobytes())
             columns = task.columns(batch.target)
             metrics.update(output, columns, batch.target_row)
-            loss += float(task_loss(task.spec, output, columns, batch.target_row)) * len(columns)
+            loss += float(task.loss(output, columns, batch.target_row)) * len(columns)
         if not metrics.count:
             raise ValueError(f"{dataset.path} has no {fold} users with a target of task {name!r}: nothing to measure")
         loss /= metrics.count

@@ -19,7 +19,7 @@ from pcl_ext.data import FOLDS, Dataset, ExampleBatch, Examples, make_batch, pla
 from pcl_ext.item_start import start_items
 from pcl_ext.loop import LoopConfig, Problem, fit
 from pcl_ext.metrics import higher_is_better
-from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel, task_loss
+from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel
 from pcl_ext.model.softmax import catalogue_cross_entropy
 from pcl_ext.row_adamw import RowAdamW
 from pcl_ext.store import hash_tensor
@@ -133,7 +133,7 @@ def learn_task(
 
         def loss(batch) -> Tensor:
             outputs, target = model.member_outputs(batch.history, name), task.columns(batch.target)
-            return sum(task_loss(task.spec, output, target, batch.target_row) for output in outputs) / len(outputs)
+            return sum(task.loss(output, target, batch.target_row) for output in outputs) / len(outputs)
 
         infer.fit_head(model, dataset, name)
         if ridge := task.cold and bool(config.ridge):

@@ -69,6 +69,32 @@ def test_biases_do_not_decay_and_long_runs_decay_less(dataset):
     assert [(g["params"], g["weight_decay"]) for g in groups] == [([weight], 0.25), ([bias], 0.0)]
 
 
+def with_the_unit(dataset, path, unit):
+    """The dataset, `spend` given in another unit."""
+    shutil.copytree(dataset.path, path, ignore=shutil.ignore_patterns(".cache"))
+    file = path / "tasks/spend.parquet"
+    table = pq.read_table(file)
+    target = pa.array(table["target"].to_numpy() * np.float32(unit))
+    pq.write_table(table.set_column(table.schema.get_field_index("target"), "target", target), file)
+    return Dataset(path)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e4])
+def test_a_regression_learns_the_same_in_any_unit(dataset, tmp_path, unit):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = UserModel(Backbone(BackboneConfig(dataset.num_items, **BACKBONE)))
+    model.freeze_backbone()
+    other = copy.deepcopy(model)
+    config = LearnConfig(epochs=4, batch_tokens=300)
+    want = learn_task(model, dataset, "spend", config)
+    got = learn_task(other, with_the_unit(dataset, tmp_path / "unit", unit), "spend", config)
+    assert want[-1]["loss"] < want[0]["loss"]
+    for one, same in zip(got, want, strict=True):
+        assert one["loss"] == pytest.approx(same["loss"], rel=1e-3)
+        assert one["valid"]["rmse"] / unit == pytest.approx(same["valid"]["rmse"], rel=1e-3)
+
+
 @pytest.mark.parametrize("start", [0, 2])
 def test_an_epoch_is_bounded_and_starts_anywhere(dataset, start):
     examples, config = dataset.sequences("train", 20), LearnConfig(batch_tokens=100, epoch_tokens=400)
