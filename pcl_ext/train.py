@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -224,6 +224,9 @@ def validate(model: UserModel, dataset: Dataset, name: str) -> infer.Score:
 class NextItemLoss:
     """Cross-entropy of the next item at every position, over all items or a sample of them.
 
+    Where targets are new items, these are all that the user's history does not hold yet, its earlier windows included:
+    what is ranked when the task is used.
+
     counts [V + 1] int64: how often each item occurs in the train users' histories.
     """
 
@@ -238,12 +241,17 @@ class NextItemLoss:
         if self.sampler is not None:
             return self._sampled(history, target.long())
         states = self.backbone(history)[-1]
-        seen = self._seen(history, history.items.long() - 1)
         queries, head = self.task.head.queries(states, states), self.task.head
-        return catalogue_cross_entropy(queries, self.backbone.table[1:], head.bias, target.long() - 1, seen)
+        seen = self._seen(history, lambda items: items.long() - 1)
+        return catalogue_cross_entropy(queries, self.backbone.table[1:], head.bias, target.long() - 1, **seen)
 
-    def _seen(self, history: PackedBatch, columns: Tensor) -> tuple[Tensor, Tensor] | None:
-        return None if self.task.spec.repeats else (columns, history.offsets[history.users])
+    def _seen(self, history: PackedBatch, columns_of: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        """What the rows do not choose among: their own window so far, and what the user's history held before it."""
+        if self.task.spec.repeats:
+            return {}
+        users, older = history.users, history.older
+        seen = {"seen": (columns_of(history.items), history.offsets[users])}
+        return seen if older is None else seen | {"older": (columns_of(older.items), older.offsets, users)}
 
     def _sampled(self, history: PackedBatch, target: Tensor) -> Tensor:
         """Softmax over the targets of the step and a sample of the items; the sum under it is unbiased.
@@ -259,11 +267,15 @@ class NextItemLoss:
         states = functional_call(self.backbone, {"table": rows}, (replace(history, items=items),))[-1]
         corrections = states.new_full((len(columns),), torch.inf, dtype=torch.float32)
         corrections[at[len(target) :]] = log_expected
-        column_of = row.new_full((len(ids),), -1)
-        column_of[scored] = torch.arange(len(columns))
-        head, seen = self.task.head, self._seen(history, column_of[items])
+        head, seen = self.task.head, self._seen(history, lambda items: _places_in(columns, items.long()))
         scores = (head.queries(states, states), rows[scored], head.bias[columns - 1])
-        return catalogue_cross_entropy(*scores, at[: len(target)], seen, corrections)
+        return catalogue_cross_entropy(*scores, at[: len(target)], log_expected=corrections, **seen)
+
+
+def _places_in(columns: Tensor, items: Tensor) -> Tensor:
+    """Where the items [n] are in columns [C], which increase; -1 where they are not."""
+    place = torch.searchsorted(columns, items).clamp_max(len(columns) - 1)
+    return torch.where(columns[place] == items, place, -1)
 
 
 class ItemSampler:
@@ -291,7 +303,7 @@ def shift(history: PackedBatch) -> tuple[PackedBatch, Tensor]:
     last[history.offsets[1:][filled] - 1] = True
     lengths = (history.lengths - 1).clamp_min(0)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return PackedBatch.from_packed(history.items[~last], offsets), history.items[~first]
+    return PackedBatch.from_packed(history.items[~last], offsets, older=history.older), history.items[~first]
 
 
 def item_counts(dataset: Dataset) -> Tensor:

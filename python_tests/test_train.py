@@ -124,13 +124,14 @@ def test_item_counts_are_of_train_users(dataset):
     assert item_counts(dataset).tolist() == want.tolist()
 
 
-def exact_and_sampled(dataset, repeats, negatives=5):
+def exact_and_sampled(dataset, repeats, negatives=5, max_len=20):
     """The two losses of one untrained model, and a batch."""
     torch.manual_seed(0)
     model = UserModel(Backbone(BackboneConfig(dataset.num_items, dropout=0.0, **BACKBONE)))
     task = model.add_task(TaskSpec("next", "items", repeats=repeats), NEXT)
     torch.nn.init.normal_(task.head.bias)
-    batch = next(epoch_batches(dataset, dataset.sequences("train", 20), LearnConfig(batch_tokens=60), 21, 0, 0)[1])
+    windows = dataset.sequences("train", max_len)
+    batch = next(epoch_batches(dataset, windows, LearnConfig(batch_tokens=60), max_len + 1, 0, 0)[1])
     configs = PretrainConfig(), PretrainConfig(full_softmax=1, negatives=negatives)
     return *(NextItemLoss(model.backbone, task, dataset, config) for config in configs), batch
 
@@ -143,9 +144,32 @@ def loss_and_gradients(loss, batch):
     return value.detach(), [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
 
 
+def test_what_earlier_windows_hold_is_not_chosen(dataset):
+    """Windows of 4: against scores of all items, each row without all that its user's history holds so far."""
+    loss, _, batch = exact_and_sampled(dataset, False, max_len=4)
+    assert batch.history.older is not None
+    history, target = shift(batch.history)
+    states = loss.backbone(history)[-1]
+    scores = loss.task.head.queries(states, states) @ loss.backbone.table[1:].T + loss.task.head.bias
+    examples = dataset.sequences("train", 4)
+    for row, (user, place) in enumerate(rows_of(history)):
+        window = batch.index[user]
+        begin = dataset.offsets[examples.user[window]]
+        before = int(examples.cut[window]) - int(batch.history.lengths[user])
+        held = dataset.items[begin : begin + before + place + 1].astype(np.int64)
+        scores[row, held - 1] = -torch.inf
+    torch.testing.assert_close(loss(batch), torch.nn.functional.cross_entropy(scores, target.long() - 1))
+
+
+def rows_of(history):
+    """(user, place in the history) of each row."""
+    return [(user, place) for user, length in enumerate(history.lengths.tolist()) for place in range(length)]
+
+
+@pytest.mark.parametrize("max_len", [4, 20])
 @pytest.mark.parametrize("repeats", [True, False])
-def test_a_sample_of_every_item_once_is_the_exact_softmax(dataset, repeats):
-    exact, sampled, batch = exact_and_sampled(dataset, repeats)
+def test_a_sample_of_every_item_once_is_the_exact_softmax(dataset, repeats, max_len):
+    exact, sampled, batch = exact_and_sampled(dataset, repeats, max_len=max_len)
     sampled.sampler = lambda: (torch.arange(1, 51), torch.zeros(50))
     (value, gradients), (want, exact_gradients) = loss_and_gradients(sampled, batch), loss_and_gradients(exact, batch)
     torch.testing.assert_close(value, want)

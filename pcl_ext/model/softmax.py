@@ -16,6 +16,7 @@ def catalogue_cross_entropy(
     target: Tensor,
     seen: tuple[Tensor, Tensor] | None = None,
     log_expected: Tensor | None = None,
+    older: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mean of logsumexp(s) - s[target] with scores s = queries @ table.T + bias, chunk by chunk.
 
@@ -28,18 +29,20 @@ def catalogue_cross_entropy(
     log_expected  [C], where the columns are a sample: log of how often each was expected to be drawn, by how often it
           was (logQ correction; Bengio and Senecal, 2008). It is taken off every score but the target's, which is there
           for certain; infinity for a column that is there as a target alone
+    older  (columns [O], offsets [B + 1], users [T]), int64, users never decreasing: nor do the rows of user u choose
+          among columns[offsets[u] : offsets[u + 1]], what was seen before the first of them
     """
-    return _CatalogueCrossEntropy.apply(queries, table, bias, target, *(seen or (None, None)), log_expected)
+    return _CatalogueCrossEntropy.apply(queries, table, bias, target, seen, log_expected, older)
 
 
 class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, columns, first, log_expected):
+    def forward(ctx, queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected, older):
         autocast = torch.is_autocast_enabled(queries.device.type)
         dtype = torch.get_autocast_dtype(queries.device.type) if autocast else queries.dtype
         with torch.autocast(queries.device.type, enabled=False):
-            seen = None if columns is None else (columns, first)
-            loss, grads = _loss_and_gradients(queries.to(dtype), table.to(dtype), bias, target, seen, log_expected)
+            given = (bias, target, seen, log_expected, older)
+            loss, grads = _loss_and_gradients(queries.to(dtype), table.to(dtype), *given)
         ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, (queries, table, bias))))
         return loss
 
@@ -48,7 +51,7 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
         return *(grad_loss * grad for grad in ctx.saved_tensors), None, None, None, None
 
 
-def _loss_and_gradients(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected):
+def _loss_and_gradients(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected, older):
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=wide, device=queries.device)
     grads = tuple(torch.zeros(like.shape, dtype=wide, device=queries.device) for like in (queries, table, bias))
@@ -57,6 +60,8 @@ def _loss_and_gradients(queries: Tensor, table: Tensor, bias: Tensor, target: Te
         block = _Block(queries[start : start + rows], table, bias, target[start : start + rows], log_expected, wide)
         if seen is not None:
             block.seen = _seen_pairs(*seen, start, len(block.target))
+        if older is not None:
+            block.older = _Older(*older, start, len(block.target))
         total -= block.add_gradients(grads[0][start : start + rows], grads[1], grads[2], columns)
     share = 1.0 / max(len(queries), 1)
     return total * share, tuple(grad.mul_(share) for grad in grads)
@@ -70,11 +75,12 @@ def _block_shape(items: int) -> tuple[int, int]:
 
 
 class _Block:
-    """Some rows, and their scores over any run of columns. seen: (row, column) of what does not take part."""
+    """Some rows, and their scores over any run of columns. seen: (row, column) of what does not take part; older: nor
+    does that."""
 
     def __init__(self, queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, log_expected, wide: torch.dtype):
         self.queries, self.table, self.bias, self.target = queries, table, bias, target
-        self.log_expected, self.wide, self.seen = log_expected, wide, None
+        self.log_expected, self.wide, self.seen, self.older = log_expected, wide, None, None
 
     def scores(self, first: int, last: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """[rows, last - first], and where the targets among these columns are."""
@@ -89,6 +95,8 @@ class _Block:
             row, column = self.seen
             inside = (column >= first) & (column < last)
             scores[row[inside], column[inside] - first] = -torch.inf
+        if self.older is not None:
+            scores.masked_fill_(self.older.among(first, last), -torch.inf)
         return scores, at
 
     def add_gradients(self, grad_queries: Tensor, grad_table: Tensor, grad_bias: Tensor, columns: int) -> Tensor:
@@ -108,6 +116,25 @@ class _Block:
             grad_queries += scores @ self.table[first:last]
             grad_table[first:last] += scores.T @ self.queries
         return total
+
+
+class _Older:
+    """What the users of some rows, start .. start + count, have seen before these."""
+
+    def __init__(self, columns: Tensor, offsets: Tensor, users: Tensor, start: int, count: int):
+        users = users[start : start + count]
+        ends = offsets[int(users[0]) : int(users[-1]) + 2]
+        column, user = columns[int(ends[0]) : int(ends[-1])], torch.repeat_interleave(ends.diff())
+        listed = column >= 0
+        self.users, self.count, self.pairs = users - users[0], len(ends) - 1, (user[listed], column[listed])
+
+    def among(self, first: int, last: int) -> Tensor:
+        """[rows, last - first] bool."""
+        user, column = self.pairs
+        inside = (column >= first) & (column < last)
+        held = torch.zeros(self.count, last - first, dtype=torch.bool, device=column.device)
+        held[user[inside], column[inside] - first] = True
+        return held[self.users]
 
 
 def _seen_pairs(columns: Tensor, first: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,25 @@ def test_what_a_history_holds_already_is_left_out(monkeypatch, chunk):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("chunk", [1, 20, 60, 1 << 20])
+def test_what_was_seen_before_the_rows_is_left_out(monkeypatch, chunk):
+    """Three users, of 2, 0 and 3 rows; the first has seen 4 and 7, the last 0 and something that is not listed."""
+    monkeypatch.setattr(softmax, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    *tensors, _ = inputs(5, 9)
+    older = torch.tensor([7, 4, 2, 0, -1]), torch.tensor([0, 2, 3, 5]), torch.tensor([0, 0, 2, 2, 2])
+    target = torch.tensor([1, 6, 4, 2, 8])
+    seen = torch.tensor([3, 5, 1, 3, 0]), torch.tensor([0, 0, 2, 2, 2])
+    scores = tensors[0] @ tensors[1].T + tensors[2]
+    for row, gone in enumerate([[4, 7, 3], [4, 7, 3, 5], [0, 1], [0, 1, 3], [0, 1, 3]]):
+        scores[row, gone] = -torch.inf
+    want = F.cross_entropy(scores, target)
+    got = softmax.catalogue_cross_entropy(*tensors, target, seen, older=older)
+    torch.testing.assert_close(got, want)
+    for one, other in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors)):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 20])
 def test_a_sample_is_corrected_but_for_the_target(monkeypatch, chunk):
     """Columns 5 and 8 were not drawn: they are there as targets alone. A row that has seen 3 does not choose it."""
