@@ -51,9 +51,11 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
 // outside the tensors is touched. Head widths are multiples of 16 up to 128; rows and heads lie at multiples of 16
 // bytes. The largest score in stats is one in base 2, times log2(e). Returns CUDA's error number. Bytes moved, E the
 // size of T H d numbers: forward 4 E (q, k, v, out), more where own keys of a history past 64 rows are read again, by
-// way of L2. Backward is passes that each compute the softmax's weights again: grad_out and out give D, 2 E; q, k, v,
-// grad_out give grad_q, 5 E, and grad_k and grad_v, 6 E; q and grad_out give the gradients of a prefix, 2 E for each 16
-// rows of it.
+// way of L2. Backward computes the softmax's weights again: grad_out and out give D, 2 E, with 16 bytes a row and head
+// that are kept; q, k, v and grad_out give grad_q, grad_k and grad_v, 7 E for all three: a block takes its rows as
+// queries, then as keys, so that the second time they come from L2. q and grad_out give the gradients of a prefix, 2 E,
+// and with out 3 E in all where nothing else is asked for; blocks of other rows of the prefix read the same at the same
+// time, by way of L2.
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream);
 
 // workspace: as many bytes as the first says, 16-byte aligned; prefix: whether gradients of the prefix are asked for,

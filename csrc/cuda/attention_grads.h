@@ -2,22 +2,49 @@
 #pragma once
 
 #include "attention_pass.h"
+#include "numbers.h"
 
 namespace pcl {
 
-// What backward needs to know of a row and head: the largest score times log2(e), one over the softmax's denominator,
-// and sum(grad_out * out). All zero: a row that does not count.
-struct alignas(16) RowNumbers {
-  float top, inverse, delta, unused;
+// A row's part of stats.
+struct alignas(8) RowStats {
+  float top, inverse;
 };
 
-// numbers [T, H].
+// What backward needs to know of a row and head: the largest score times log2(e), one over the softmax's denominator,
+// and sum(grad_out * out). For numbers of two bytes the denominator is part of top, as a logarithm: a multiplication
+// and a register less for every weight, and an error that such numbers do not see.
+struct alignas(16) RowNumbers {
+  float top, inverse, delta, unused;
+
+  template <class T>
+  __device__ __forceinline__ static RowNumbers of(const RowStats& stats, float delta) {
+    if constexpr (sizeof(T) == 4) return {stats.top, stats.inverse, delta, 0.f};
+    // with nothing to attend to there are no weights: 2^(x - infinity)
+    return {stats.inverse == 0.f ? INFINITY : stats.top - log2f(stats.inverse), 1.f, delta, 0.f};
+  }
+
+  // Of a float, scores are rounded as forward has rounded them.
+  template <class T>
+  __device__ __forceinline__ float weight(float score, float scale) const {
+    if constexpr (sizeof(T) == 4) return exp2_approx(rounded_product(score, scale) - top) * inverse;
+    return exp2_approx(fmaf(score, scale, -top));
+  }
+};
+
+// numbers [T, H]; or null, then they are made of out and stats [T, H, 2] where they are needed. Gradients are null
+// where they are not asked for.
 template <class T>
 struct AttentionBackward {
   Attention<T> attention;
-  AllHeads<T> grad_out;
+  AllHeads<T> grad_out, out;
+  const RowStats* stats;
   const RowNumbers* numbers;
-  T *grad_k, *grad_v;  // of own rows or of prefixes; null where not asked for
+};
+
+template <class T>
+struct KeyGrads {
+  T *k, *v;
 };
 
 // Gradients of 16 keys and their values, by a warp.
@@ -34,27 +61,27 @@ struct KeySums {
   // its own number on.
   __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, const unsigned char* q,
                                       const unsigned char* grad_out, const RowNumbers* numbers, int diagonal,
-                                      const AttentionBackward<T>& backward) {
+                                      float scale, const KeyGrads<T>& asked) {
     Block weights = product<T, kDim>(keys, q);
     Block grads = product<T, kDim>(values, grad_out);
-    const float scale = backward.attention.scale;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const RowNumbers row = numbers[Block::column(i)];
       const bool seen = Block::row(i) <= Block::column(i) + diagonal;
-      const float weight = exp2_approx(weights.at[i] * (scale * kLog2E) - row.top) * row.inverse;
+      const float weight = row.template weight<T>(weights.at[i], scale * kLog2E);
       weights.at[i] = seen ? weight : 0.f;
       grads.at[i] = seen ? weight * (grads.at[i] - row.delta) * scale : 0.f;
     }
-    if (backward.grad_v != nullptr) add_product<T>(v, weights, grad_out);
-    if (backward.grad_k != nullptr) add_product<T>(k, grads, q);
+    if (asked.v != nullptr) add_product<T>(v, weights, grad_out);
+    if (asked.k != nullptr) add_product<T>(k, grads, q);
   }
 };
 
 // Sees all: a diagonal that no row is past.
 inline constexpr int kNoDiagonal = 1 << 30;
 
-// A warp's 16 rows of one head's numbers, on their way to shared memory.
+// A warp's 16 rows of one head's numbers, on their way to shared memory. Past the count they are 0, and so are q and
+// grad_out: nothing is added for these.
 __device__ __forceinline__ void load_numbers(RowNumbers* to, const RowNumbers* numbers, int num_heads, int head,
                                              int64_t first, int count) {
   const int row = lane_index();
@@ -63,12 +90,46 @@ __device__ __forceinline__ void load_numbers(RowNumbers* to, const RowNumbers* n
   cp_async<16>(to + row, numbers + (inside ? (first + row) * num_heads + head : 0), inside);
 }
 
-// Gradients of the keys and values of own rows.
-template <class T>
-int grad_own_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, void* stream);
+// Of a warp's 16 rows of one head, by lanes 0 .. 15.
+__device__ __forceinline__ RowStats load_stats(const RowStats* stats, int num_heads, int head, int64_t first,
+                                               int count) {
+  const int row = lane_index();
+  if (row >= count) return {0.f, 1.f};
+  return load(stats + (first + row) * num_heads + head);
+}
 
-// The same of prefixes: the histories in the order of their prefixes, how many slots of rows they have up to and with
-// each; partial: prefix_partial_bytes.
+// The numbers of 16 rows whose grad_out and out have arrived. Products are added in the order of numbers_kernel: 16
+// bytes in a row, then every eighth of these, then those eight in pairs.
+template <class T, int kDim>
+__device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char* grad_out, const unsigned char* out,
+                                             const RowStats& stats) {
+  using R = Rows<T, kDim>;
+  constexpr int kWidth = kNumbers<T, Vec16>;
+  const int row = lane_index() % kTileRows, half = lane_index() / kTileRows;
+  float part[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    part[i] = 0.f;
+    for (int chunk = half * 4 + i; chunk < R::kChunks; chunk += 8) {
+      float a[kWidth], b[kWidth];
+      widen<T>(load(reinterpret_cast<const Vec16*>(grad_out + R::place(row, chunk))), a);
+      widen<T>(load(reinterpret_cast<const Vec16*>(out + R::place(row, chunk))), b);
+#pragma unroll
+      for (int n = 0; n < kWidth; ++n) part[i] = fmaf(a[n], b[n], part[i]);
+    }
+  }
+  float sum = (part[0] + part[1]) + (part[2] + part[3]);
+  sum += shuffle_xor(sum, kTileRows);
+  if (half == 0) to[row] = RowNumbers::of<T>(stats, sum);
+}
+
+// Gradients of own rows: of q, of keys, of values.
+template <class T>
+int grad_own_rows(const AttentionArgs& args, const AttentionBackward<T>& backward, T* grad_q, const KeyGrads<T>& grads,
+                  void* stream);
+
+// Gradients of the keys and values of prefixes: the histories in the order of their prefixes, how many slots of rows
+// they have up to and with each; partial: prefix_partial_bytes.
 struct Members {
   const int64_t *members, *slots;
   int64_t count;
@@ -76,7 +137,7 @@ struct Members {
 template <class T>
 int64_t prefix_partial_bytes(const AttentionArgs& args);
 template <class T>
-int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const Members& members,
-                     void* partial, void* stream);
+int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
+                     const Members& members, void* partial, void* stream);
 
 }  // namespace pcl

@@ -1,9 +1,8 @@
-// One pass of every query over its keys: the prefix first, then own rows. Forward and the gradient of q are such
-// passes.
+// One pass of queries over their keys: the prefix first, then own rows. Forward and the gradient of q are such passes.
 //
-// A block owns four slots of 16 query rows, a warp each, of one head; blocks are persistent and keep their head. Keys
-// and values come in tiles of four slots, the next one under way while this one is worked on; a piece of a prefix stays
-// in shared memory while those who come see the same.
+// A block owns a group of four slots of 16 rows, a warp each, of one head, and then another; blocks are persistent and
+// keep their head. Keys and values come in tiles of four slots, the next one under way while this one is worked on; a
+// piece of a prefix stays in shared memory while those who come see the same.
 #pragma once
 
 #include "../prompt_attention.h"
@@ -37,6 +36,8 @@ struct Attention {
   int num_heads;
   float scale;
   bool causal;
+
+  __host__ __device__ int groups() const { return (slots.count() + kWarps - 1) / kWarps; }
 };
 
 template <class T>
@@ -63,54 +64,58 @@ __device__ __forceinline__ int prefix_of(const Attention<T>& attention, int64_t 
   return r >= 0 && r < attention.prefixes.runs.batch ? static_cast<int>(r) : -1;
 }
 
-// Shared memory of a pass with kRowTiles tensors of query rows.
-template <class T, int kDim, int kRowTiles>
+// Shared memory of a pass with kRowTiles tensors of the group's own rows, and kMore bytes that follow the items.
+template <class T, int kDim, int kRowTiles, int kMore = 0>
 struct PassMemory {
   static constexpr int kTile = Rows<T, kDim>::kTileBytes;
   static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
   static constexpr int kRows = kRowTiles;
-  static constexpr int kSlots = 512;  // bytes
+  static constexpr int kItems = 256, kFirst = kItems + kMore;  // bytes
   static constexpr int kMostPrefixTiles = sizeof(T) == 2 ? 4 : 1;
 
   struct Item {
     Slot slot;
     int prefix;
   };
-  static_assert(kWarps * sizeof(Item) <= kSlots);
+  static_assert(kWarps * sizeof(Item) <= kItems);
 
   static int bytes(int prefix_tiles) {
-    return kSlots + (kWarps * kRowTiles + 2 * kStages * kWarps + 2 * prefix_tiles) * kTile;
+    return kFirst + (kWarps * kRowTiles + 2 * kStages * kWarps + 2 * prefix_tiles) * kTile;
   }
 
   unsigned char* base;
   __device__ __forceinline__ Item& item(int warp) const { return reinterpret_cast<Item*>(base)[warp]; }
+  __device__ __forceinline__ unsigned char* more() const { return base + kItems; }
   __device__ __forceinline__ unsigned char* rows(int warp, int which) const {
-    return base + kSlots + (warp * kRowTiles + which) * kTile;
+    return base + kFirst + (warp * kRowTiles + which) * kTile;
   }
-  __device__ __forceinline__ unsigned char* keys(int stage, int which, int tile) const {
-    return base + kSlots + (kWarps * kRowTiles + (stage * 2 + which) * kWarps + tile) * kTile;
+  // the rows that the group looks at, four slots a stage
+  __device__ __forceinline__ unsigned char* others(int stage, int which, int tile) const {
+    return base + kFirst + (kWarps * kRowTiles + (stage * 2 + which) * kWarps + tile) * kTile;
   }
   __device__ __forceinline__ unsigned char* prefix(int prefix_tiles, int which, int tile) const {
-    return base + kSlots + (kWarps * (kRowTiles + 2 * kStages) + which * prefix_tiles + tile) * kTile;
+    return base + kFirst + (kWarps * (kRowTiles + 2 * kStages) + which * prefix_tiles + tile) * kTile;
   }
 };
 
-// Which slots of keys the queries of a block need, and whose they are; last < first: none.
+// Which slots the rows of a group look at, and whose they are; last < first: none.
 struct Extent {
-  int64_t first, last;
-  int low, high;
+  int first, last, low, high;
 };
 
-template <class Memory>
-__device__ __forceinline__ Extent extent_of(const Memory& memory, bool causal, int64_t group) {
+// Of keys that its queries see, or of queries that see its keys.
+template <bool kOfKeys, class Memory>
+__device__ __forceinline__ Extent extent_of(const Memory& memory, bool causal, int group) {
   Extent extent{0, -1, 0, 0};
   bool any = false;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     const Slot& slot = memory.item(w).slot;
     if (slot.length == 0) continue;
-    const int64_t last = causal ? group * kWarps + w : slot.first + slot.tiles() - 1;
-    extent.first = !any || slot.first < extent.first ? slot.first : extent.first;
+    const int own = group * kWarps + w;
+    const int first = causal && !kOfKeys ? own : slot.first;
+    const int last = causal && kOfKeys ? own : slot.first + slot.tiles() - 1;
+    extent.first = !any || first < extent.first ? first : extent.first;
     extent.last = !any || last > extent.last ? last : extent.last;
     extent.low = !any || slot.run < extent.low ? slot.run : extent.low;
     extent.high = !any || slot.run > extent.high ? slot.run : extent.high;
@@ -122,13 +127,13 @@ __device__ __forceinline__ Extent extent_of(const Memory& memory, bool causal, i
 // A slot of keys and values for each warp to load.
 template <class T, int kDim, class Memory>
 __device__ __forceinline__ void load_keys(const Attention<T>& attention, const Memory& memory, int head, int stage,
-                                          int64_t slot, const Extent& extent) {
+                                          int slot, const Extent& extent) {
   const int warp = warp_index();
   if (slot + warp <= extent.last) {
     const Slot keys = find_slot(attention.slots, slot + warp, extent.low, extent.high);
     const int64_t row = keys.begin + keys.row;
-    load_tile<T, kDim>(memory.keys(stage, 0, warp), attention.k.head(head), row, keys.count());
-    load_tile<T, kDim>(memory.keys(stage, 1, warp), attention.v.head(head), row, keys.count());
+    load_tile<T, kDim>(memory.others(stage, 0, warp), attention.k.head(head), row, keys.count());
+    load_tile<T, kDim>(memory.others(stage, 1, warp), attention.v.head(head), row, keys.count());
   }
   cp_async_commit();
 }
@@ -182,15 +187,15 @@ __device__ __forceinline__ void see_prefixes(const Attention<T>& attention, cons
 
 // Own rows; the first tile has been asked for and has arrived.
 template <class T, int kDim, class Memory, class Work>
-__device__ __forceinline__ void see_own(const Attention<T>& attention, const Memory& memory, int head, int64_t group,
+__device__ __forceinline__ void see_own(const Attention<T>& attention, const Memory& memory, int head, int group,
                                         const Extent& extent, Work& work) {
   const Slot own = memory.item(warp_index()).slot;
-  const int64_t last = own.length == 0    ? -1
-                       : attention.causal ? group * kWarps + warp_index()
-                                          : own.first + own.tiles() - 1;
+  const int last = own.length == 0    ? -1
+                   : attention.causal ? group * kWarps + warp_index()
+                                      : own.first + own.tiles() - 1;
   int stage = 0;
-  for (int64_t slot = extent.first;; slot += kWarps) {
-    const int64_t next = slot + kWarps;
+  for (int slot = extent.first;; slot += kWarps) {
+    const int next = slot + kWarps;
     const int other = Memory::kStages == 2 ? 1 - stage : 0;
     if (Memory::kStages == 2 && next <= extent.last) {
       load_keys<T, kDim>(attention, memory, head, other, next, extent);
@@ -198,7 +203,7 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
     for (int tile = 0; tile < kWarps; ++tile) {
       if (slot + tile < own.first || slot + tile > last) continue;
       const int key = static_cast<int>(slot + tile - own.first) * kTileRows;
-      work.see(memory.keys(stage, 0, tile), memory.keys(stage, 1, tile), key, own.length, attention.causal);
+      work.see(memory.others(stage, 0, tile), memory.others(stage, 1, tile), key, own.length, attention.causal);
     }
     if (next > extent.last) return;
     if (Memory::kStages == 1) {
@@ -215,29 +220,37 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
 // see(keys, values, number of the first key, how many keys there are, whether only those up to the own row count);
 // end().
 template <class T, int kDim, class Memory, class Work>
-__device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, int prefix_tiles, Work& work) {
-  const Memory memory{shared_memory()};
+__device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, const Memory& memory, int head, int group,
+                                               int prefix_tiles, Resident& resident, Work& work) {
+  const int warp = warp_index();
+  const Slot own = memory.item(warp).slot;
+  const Extent extent = extent_of<true>(memory, attention.causal, group);
+#pragma unroll
+  for (int i = 0; i < Memory::kRows; ++i) {
+    load_tile<T, kDim>(memory.rows(warp, i), work.rows[i].head(head), own.begin + own.row, own.count());
+  }
+  load_keys<T, kDim>(attention, memory, head, 0, extent.first, extent);
+  cp_async_wait<0>();
+  sync_threads();
+  work.begin(own, head, memory);
+  see_prefixes<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
+  see_own<T, kDim>(attention, memory, head, group, extent, work);
+  work.end();
+}
+
+// Calls run(head, group) for every group of this block that has rows.
+template <class T, class Memory, class Run>
+__device__ __forceinline__ void for_groups(const Attention<T>& attention, const Memory& memory, Run run) {
   const int warp = warp_index(), head = block_x() % attention.num_heads;
-  const int64_t groups = (attention.slots.count() + kWarps - 1) / kWarps;
-  Resident resident;
-  for (int64_t group = block_x() / attention.num_heads; group < groups; group += grid_x() / attention.num_heads) {
+  const int groups = attention.groups();
+  for (int group = block_x() / attention.num_heads; group < groups; group += grid_x() / attention.num_heads) {
     const Slot own = find_slot_warp(attention.slots, group * kWarps + warp);
     if (lane_index() == 0) memory.item(warp) = {own, own.length == 0 ? -1 : prefix_of(attention, own.run)};
     sync_threads();
-    const Extent extent = extent_of(memory, attention.causal, group);
-    if (extent.first <= extent.last) {
+    bool any = false;
 #pragma unroll
-      for (int i = 0; i < Memory::kRows; ++i) {
-        load_tile<T, kDim>(memory.rows(warp, i), work.rows[i].head(head), own.begin + own.row, own.count());
-      }
-      load_keys<T, kDim>(attention, memory, head, 0, extent.first, extent);
-      cp_async_wait<0>();
-      sync_threads();
-      work.begin(own, head, memory);
-      see_prefixes<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
-      see_own<T, kDim>(attention, memory, head, group, extent, work);
-      work.end();
-    }
+    for (int w = 0; w < kWarps; ++w) any = any || memory.item(w).slot.length != 0;
+    if (any) run(head, group);
     sync_threads();  // the next group takes the place of this one
   }
 }

@@ -1,7 +1,8 @@
 // How blocks find the rows of histories: in slots of 16 rows of one history each. Slot begin(b) / 16 + b is the first
 // of history b, so that a search over the offsets finds whose a slot is, and the number of slots is known without
 // having read them. Some are empty. Tiles begin where histories begin: a history's bits do not depend on its company.
-// Offsets and indices are read without having been checked: what is read of them is clamped.
+// Offsets and indices are read without having been checked: what is read of them is clamped. Slots are counted in an
+// int: 2^31 of them are more than a GPU holds.
 #pragma once
 
 #include "attention_tiles.h"
@@ -13,38 +14,37 @@ namespace pcl {
 struct Slots {
   Histories runs;
 
-  __host__ __device__ int64_t count() const { return runs.total / kTileRows + runs.batch; }
-  __device__ __forceinline__ int64_t first(int64_t run) const { return runs.begin(run) / kTileRows + run; }
+  __host__ __device__ int count() const { return static_cast<int>(runs.total / kTileRows + runs.batch); }
+  __device__ __forceinline__ int first(int run) const { return static_cast<int>(runs.begin(run) / kTileRows) + run; }
 };
 
 // Where a slot's rows are. length 0: it is empty.
 struct Slot {
-  int64_t begin;         // of its run, in packed rows
-  int64_t first;         // slot of its run
-  int run, length, row;  // rows row .. of `length` rows
+  int64_t begin;                // of its run, in packed rows
+  int first, run, length, row;  // slot and number of its run; rows row .. of `length` rows
 
   __device__ __forceinline__ int count() const { return clamp(length - row, 0, kTileRows); }
   // slots of the run
   __device__ __forceinline__ int tiles() const { return (length + kTileRows - 1) / kTileRows; }
 };
 
-__device__ __forceinline__ Slot slot_of_run(const Slots& slots, int64_t slot, int64_t run) {
-  const int64_t begin = slots.runs.begin(run), length = slots.runs.end(run) - begin, first = slots.first(run);
-  const int64_t row = (slot - first) * kTileRows;
+__device__ __forceinline__ Slot slot_of_run(const Slots& slots, int slot, int run) {
+  const int64_t begin = slots.runs.begin(run), length = slots.runs.end(run) - begin;
+  const int first = slots.first(run);
+  const int64_t row = static_cast<int64_t>(slot - first) * kTileRows;
   const bool inside = row >= 0 && row < length;
-  return {begin, first, static_cast<int>(run), inside ? static_cast<int>(length) : 0,
-          inside ? static_cast<int>(row) : 0};
+  return {begin, first, run, inside ? static_cast<int>(length) : 0, inside ? static_cast<int>(row) : 0};
 }
 
 // The slot's run is the last that begins at or before it; a warp searches together.
-__device__ __forceinline__ Slot find_slot_warp(const Slots& slots, int64_t slot) {
+__device__ __forceinline__ Slot find_slot_warp(const Slots& slots, int slot) {
   if (slot >= slots.count()) return {};
-  int64_t low = 0, high = slots.runs.batch;
+  int low = 0, high = static_cast<int>(slots.runs.batch);
   while (high - low > 1) {
-    const int64_t step = (high - low + kWarp - 1) / kWarp;
-    const int64_t probe = low + (lane_index() + 1) * step;
+    const int step = (high - low + kWarp - 1) / kWarp;
+    const int probe = low + (lane_index() + 1) * step;
     const unsigned before = ballot(probe < high && slots.first(probe < high ? probe : low) <= slot);
-    const int64_t count = count_bits(before);
+    const int count = count_bits(before);
     low += count * step;
     high = high < low + step ? high : low + step;
   }
@@ -52,7 +52,7 @@ __device__ __forceinline__ Slot find_slot_warp(const Slots& slots, int64_t slot)
 }
 
 // The same among the runs low .. high, by every thread for itself.
-__device__ __forceinline__ Slot find_slot(const Slots& slots, int64_t slot, int low, int high) {
+__device__ __forceinline__ Slot find_slot(const Slots& slots, int slot, int low, int high) {
   while (low < high) {
     const int middle = low + (high - low + 1) / 2;
     if (slots.first(middle) <= slot) {

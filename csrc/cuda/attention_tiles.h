@@ -19,10 +19,17 @@ struct Rows {
   static constexpr int kBytes = kChunks * 16;
   static constexpr int kTileBytes = kTileRows * kBytes;
 
+  // Of the chunk `even + more`; even is known to the compiler and even, more is 0 or 1: what the swizzle leaves alone
+  // is part of an instruction, not of an address in a register.
+  __device__ __forceinline__ static int place(int row, int even, int more) {
+    const int inside = (even & (kAligned - 1)) + more, outside = even & ~(kAligned - 1);
+    return (row * kChunks + (inside ^ (row / (8 / kAligned) & (kAligned - 1)))) * 16 + outside * 16;
+  }
   __device__ __forceinline__ static int place(int row, int chunk) {
-    constexpr int kAligned = (kChunks & -kChunks) < 8 ? (kChunks & -kChunks) : 8;
     return (row * kChunks + (chunk ^ (row / (8 / kAligned) & (kAligned - 1)))) * 16;
   }
+
+  static constexpr int kAligned = (kChunks & -kChunks) < 8 ? (kChunks & -kChunks) : 8;
 };
 
 // One head of a packed tensor; the head is part of data.
@@ -69,7 +76,7 @@ struct Wide {
 template <class T, int kDim>
 __device__ __forceinline__ void load_tile(unsigned char* tile, Head<T> from, int64_t first, int count) {
   using R = Rows<T, kDim>;
-#pragma unroll 2
+#pragma unroll 1  // nobody waits here, and registers are few
   for (int i = lane_index(); i < kTileRows * R::kChunks; i += kWarp) {
     const int row = i / R::kChunks, chunk = i % R::kChunks;
     const bool inside = row < count;
@@ -114,8 +121,8 @@ __device__ __forceinline__ Block product(const unsigned char* a, const unsigned 
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
       uint32_t left[4], right[4];
-      ldmatrix<4>(left, a + R::place(lane % 16, 2 * k + lane / 16));
-      ldmatrix<4>(right, b + R::place(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      ldmatrix<4>(left, a + R::place(lane % 16, 2 * k, lane / 16));
+      ldmatrix<4>(right, b + R::place(lane / 16 * 8 + lane % 8, 2 * k, lane / 8 % 2));
       mma_m16n8k16<T>(low, left, {right[0], right[1]});
       mma_m16n8k16<T>(high, left, {right[2], right[3]});
     }
@@ -153,7 +160,7 @@ __device__ __forceinline__ void add_product(Wide<kDim>& wide, const Block& block
 #pragma unroll
     for (int j = 0; j < kDim / 8; j += 2) {
       uint32_t right[4];
-      ldmatrix<4, true>(right, tile + R::place(lane % 16, j + lane / 16));
+      ldmatrix<4, true>(right, tile + R::place(lane % 16, j, lane / 16));
       mma_m16n8k16<T>(wide.sums[j], left, {right[0], right[1]});
       mma_m16n8k16<T>(wide.sums[j + 1], left, {right[2], right[3]});
     }

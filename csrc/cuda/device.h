@@ -13,6 +13,7 @@
 //     shared_memory()                          unsigned char*, 128-byte aligned, as launch was asked for; uninitialised
 //     sync_threads(), sync_warp()              every thread of the block, of the warp, in the same place
 //     exp2_approx(x)                           2^x within 2 units in the last place; 0 for -infinity
+//     rounded_product(x, y)                    x y, which does not become part of a multiply-add
 //     load(pointer), store(pointer, value)     one access, of a Vec16 too
 //     load_once(pointer), store_once(pointer, value)   the same, of what nobody reads again soon
 //     count_bits(unsigned)

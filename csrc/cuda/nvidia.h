@@ -79,6 +79,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+
 __device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
 
 template <class Unit>

@@ -42,7 +42,7 @@ struct Forward {
     for (int i = 0; i < 8; ++i) {
       const int column = key + Block::column(i);
       const bool seen = column < length && (!causal || column <= own.row + Block::row(i));
-      scores.at[i] = seen ? scores.at[i] * scale : -INFINITY;
+      scores.at[i] = seen ? rounded_product(scores.at[i], scale) : -INFINITY;
       most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores.at[i]);
     }
     float factor[2], base[2];
@@ -92,7 +92,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   work.stats = stats;
   work.num_heads = attention.num_heads;
   work.scale = attention.scale * kLog2E;
-  pass_over_keys<T, kDim, PassMemory<T, kDim, 1>>(attention, prefix_tiles, work);
+  const PassMemory<T, kDim, 1> memory{shared_memory()};
+  Resident resident;
+  for_groups(attention, memory, [&](int head, int group) {
+    pass_over_keys<T, kDim>(attention, memory, head, group, prefix_tiles, resident, work);
+  });
 }
 
 template <class T>
@@ -101,10 +105,9 @@ int forward(const AttentionArgs& args, void* out, void* stats, void* stream) {
     using Memory = PassMemory<T, dim(), 1>;
     const int prefix_tiles = prefix_tiles_of<Memory>(args), shared_bytes = Memory::bytes(prefix_tiles);
     const auto attention = attention_of<T>(args);
-    const int64_t groups = (attention.slots.count() + kWarps - 1) / kWarps;
     const auto kernel = forward_kernel<T, dim()>;
-    return launch(kernel, blocks_by_head(kernel, shared_bytes, args.num_heads, groups), kThreads, shared_bytes, stream,
-                  attention, prefix_tiles, static_cast<T*>(out), static_cast<float*>(stats));
+    return launch(kernel, blocks_by_head(kernel, shared_bytes, args.num_heads, attention.groups()), kThreads,
+                  shared_bytes, stream, attention, prefix_tiles, static_cast<T*>(out), static_cast<float*>(stats));
   });
 }
 

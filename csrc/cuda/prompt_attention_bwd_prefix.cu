@@ -13,7 +13,7 @@ struct PrefixMemory {
   static constexpr int kTile = Rows<T, kDim>::kTileBytes;
   static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
   static constexpr int kNumbersBytes = kTileRows * static_cast<int>(sizeof(RowNumbers));
-  static constexpr int kStage = 2 * kTile + kNumbersBytes;
+  static constexpr int kStage = 3 * kTile + kNumbersBytes;
   static constexpr int kSums = kTileRows * kDim * static_cast<int>(sizeof(float));  // of one warp
   static constexpr int kWarpBytes = kStages * kStage > kSums ? kStages * kStage : kSums;
   static constexpr int kBytes = 2 * kTile + kWarps * kWarpBytes;
@@ -26,7 +26,7 @@ struct PrefixMemory {
     return warp(warp_index()) + stage * kStage + which * kTile;
   }
   __device__ __forceinline__ RowNumbers* numbers(int stage) const {
-    return reinterpret_cast<RowNumbers*>(rows(stage, 2));
+    return reinterpret_cast<RowNumbers*>(rows(stage, 3));
   }
 };
 
@@ -105,38 +105,54 @@ __device__ __forceinline__ Walk part_of(const Attention<T>& attention, const Mem
   return walk;
 }
 
+// The next 16 queries; where their numbers are to be made, what they are made of. Returns their stats then.
 template <class T, int kDim>
-__device__ __forceinline__ void load_part(const AttentionBackward<T>& backward, const PrefixMemory<T, kDim>& memory,
-                                          int head, int stage, const Walk& walk) {
+__device__ __forceinline__ RowStats load_part(const AttentionBackward<T>& backward, const PrefixMemory<T, kDim>& memory,
+                                              int head, int stage, const Walk& walk) {
+  RowStats stats{0.f, 1.f};
   if (walk.left > 0) {
     const int64_t row = walk.begin + walk.row;
-    load_tile<T, kDim>(memory.rows(stage, 0), backward.attention.q.head(head), row, walk.count());
-    load_tile<T, kDim>(memory.rows(stage, 1), backward.grad_out.head(head), row, walk.count());
-    load_numbers(memory.numbers(stage), backward.numbers, backward.attention.num_heads, head, row, walk.count());
+    const int num_heads = backward.attention.num_heads, count = walk.count();
+    load_tile<T, kDim>(memory.rows(stage, 0), backward.attention.q.head(head), row, count);
+    load_tile<T, kDim>(memory.rows(stage, 1), backward.grad_out.head(head), row, count);
+    if (backward.numbers != nullptr) {
+      load_numbers(memory.numbers(stage), backward.numbers, num_heads, head, row, count);
+    } else {
+      load_tile<T, kDim>(memory.rows(stage, 2), backward.out.head(head), row, count);
+      stats = load_stats(backward.stats, num_heads, head, row, count);
+    }
   }
   cp_async_commit();
+  return stats;
 }
 
 template <class T, int kDim>
-__device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, const PrefixMemory<T, kDim>& memory,
-                                         int head, Walk walk, KeySums<T, kDim>& sums) {
+__device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
+                                         const PrefixMemory<T, kDim>& memory, int head, Walk walk,
+                                         KeySums<T, kDim>& sums) {
   constexpr int kStages = PrefixMemory<T, kDim>::kStages;
   int stage = 0;
-  if (kStages == 2) load_part(backward, memory, head, 0, walk);
+  RowStats stats{0.f, 1.f}, next{0.f, 1.f};
+  if (kStages == 2) stats = load_part(backward, memory, head, 0, walk);
   while (walk.left > 0) {
     if (kStages == 2) {
       walk.advance();
-      load_part(backward, memory, head, 1 - stage, walk);
+      next = load_part(backward, memory, head, 1 - stage, walk);
       cp_async_wait<1>();
     } else {
-      load_part(backward, memory, head, 0, walk);
+      stats = load_part(backward, memory, head, 0, walk);
       walk.advance();
       cp_async_wait<0>();
     }
     sync_warp();
+    if (backward.numbers == nullptr) {
+      make_numbers<T, kDim>(memory.numbers(stage), memory.rows(stage, 1), memory.rows(stage, 2), stats);
+      sync_warp();
+    }
     sums.see(memory.keys(0), memory.keys(1), memory.rows(stage, 0), memory.rows(stage, 1), memory.numbers(stage),
-             kNoDiagonal, backward);
+             kNoDiagonal, backward.attention.scale, grads);
     sync_warp();
+    stats = next;
     stage = kStages - 1 - stage;
   }
   cp_async_wait<0>();
@@ -184,7 +200,7 @@ __device__ __forceinline__ void write_sums(const PrefixMemory<T, kDim>& memory, 
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
-    grad_prefix_kernel(AttentionBackward<T> backward, Members members, int shares, float* partial) {
+    grad_prefix_kernel(AttentionBackward<T> backward, KeyGrads<T> grads, Members members, int shares, float* partial) {
   const PrefixMemory<T, kDim> memory{shared_memory()};
   const Attention<T>& attention = backward.attention;
   const int share = block_x() % shares, head = block_x() / shares % attention.num_heads;
@@ -199,18 +215,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   sync_threads();
   KeySums<T, kDim> sums;
   sums.clear();
-  see_part(backward, memory, head, part_of(attention, members, slot.run, share, shares), sums);
-  if (backward.grad_k != nullptr) {
+  see_part(backward, grads, memory, head, part_of(attention, members, slot.run, share, shares), sums);
+  if (grads.k != nullptr) {
     add_warps(memory, sums.k);
-    if (warp_index() == 0) {
-      write_sums(memory, sums.k, 0, slot, head, attention.num_heads, partial, backward.grad_k);
-    }
+    if (warp_index() == 0) write_sums(memory, sums.k, 0, slot, head, attention.num_heads, partial, grads.k);
   }
-  if (backward.grad_v != nullptr) {
+  if (grads.v != nullptr) {
     add_warps(memory, sums.v);
-    if (warp_index() == 0) {
-      write_sums(memory, sums.v, 1, slot, head, attention.num_heads, partial, backward.grad_v);
-    }
+    if (warp_index() == 0) write_sums(memory, sums.v, 1, slot, head, attention.num_heads, partial, grads.v);
   }
 }
 
@@ -265,8 +277,8 @@ int64_t prefix_partial_bytes(const AttentionArgs& args) {
 }
 
 template <class T>
-int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const Members& members,
-                     void* partial, void* stream) {
+int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
+                     const Members& members, void* partial, void* stream) {
   if (!has_prefix(args)) return 0;
   return with_dim(args.head_dim, [&](auto dim) -> int {
     constexpr int kBytes = PrefixMemory<T, dim()>::kBytes;
@@ -274,14 +286,14 @@ int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& back
     const Slots& prefixes = backward.attention.prefixes;
     const auto owned = static_cast<unsigned>(prefixes.count() * args.num_heads);
     auto* sums = shares == 1 ? nullptr : static_cast<float*>(partial);
-    int error = launch(grad_prefix_kernel<T, dim()>, {owned * shares}, kThreads, kBytes, stream, backward, members,
-                       shares, sums);
+    int error = launch(grad_prefix_kernel<T, dim()>, {owned * shares}, kThreads, kBytes, stream, backward, grads,
+                       members, shares, sums);
     const unsigned blocks = owned * (kTileRows * dim() / kThreads);
-    T* const grads[2] = {backward.grad_k, backward.grad_v};
+    T* const both[2] = {grads.k, grads.v};
     for (int which = 0; which < 2 && shares > 1; ++which) {
-      if (error != 0 || grads[which] == nullptr) continue;
+      if (error != 0 || both[which] == nullptr) continue;
       error = launch(add_shares_kernel<T, dim()>, {blocks}, kThreads, 0, stream, prefixes,
-                     static_cast<int>(args.num_heads), sums, shares, which, grads[which]);
+                     static_cast<int>(args.num_heads), sums, shares, which, both[which]);
     }
     return error;
   });
@@ -290,9 +302,11 @@ int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& back
 template int64_t prefix_partial_bytes<bf16>(const AttentionArgs&);
 template int64_t prefix_partial_bytes<fp16>(const AttentionArgs&);
 template int64_t prefix_partial_bytes<float>(const AttentionArgs&);
-template int grad_prefix_keys<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, const Members&, void*, void*);
-template int grad_prefix_keys<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, const Members&, void*, void*);
-template int grad_prefix_keys<float>(const AttentionArgs&, const AttentionBackward<float>&, const Members&, void*,
-                                     void*);
+template int grad_prefix_keys<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, const KeyGrads<bf16>&,
+                                    const Members&, void*, void*);
+template int grad_prefix_keys<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, const KeyGrads<fp16>&,
+                                    const Members&, void*, void*);
+template int grad_prefix_keys<float>(const AttentionArgs&, const AttentionBackward<float>&, const KeyGrads<float>&,
+                                     const Members&, void*, void*);
 
 }  // namespace pcl

@@ -64,6 +64,7 @@ inline void sync_threads(int line = __builtin_LINE()) { emulated::meet_block(lin
 inline void sync_warp(int line = __builtin_LINE()) { emulated::meet_warp("sync_warp", line, nullptr, nullptr); }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float rounded_product(float x, float y) { return x * y; }
 inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class Unit>
