@@ -47,6 +47,30 @@ struct KeyGrads {
   T *k, *v;
 };
 
+// What 16 keys and queries have to do with each other, keys as rows: the softmax's weights, and the gradients of the
+// scores. diagonal: number of the first query less that of the first key, a key is seen from its own number on.
+template <class T, int kDim>
+struct KeyBlocks {
+  Block weights, grads;
+
+  __device__ __forceinline__ KeyBlocks(const unsigned char* keys, const unsigned char* values, const unsigned char* q,
+                                       const unsigned char* grad_out, const RowNumbers* numbers, int diagonal,
+                                       float scale)
+      : weights(product<T, kDim>(keys, q)), grads(product<T, kDim>(values, grad_out)) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const RowNumbers row = numbers[Block::column(i)];
+      const bool seen = Block::row(i) <= Block::column(i) + diagonal;
+      const float weight = row.template weight<T>(weights.at[i], scale * kLog2E);
+      weights.at[i] = seen ? weight : 0.f;
+      grads.at[i] = seen ? weight * (grads.at[i] - row.delta) * scale : 0.f;
+    }
+  }
+};
+
+// Sees all: a diagonal that no row is past.
+inline constexpr int kNoDiagonal = 1 << 30;
+
 // Gradients of 16 keys and their values, by a warp.
 template <class T, int kDim>
 struct KeySums {
@@ -57,28 +81,13 @@ struct KeySums {
     v.clear();
   }
 
-  // Adds what the 16 queries give; diagonal: number of the first query less that of the first key, a key is seen from
-  // its own number on.
-  __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, const unsigned char* q,
-                                      const unsigned char* grad_out, const RowNumbers* numbers, int diagonal,
-                                      float scale, const KeyGrads<T>& asked) {
-    Block weights = product<T, kDim>(keys, q);
-    Block grads = product<T, kDim>(values, grad_out);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const RowNumbers row = numbers[Block::column(i)];
-      const bool seen = Block::row(i) <= Block::column(i) + diagonal;
-      const float weight = row.template weight<T>(weights.at[i], scale * kLog2E);
-      weights.at[i] = seen ? weight : 0.f;
-      grads.at[i] = seen ? weight * (grads.at[i] - row.delta) * scale : 0.f;
-    }
-    if (asked.v != nullptr) add_product<T>(v, weights, grad_out);
-    if (asked.k != nullptr) add_product<T>(k, grads, q);
+  // Adds what 16 queries give.
+  __device__ __forceinline__ void see(const KeyBlocks<T, kDim>& blocks, const unsigned char* q,
+                                      const unsigned char* grad_out, const KeyGrads<T>& asked) {
+    if (asked.v != nullptr) add_product<T>(v, blocks.weights, grad_out);
+    if (asked.k != nullptr) add_product<T>(k, blocks.grads, q);
   }
 };
-
-// Sees all: a diagonal that no row is past.
-inline constexpr int kNoDiagonal = 1 << 30;
 
 // A warp's 16 rows of one head's numbers, on their way to shared memory. Past the count they are 0, and so are q and
 // grad_out: nothing is added for these.
@@ -123,10 +132,20 @@ __device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char
   if (half == 0) to[row] = RowNumbers::of<T>(stats, sum);
 }
 
-// Gradients of own rows: of q, of keys, of values.
+// Gradients of own rows: of q, of keys, of values. Where the prefix is short enough for grads_with_own, also those of
+// the prefix; partial: own_partial_bytes.
 template <class T>
-int grad_own_rows(const AttentionArgs& args, const AttentionBackward<T>& backward, T* grad_q, const KeyGrads<T>& grads,
-                  void* stream);
+struct OwnGrads {
+  T* q;
+  KeyGrads<T> own, prefix;
+};
+template <class T>
+bool grads_with_own(const AttentionArgs& args, const OwnGrads<T>& grads);
+template <class T>
+int64_t own_partial_bytes(const AttentionArgs& args);
+template <class T>
+int grad_own_rows(const AttentionArgs& args, const AttentionBackward<T>& backward, const OwnGrads<T>& grads,
+                  float* partial, void* stream);
 
 // Gradients of the keys and values of prefixes: the histories in the order of their prefixes, how many slots of rows
 // they have up to and with each; partial: prefix_partial_bytes.
@@ -138,6 +157,11 @@ template <class T>
 int64_t prefix_partial_bytes(const AttentionArgs& args);
 template <class T>
 int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
-                     const Members& members, void* partial, void* stream);
+                     const Members& members, float* partial, void* stream);
+
+// Adds up partial [the first `slots` slots of prefixes, H, shares, k and v, 16 rows of d as lanes hold them].
+template <class T>
+int add_prefix_shares(const AttentionArgs& args, const KeyGrads<T>& grads, int64_t slots, const float* partial,
+                      int shares, void* stream);
 
 }  // namespace pcl

@@ -79,7 +79,7 @@ struct PassMemory {
   };
   static_assert(kWarps * sizeof(Item) <= kItems);
 
-  static int bytes(int prefix_tiles) {
+  __host__ __device__ static int bytes(int prefix_tiles) {
     return kFirst + (kWarps * kRowTiles + 2 * kStages * kWarps + 2 * prefix_tiles) * kTile;
   }
 
@@ -218,7 +218,7 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
 
 // Work is what becomes of a warp's rows: rows[], the tensors it wants tiles of; begin(slot, head, memory);
 // see(keys, values, number of the first key, how many keys there are, whether only those up to the own row count);
-// end().
+// end(memory).
 template <class T, int kDim, class Memory, class Work>
 __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, const Memory& memory, int head, int group,
                                                int prefix_tiles, Resident& resident, Work& work) {
@@ -235,7 +235,7 @@ __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, co
   work.begin(own, head, memory);
   see_prefixes<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
   see_own<T, kDim>(attention, memory, head, group, extent, work);
-  work.end();
+  work.end(memory);
 }
 
 // Calls run(head, group) for every group of this block that has rows.

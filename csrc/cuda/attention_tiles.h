@@ -130,12 +130,34 @@ __device__ __forceinline__ Block product(const unsigned char* a, const unsigned 
   }
 }
 
+// A block as the left factor of a product.
+struct Packed {
+  uint32_t at[4];
+};
+
+template <class T>
+__device__ __forceinline__ Packed packed(const Block& block) {
+  const float* x = block.at;
+  return {{pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])}};
+}
+
+// Sixteen columns of a product with a tile, from 8 j on; j is even.
+template <class T, int kDim>
+__device__ __forceinline__ void add_columns(float (&low)[4], float (&high)[4], const Packed& left,
+                                            const unsigned char* tile, int j) {
+  const int lane = lane_index();
+  uint32_t right[4];
+  ldmatrix<4, true>(right, tile + Rows<T, kDim>::place(lane % 16, j, lane / 16));
+  mma_m16n8k16<T>(low, left.at, {right[0], right[1]});
+  mma_m16n8k16<T>(high, left.at, {right[2], right[3]});
+}
+
 // wide += block tile.
 template <class T, int kDim>
 __device__ __forceinline__ void add_product(Wide<kDim>& wide, const Block& block, const unsigned char* tile) {
-  using R = Rows<T, kDim>;
-  const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
+    using R = Rows<T, kDim>;
+    const int lane = lane_index();
 #pragma unroll 1
     for (int pair = 0; pair < 4; ++pair) {
 #pragma unroll
@@ -155,15 +177,9 @@ __device__ __forceinline__ void add_product(Wide<kDim>& wide, const Block& block
       }
     }
   } else {
-    const float* x = block.at;
-    const uint32_t left[4] = {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
+    const Packed left = packed<T>(block);
 #pragma unroll
-    for (int j = 0; j < kDim / 8; j += 2) {
-      uint32_t right[4];
-      ldmatrix<4, true>(right, tile + R::place(lane % 16, j, lane / 16));
-      mma_m16n8k16<T>(wide.sums[j], left, {right[0], right[1]});
-      mma_m16n8k16<T>(wide.sums[j + 1], left, {right[2], right[3]});
-    }
+    for (int j = 0; j < kDim / 8; j += 2) add_columns<T, kDim>(wide.sums[j], wide.sums[j + 1], left, tile, j);
   }
 }
 

@@ -63,7 +63,8 @@ struct Forward {
     add_product<T>(sums, scores, values);
   }
 
-  __device__ __forceinline__ void end() {
+  template <class Memory>
+  __device__ __forceinline__ void end(const Memory&) {
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -58,16 +58,19 @@ int backward(const AttentionArgs& args, const AttentionGrads& grads, const Membe
   auto* numbers = static_cast<RowNumbers*>(workspace);
   AttentionBackward<T> backward{attention_of<T>(args), heads_of<T>(grads.grad_out), heads_of<T>(grads.out), stats,
                                 nullptr};
+  auto* partial = reinterpret_cast<float*>(numbers + args.total * args.num_heads);
+  const KeyGrads<T> prefix{static_cast<T*>(grads.grad_prefix_k), static_cast<T*>(grads.grad_prefix_v)};
+  const OwnGrads<T> own{
+      static_cast<T*>(grads.grad_q), {static_cast<T*>(grads.grad_k), static_cast<T*>(grads.grad_v)}, prefix};
+  const bool with_own = asks_prefix(grads) && grads_with_own(args, own);
   int error = 0;
   if (args.total > 0 && !only_prefix(grads)) {
     backward.numbers = numbers;
     error = find_numbers<T>(args, grads, numbers, stream);
-    const KeyGrads<T> own{static_cast<T*>(grads.grad_k), static_cast<T*>(grads.grad_v)};
-    if (error == 0) error = grad_own_rows<T>(args, backward, static_cast<T*>(grads.grad_q), own, stream);
+    if (error == 0) error = grad_own_rows<T>(args, backward, own, with_own ? partial : nullptr, stream);
   }
-  if (error == 0 && asks_prefix(grads)) {
-    const KeyGrads<T> prefix{static_cast<T*>(grads.grad_prefix_k), static_cast<T*>(grads.grad_prefix_v)};
-    error = grad_prefix_keys<T>(args, backward, prefix, members, numbers + args.total * args.num_heads, stream);
+  if (error == 0 && asks_prefix(grads) && !with_own) {
+    error = grad_prefix_keys<T>(args, backward, prefix, members, partial, stream);
   }
   return error;
 }
@@ -90,7 +93,11 @@ int64_t prompt_attention_bwd_cuda_bytes(const AttentionArgs& args, bool prefix, 
   if (args.num_heads == 0) return 0;
   const int64_t numbers = args.total * args.num_heads * sizeof(RowNumbers);
   if (!prefix) return numbers;
-  return numbers + with_float(dtype, [&](auto number) { return prefix_partial_bytes<decltype(number)>(args); });
+  return numbers + with_float(dtype, [&](auto number) {
+           using T = decltype(number);
+           const int64_t apart = prefix_partial_bytes<T>(args), with_own = own_partial_bytes<T>(args);
+           return apart > with_own ? apart : with_own;
+         });
 }
 
 int prompt_attention_bwd_cuda(const AttentionArgs& args, const AttentionGrads& grads, const int64_t* members,

@@ -1,6 +1,7 @@
 // Gradients of own rows. A block takes a group of four slots of one head, a warp each: first as queries, over the keys
 // that they see, then as keys, over the queries that see them. What both need of the neighbourhood comes from memory
-// once; the second time, and for the blocks beside, it is in L2.
+// once; the second time, and for the blocks beside, it is in L2. Between the two, while the queries are in shared
+// memory, a block adds up what they give to a short prefix that all share.
 #include "attention_grads.h"
 
 namespace pcl {
@@ -17,6 +18,62 @@ struct OwnMemory : PassMemory<T, kDim, 2, kGradStages<T> * kWarps * kNumbersByte
   __device__ __forceinline__ RowNumbers* numbers(int stage, int tile) const {
     return reinterpret_cast<RowNumbers*>(this->more() + (stage * kWarps + tile) * kNumbersBytes);
   }
+  __device__ __forceinline__ float* prefix_sums(int prefix_tiles) const {
+    return reinterpret_cast<float*>(this->base + this->bytes(prefix_tiles));
+  }
+};
+
+// Gradients of the 16 rows of the one prefix there is, and of their values, for the queries of this block. A warp owns
+// 16 columns, so that the warps' queries are added in one order, and nothing has to be added up across warps.
+template <class T, int kDim>
+struct PrefixSums {
+  static constexpr bool kFits = sizeof(T) == 2 && kDim <= 16 * kWarps;
+  static constexpr int kCount = 2 * kTileRows * kDim;
+
+  float* sums;  // [k and v, kDim / 8, 4, lane] in shared memory; null: not asked for here
+  KeyGrads<T> asked;
+  float scale;
+
+  __device__ __forceinline__ void clear() const {
+    for (int i = thread_index(); i < kCount; i += kThreads) sums[i] = 0.f;
+  }
+
+  __device__ __forceinline__ void move(float (&to)[2][4], int which, bool back) const {
+    float* from = sums + (which * (kDim / 8) + 2 * warp_index()) * 4 * kWarp + lane_index();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float &here = to[i / 4][i % 4], &there = from[i * kWarp];
+      (back ? there : here) = back ? here : there;
+    }
+  }
+
+  // The group's queries, once all warps have theirs.
+  template <class Memory>
+  __device__ __forceinline__ void see_group(const Memory& memory) const {
+    const int j = 2 * warp_index();
+    const bool owns = j < kDim / 8;
+    float k[2][4] = {}, v[2][4] = {};
+    if (owns) move(k, 0, false);
+    if (owns) move(v, 1, false);
+#pragma unroll 1
+    for (int w = 0; owns && w < kWarps; ++w) {
+      if (memory.item(w).prefix < 0) continue;
+      const unsigned char *q = memory.rows(w, 0), *grad_out = memory.rows(w, 1);
+      const KeyBlocks<T, kDim> blocks(memory.prefix(1, 0, 0), memory.prefix(1, 1, 0), q, grad_out, memory.numbers(0, w),
+                                      kNoDiagonal, scale);
+      if (asked.k != nullptr) add_columns<T, kDim>(k[0], k[1], packed<T>(blocks.grads), q, j);
+      if (asked.v != nullptr) add_columns<T, kDim>(v[0], v[1], packed<T>(blocks.weights), grad_out, j);
+    }
+    if (owns) move(k, 0, true);
+    if (owns) move(v, 1, true);
+  }
+
+  // Into partial [H, shares, ...], where blocks of one head are the shares.
+  __device__ __forceinline__ void write(float* partial, int num_heads) const {
+    const int head = block_x() % num_heads, share = block_x() / num_heads, shares = grid_x() / num_heads;
+    float* to = partial + (static_cast<int64_t>(head) * shares + share) * kCount;
+    for (int i = thread_index(); i < kCount; i += kThreads) to[i] = sums[i];
+  }
 };
 
 template <class T, int kDim>
@@ -26,6 +83,7 @@ struct GradQ {
   T* grad_q;
   int num_heads;
   float scale;
+  PrefixSums<T, kDim> prefix;
 
   Slot own;
   int head;
@@ -44,6 +102,7 @@ struct GradQ {
     for (int r = 0; r < 2; ++r) {
       const int i = lane_index() / 4 + 8 * r;
       row[r] = i < own.count() ? numbers[(own.begin + own.row + i) * num_heads + head] : RowNumbers{};
+      if (prefix.sums != nullptr && lane_index() % 4 == 0) memory.numbers(0, warp_index())[i] = row[r];
     }
   }
 
@@ -62,7 +121,15 @@ struct GradQ {
     add_product<T>(sums, grads, keys);
   }
 
-  __device__ __forceinline__ void end() {
+  template <class Memory>
+  __device__ __forceinline__ void end(const Memory& memory) {
+    if constexpr (PrefixSums<T, kDim>::kFits) {
+      if (prefix.sums != nullptr) {
+        sync_threads();
+        prefix.see_group(memory);
+        sync_threads();
+      }
+    }
     const int64_t stride = static_cast<int64_t>(num_heads) * kDim;
     T* to = grad_q + (own.begin + own.row) * stride + head * kDim;
     store_wide<T, kDim>(sums, q, to, stride, own.count());
@@ -103,8 +170,11 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
     for (int tile = 0; tile < kWarps; ++tile) {
       if (slot + tile < first || slot + tile > last) continue;
       const int row = static_cast<int>(slot + tile - own.first) * kTileRows;
-      sums.see(memory.rows(warp, 0), memory.rows(warp, 1), memory.others(stage, 0, tile), memory.others(stage, 1, tile),
-               memory.numbers(stage, tile), causal ? row - own.row : kNoDiagonal, backward.attention.scale, grads);
+      const unsigned char *q = memory.others(stage, 0, tile), *grad_out = memory.others(stage, 1, tile);
+      const KeyBlocks<T, kDim> blocks(memory.rows(warp, 0), memory.rows(warp, 1), q, grad_out,
+                                      memory.numbers(stage, tile), causal ? row - own.row : kNoDiagonal,
+                                      backward.attention.scale);
+      sums.see(blocks, q, grad_out, grads);
     }
     if (next > extent.last) return;
     if (Memory::kStages == 1) {
@@ -140,46 +210,101 @@ __device__ __forceinline__ void pass_over_queries(const AttentionBackward<T>& ba
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kDim <= 64 ? 3 : 2)
-    grad_own_rows_kernel(AttentionBackward<T> backward, int prefix_tiles, T* grad_q, KeyGrads<T> grads) {
+    grad_own_rows_kernel(AttentionBackward<T> backward, int prefix_tiles, OwnGrads<T> grads, float* partial) {
   const Attention<T>& attention = backward.attention;
   const OwnMemory<T, kDim> memory{{shared_memory()}};
   GradQ<T, kDim> work;
   work.rows[0] = attention.q;
   work.rows[1] = backward.grad_out;
   work.numbers = backward.numbers;
-  work.grad_q = grad_q;
+  work.grad_q = grads.q;
   work.num_heads = attention.num_heads;
   work.scale = attention.scale;
+  work.prefix = {partial == nullptr ? nullptr : memory.prefix_sums(prefix_tiles), grads.prefix, attention.scale};
+  if (partial != nullptr) work.prefix.clear();
   Resident resident;
   for_groups(attention, memory, [&](int head, int group) {
-    if (grad_q != nullptr) {
+    if (grads.q != nullptr) {
       pass_over_keys<T, kDim>(attention, memory, head, group, prefix_tiles, resident, work);
       sync_threads();  // the keys take the place of the queries
     }
-    if (grads.k != nullptr || grads.v != nullptr) pass_over_queries(backward, grads, memory, head, group);
+    if (grads.own.k != nullptr || grads.own.v != nullptr) {
+      pass_over_queries(backward, grads.own, memory, head, group);
+    }
   });
+  if (partial != nullptr) {
+    sync_threads();
+    work.prefix.write(partial, attention.num_heads);
+  }
+}
+
+// How the kernel is launched.
+struct OwnLaunch {
+  int prefix_tiles, shared_bytes;
+  Grid grid;
+};
+
+template <class T, int kDim>
+OwnLaunch own_launch(const AttentionArgs& args, bool queries, bool prefix) {
+  using Memory = OwnMemory<T, kDim>;
+  const int prefix_tiles = queries ? prefix_tiles_of<Memory>(args) : 0;
+  const int sums = prefix ? PrefixSums<T, kDim>::kCount * static_cast<int>(sizeof(float)) : 0;
+  const int shared_bytes = Memory::bytes(prefix_tiles) + sums;
+  const int groups = attention_of<T>(args).groups();
+  return {prefix_tiles, shared_bytes,
+          blocks_by_head(grad_own_rows_kernel<T, kDim>, shared_bytes, args.num_heads, groups)};
+}
+
+template <class T>
+bool prefix_fits(const AttentionArgs& args) {
+  const bool one = args.plan.num_prefixes == 1 && args.prefix_total > 0 && args.prefix_total <= kTileRows;
+  return one && args.total > 0 && with_dim(args.head_dim, [](auto dim) { return PrefixSums<T, dim()>::kFits; });
 }
 
 }  // namespace
 
 template <class T>
-int grad_own_rows(const AttentionArgs& args, const AttentionBackward<T>& backward, T* grad_q, const KeyGrads<T>& grads,
-                  void* stream) {
-  return with_dim(args.head_dim, [&](auto dim) {
-    using Memory = OwnMemory<T, dim()>;
-    const int prefix_tiles = grad_q == nullptr ? 0 : prefix_tiles_of<Memory>(args);
-    const int shared_bytes = Memory::bytes(prefix_tiles);
-    const auto kernel = grad_own_rows_kernel<T, dim()>;
-    const Grid grid = blocks_by_head(kernel, shared_bytes, args.num_heads, backward.attention.groups());
-    return launch(kernel, grid, kThreads, shared_bytes, stream, backward, prefix_tiles, grad_q, grads);
+bool grads_with_own(const AttentionArgs& args, const OwnGrads<T>& grads) {
+  return grads.q != nullptr && prefix_fits<T>(args);
+}
+
+template <class T>
+int64_t own_partial_bytes(const AttentionArgs& args) {
+  if (!prefix_fits<T>(args)) return 0;
+  int64_t bytes = 0;
+  with_dim(args.head_dim, [&](auto dim) {
+    const int64_t blocks = own_launch<T, dim()>(args, true, true).grid.x;
+    bytes = blocks * PrefixSums<T, dim()>::kCount * static_cast<int64_t>(sizeof(float));
+    return 0;
+  });
+  return bytes;
+}
+
+template <class T>
+int grad_own_rows(const AttentionArgs& args, const AttentionBackward<T>& backward, const OwnGrads<T>& grads,
+                  float* partial, void* stream) {
+  const bool prefix = partial != nullptr;
+  return with_dim(args.head_dim, [&](auto dim) -> int {
+    const OwnLaunch how = own_launch<T, dim()>(args, grads.q != nullptr, prefix);
+    const int error = launch(grad_own_rows_kernel<T, dim()>, how.grid, kThreads, how.shared_bytes, stream, backward,
+                             how.prefix_tiles, grads, partial);
+    if (error != 0 || !prefix) return error;
+    const auto shares = static_cast<int>(how.grid.x / args.num_heads);
+    return add_prefix_shares<T>(args, grads.prefix, 1, partial, shares, stream);
   });
 }
 
-template int grad_own_rows<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, bf16*, const KeyGrads<bf16>&,
+template bool grads_with_own<bf16>(const AttentionArgs&, const OwnGrads<bf16>&);
+template bool grads_with_own<fp16>(const AttentionArgs&, const OwnGrads<fp16>&);
+template bool grads_with_own<float>(const AttentionArgs&, const OwnGrads<float>&);
+template int64_t own_partial_bytes<bf16>(const AttentionArgs&);
+template int64_t own_partial_bytes<fp16>(const AttentionArgs&);
+template int64_t own_partial_bytes<float>(const AttentionArgs&);
+template int grad_own_rows<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, const OwnGrads<bf16>&, float*,
                                  void*);
-template int grad_own_rows<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, fp16*, const KeyGrads<fp16>&,
+template int grad_own_rows<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, const OwnGrads<fp16>&, float*,
                                  void*);
-template int grad_own_rows<float>(const AttentionArgs&, const AttentionBackward<float>&, float*, const KeyGrads<float>&,
+template int grad_own_rows<float>(const AttentionArgs&, const AttentionBackward<float>&, const OwnGrads<float>&, float*,
                                   void*);
 
 }  // namespace pcl

@@ -149,8 +149,10 @@ __device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, c
       make_numbers<T, kDim>(memory.numbers(stage), memory.rows(stage, 1), memory.rows(stage, 2), stats);
       sync_warp();
     }
-    sums.see(memory.keys(0), memory.keys(1), memory.rows(stage, 0), memory.rows(stage, 1), memory.numbers(stage),
-             kNoDiagonal, backward.attention.scale, grads);
+    const unsigned char *q = memory.rows(stage, 0), *grad_out = memory.rows(stage, 1);
+    const KeyBlocks<T, kDim> blocks(memory.keys(0), memory.keys(1), q, grad_out, memory.numbers(stage), kNoDiagonal,
+                                    backward.attention.scale);
+    sums.see(blocks, q, grad_out, grads);
     sync_warp();
     stats = next;
     stage = kStages - 1 - stage;
@@ -278,22 +280,33 @@ int64_t prefix_partial_bytes(const AttentionArgs& args) {
 
 template <class T>
 int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
-                     const Members& members, void* partial, void* stream) {
+                     const Members& members, float* partial, void* stream) {
   if (!has_prefix(args)) return 0;
   return with_dim(args.head_dim, [&](auto dim) -> int {
     constexpr int kBytes = PrefixMemory<T, dim()>::kBytes;
     const int shares = shares_of<T, dim()>(args);
     const Slots& prefixes = backward.attention.prefixes;
     const auto owned = static_cast<unsigned>(prefixes.count() * args.num_heads);
-    auto* sums = shares == 1 ? nullptr : static_cast<float*>(partial);
-    int error = launch(grad_prefix_kernel<T, dim()>, {owned * shares}, kThreads, kBytes, stream, backward, grads,
-                       members, shares, sums);
-    const unsigned blocks = owned * (kTileRows * dim() / kThreads);
+    float* const sums = shares == 1 ? nullptr : partial;
+    const int error = launch(grad_prefix_kernel<T, dim()>, {owned * shares}, kThreads, kBytes, stream, backward, grads,
+                             members, shares, sums);
+    if (error != 0 || shares == 1) return error;
+    return add_prefix_shares<T>(args, grads, prefixes.count(), sums, shares, stream);
+  });
+}
+
+template <class T>
+int add_prefix_shares(const AttentionArgs& args, const KeyGrads<T>& grads, int64_t slots, const float* partial,
+                      int shares, void* stream) {
+  return with_dim(args.head_dim, [&](auto dim) {
+    const auto blocks = static_cast<unsigned>(slots * args.num_heads * (kTileRows * dim() / kThreads));
+    const Slots prefixes = attention_of<T>(args).prefixes;
     T* const both[2] = {grads.k, grads.v};
-    for (int which = 0; which < 2 && shares > 1; ++which) {
+    int error = 0;
+    for (int which = 0; which < 2; ++which) {
       if (error != 0 || both[which] == nullptr) continue;
       error = launch(add_shares_kernel<T, dim()>, {blocks}, kThreads, 0, stream, prefixes,
-                     static_cast<int>(args.num_heads), sums, shares, which, both[which]);
+                     static_cast<int>(args.num_heads), partial, shares, which, both[which]);
     }
     return error;
   });
@@ -303,10 +316,14 @@ template int64_t prefix_partial_bytes<bf16>(const AttentionArgs&);
 template int64_t prefix_partial_bytes<fp16>(const AttentionArgs&);
 template int64_t prefix_partial_bytes<float>(const AttentionArgs&);
 template int grad_prefix_keys<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, const KeyGrads<bf16>&,
-                                    const Members&, void*, void*);
+                                    const Members&, float*, void*);
 template int grad_prefix_keys<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, const KeyGrads<fp16>&,
-                                    const Members&, void*, void*);
+                                    const Members&, float*, void*);
 template int grad_prefix_keys<float>(const AttentionArgs&, const AttentionBackward<float>&, const KeyGrads<float>&,
-                                     const Members&, void*, void*);
+                                     const Members&, float*, void*);
+
+template int add_prefix_shares<bf16>(const AttentionArgs&, const KeyGrads<bf16>&, int64_t, const float*, int, void*);
+template int add_prefix_shares<fp16>(const AttentionArgs&, const KeyGrads<fp16>&, int64_t, const float*, int, void*);
+template int add_prefix_shares<float>(const AttentionArgs&, const KeyGrads<float>&, int64_t, const float*, int, void*);
 
 }  // namespace pcl

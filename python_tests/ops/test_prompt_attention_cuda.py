@@ -51,6 +51,12 @@ def test_every_head_width(dim, dtype, cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", range(16, 129, 16))
+def test_one_short_prefix_of_every_head_width(dim, dtype, cuda):
+    compare(make([5, 40, 0, 70, 2], [16 if dim % 32 else 9], [0, 0, 0, 0, -1], dim=dim, dtype=dtype), cuda)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_prefix_longer_than_fits(dtype, cuda):
     compare(make([3, 9, 20], [70, 5], [0, 1, 0], dtype=dtype), cuda)
 
@@ -87,6 +93,19 @@ def test_only_what_is_asked_for(asked, cuda):
         case.rows[name].requires_grad_(False)
     got = torch.autograd.grad(case.run(impl="fused"), [case.rows[n] for n in asked], grad_out)
     for name, grad in zip(asked, got):
+        assert torch.equal(grad, want[name])
+
+
+@pytest.mark.parametrize("asked", [("q", "prefix_k"), ("q", "prefix_v"), ("q", "v", "prefix_k", "prefix_v"), ("k", "v")])
+@pytest.mark.parametrize("name", ["shared prefix", "longer than a block"])
+def test_the_same_whatever_else_is_asked_for(name, asked, cuda):
+    case = on(make(*CASES[name], dtype=torch.bfloat16), cuda)
+    grad_out = some_grad(case)
+    want = case.run_with_grads(grad_out, impl="fused")
+    for rows in case.rows.values():
+        rows.requires_grad_(False)
+    inputs = [case.rows[n].requires_grad_() for n in asked]
+    for name, grad in zip(asked, torch.autograd.grad(case.run(impl="fused"), inputs, grad_out)):
         assert torch.equal(grad, want[name])
 
 
