@@ -153,7 +153,7 @@ def bench_shape(bench: Bench, mean: int, dim: int, dtype: torch.dtype) -> None:
 
     def both():
         inputs = [x.detach().requires_grad_() for x in [*shape.rows, *shape.prefix]]
-        work = Work(12 * shape.element_bytes, 3.5 * shape.flops_a_pair * shape.pairs, dtype)
+        work = Work((4 + 8) * shape.element_bytes, 3.5 * shape.flops_a_pair * shape.pairs, dtype)
         return with_backward(lambda: shape.fused(*inputs), inputs), shape.peers(with_backward), work
 
     def prefix_only():

@@ -49,13 +49,16 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
 
 // On CUDA the offsets, prefixes and indices of the plan are all that is read, unchecked: whatever they hold, nothing
 // outside the tensors is touched. Head widths are multiples of 16 up to 128; rows and heads lie at multiples of 16
-// bytes. The largest score in stats is one in base 2, times log2(e). Returns CUDA's error number. Bytes moved, E the
-// size of T H d numbers: forward 4 E (q, k, v, out), more where own keys of a history past 64 rows are read again, by
-// way of L2. Backward computes the softmax's weights again: grad_out and out give D, 2 E, with 16 bytes a row and head
-// that are kept; q, k, v and grad_out give grad_q, grad_k and grad_v, 7 E for all three: a block takes its rows as
-// queries, then as keys, so that the second time they come from L2. q and grad_out give the gradients of a prefix, 2 E,
-// and with out 3 E in all where nothing else is asked for; blocks of other rows of the prefix read the same at the same
-// time, by way of L2.
+// bytes. The largest score in stats is one in base 2, times log2(e). Returns CUDA's error number.
+//
+// Bytes moved, E the size of T H d numbers: forward 4 E (q, k, v, out), more where own keys of a history past 64 rows
+// are read again, by way of L2. Backward 8 E at least (q, k, v, out and grad_out in, three gradients out), and 9 here:
+//   D                        2 E   grad_out, out; 16 bytes a row and head are kept, and read twice
+//   grad_q, grad_k, grad_v   7 E   a block takes its rows as queries, then as keys: what it reads twice is in L2 then;
+//                                  5 E and 6 E for queries or keys alone
+//   a prefix                 0     along with grad_q, for a single one of at most 16 rows and d <= 64, not in float
+//                            2 E   otherwise (q, grad_out); blocks of its other rows read the same by way of L2
+//   a prefix alone           3 E   q, grad_out and out, of which D is made where it is needed
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream);
 
 // workspace: as many bytes as the first says, 16-byte aligned; prefix: whether gradients of the prefix are asked for,

@@ -3,6 +3,7 @@
 // once; the second time, and for the blocks beside, it is in L2. Between the two, while the queries are in shared
 // memory, a block adds up what they give to a short prefix that all share.
 #include "attention_grads.h"
+#include "attention_prefix_sums.h"
 
 namespace pcl {
 
@@ -20,59 +21,6 @@ struct OwnMemory : PassMemory<T, kDim, 2, kGradStages<T> * kWarps * kNumbersByte
   }
   __device__ __forceinline__ float* prefix_sums(int prefix_tiles) const {
     return reinterpret_cast<float*>(this->base + this->bytes(prefix_tiles));
-  }
-};
-
-// Gradients of the 16 rows of the one prefix there is, and of their values, for the queries of this block. A warp owns
-// 16 columns, so that the warps' queries are added in one order, and nothing has to be added up across warps.
-template <class T, int kDim>
-struct PrefixSums {
-  static constexpr bool kFits = sizeof(T) == 2 && kDim <= 16 * kWarps;
-  static constexpr int kCount = 2 * kTileRows * kDim;
-
-  float* sums;  // [k and v, kDim / 8, 4, lane] in shared memory; null: not asked for here
-  KeyGrads<T> asked;
-  float scale;
-
-  __device__ __forceinline__ void clear() const {
-    for (int i = thread_index(); i < kCount; i += kThreads) sums[i] = 0.f;
-  }
-
-  __device__ __forceinline__ void move(float (&to)[2][4], int which, bool back) const {
-    float* from = sums + (which * (kDim / 8) + 2 * warp_index()) * 4 * kWarp + lane_index();
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float &here = to[i / 4][i % 4], &there = from[i * kWarp];
-      (back ? there : here) = back ? here : there;
-    }
-  }
-
-  // The group's queries, once all warps have theirs.
-  template <class Memory>
-  __device__ __forceinline__ void see_group(const Memory& memory) const {
-    const int j = 2 * warp_index();
-    const bool owns = j < kDim / 8;
-    float k[2][4] = {}, v[2][4] = {};
-    if (owns) move(k, 0, false);
-    if (owns) move(v, 1, false);
-#pragma unroll 1
-    for (int w = 0; owns && w < kWarps; ++w) {
-      if (memory.item(w).prefix < 0) continue;
-      const unsigned char *q = memory.rows(w, 0), *grad_out = memory.rows(w, 1);
-      const KeyBlocks<T, kDim> blocks(memory.prefix(1, 0, 0), memory.prefix(1, 1, 0), q, grad_out, memory.numbers(0, w),
-                                      kNoDiagonal, scale);
-      if (asked.k != nullptr) add_columns<T, kDim>(k[0], k[1], packed<T>(blocks.grads), q, j);
-      if (asked.v != nullptr) add_columns<T, kDim>(v[0], v[1], packed<T>(blocks.weights), grad_out, j);
-    }
-    if (owns) move(k, 0, true);
-    if (owns) move(v, 1, true);
-  }
-
-  // Into partial [H, shares, ...], where blocks of one head are the shares.
-  __device__ __forceinline__ void write(float* partial, int num_heads) const {
-    const int head = block_x() % num_heads, share = block_x() / num_heads, shares = grid_x() / num_heads;
-    float* to = partial + (static_cast<int64_t>(head) * shares + share) * kCount;
-    for (int i = thread_index(); i < kCount; i += kThreads) to[i] = sums[i];
   }
 };
 
@@ -208,6 +156,7 @@ __device__ __forceinline__ void pass_over_queries(const AttentionBackward<T>& ba
   if (grads.v != nullptr) store_wide<T, kDim>(sums.v, memory.rows(warp, 1), grads.v + to, stride, own.count());
 }
 
+// Narrow heads leave registers for a third block on a multiprocessor, without spilling.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kDim <= 64 ? 3 : 2)
     grad_own_rows_kernel(AttentionBackward<T> backward, int prefix_tiles, OwnGrads<T> grads, float* partial) {

@@ -32,7 +32,7 @@ class AttentionPlan:
     prefix_index: Tensor | None
     """[B] int64, filled in where it was left out, None without a prefix."""
     work: Tensor
-    """int64 work list, laid out as csrc/attention_plan.h says; made on CUDA, the beginning that kernels read there."""
+    """int64 work list, laid out as csrc/attention_plan.h says; on CUDA what `cuda_list` gives."""
     batch: int
     """Histories B."""
     num_prefixes: int
@@ -44,11 +44,14 @@ class AttentionPlan:
 
     def to(self, device) -> "AttentionPlan":
         """The same plan on another device; one made on CUDA is checked when it comes to the CPU."""
-        layout = [t if t is None else t.to(device) for t in (self.offsets, self.prefix_offsets, self.prefix_index)]
-        if self.total is None and not runs_cuda(layout[0]):
-            return attention_plan(*layout)
+        layout = (self.offsets, self.prefix_offsets, self.prefix_index)
+        moved = [None if x is None else x.to(device) for x in layout]
+        here, there = self.total is None or runs_cuda(self.offsets), runs_cuda(moved[0])
+        if here and not there:
+            return attention_plan(*moved)
+        work = cuda_list(*layout) if there and not here else self.work
         numbers = (self.batch, self.num_prefixes, self.total, self.prefix_total)
-        return AttentionPlan(*layout, self.work.to(device), *numbers)
+        return AttentionPlan(*moved, work.to(device), *numbers)
 
 
 def attention_plan(
@@ -66,7 +69,7 @@ def attention_plan(
         offsets=offsets,
         prefix_offsets=prefix_offsets,
         prefix_index=resolve_prefix_index(offsets, prefix_offsets, prefix_index),
-        work=(unchecked_list if unread else work_list)(offsets, prefix_offsets, prefix_index),
+        work=(cuda_list if unread else work_list)(offsets, prefix_offsets, prefix_index),
         batch=offsets.shape[0] - 1,
         num_prefixes=0 if prefix_offsets is None else prefix_offsets.shape[0] - 1,
         total=None if unread else int(offsets[-1]),
@@ -83,10 +86,19 @@ def work_list(offsets, prefix_offsets, prefix_index, total: int = -1, prefix_tot
     return reference.attention_plan(offsets, prefix_offsets, index)
 
 
-def unchecked_list(offsets, prefix_offsets, prefix_index) -> Tensor:
-    """The beginning of a work list, which is all that CUDA kernels read; made without looking at values."""
+def cuda_list(offsets, prefix_offsets, prefix_index, *, backward: bool = True) -> Tensor:
+    """What CUDA kernels read, unchecked: offsets, prefix_offsets, prefix_index and, for backward, the members."""
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
-    return torch.cat([offsets] if prefix_offsets is None else [offsets, prefix_offsets, index])
+    if index is None:
+        return torch.cat([offsets])
+    return torch.cat([offsets, prefix_offsets, index, *(prefix_members(offsets, index) if backward else ())])
+
+
+def prefix_members(offsets: Tensor, prefix_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Histories [B] in the order of their prefixes, and runs of 16 rows of each history up to and with that one [B]."""
+    members = torch.argsort(prefix_index, stable=True)
+    runs = (offsets.diff().clamp_min(0) + 15) // 16
+    return members, runs[members].cumsum(0)
 
 
 def _check_values(offsets, prefix_offsets, prefix_index, total: int, prefix_total: int) -> None:

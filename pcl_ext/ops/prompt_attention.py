@@ -7,7 +7,7 @@ from pcl_ext.ops import _gpu, prompt_attention_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, is_plain, reads_values
 from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import call, use_fused
-from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, resolve_prefix_index, unchecked_list, work_list
+from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, cuda_list, resolve_prefix_index, work_list
 
 
 def prompt_attention(
@@ -50,7 +50,8 @@ def prompt_attention(
     else:
         prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
         if fused and runs_cuda(q):
-            work = unchecked_list(offsets, prefix_offsets, prefix_index)
+            learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (prefix_k, prefix_v))
+            work = cuda_list(offsets, prefix_offsets, prefix_index, backward=learns)
         else:
             work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], prefix_total)
         batch = offsets.shape[0] - 1

@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops import _gpu
 from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops.attention_plan import prefix_members
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor work"
 _NUMBERS = "SymInt batch, SymInt num_prefixes, bool causal, float scale"
@@ -111,7 +112,7 @@ def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads
     work, batch, num_prefixes = work_of
     pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
     dtype, prefix = SCALARS[out.dtype], num_prefixes > 0 and any(needs[3:])
-    members = _members(work, batch, num_prefixes, numbers[0]) if prefix else (None, None)
+    members = _members(work, batch, num_prefixes) if prefix else (None, None)
     grad_out = _rows_of_16_bytes(grad_out, 2)
     with torch.cuda.device_of(out):  # how much is needed depends on the GPU
         size = _gpu.module().prompt_attention_bwd_bytes(pointers, numbers, prefix, dtype)
@@ -122,12 +123,12 @@ def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads
     _gpu.launch("prompt_attention_bwd", out, pointers, numbers, causal, scale, dtype, *rest)
 
 
-def _members(work: Tensor, batch: int, num_prefixes: int, total: int) -> tuple[Tensor, Tensor]:
-    """Histories [B] in the order of their prefixes, and runs of 16 rows of each history up to and with that one [B]."""
-    offsets, _, prefix_index = work[: 2 * batch + num_prefixes + 2].split([batch + 1, num_prefixes + 1, batch])
-    members = torch.argsort(prefix_index, stable=True)
-    runs = (offsets.clamp(0, total).diff().clamp_min(0) + 15) // 16
-    return members, runs[members].cumsum(0)
+def _members(work: Tensor, batch: int, num_prefixes: int) -> tuple[Tensor, Tensor]:
+    """`prefix_members`, as the list holds them; a list of the CPU, or of a forward without gradients, does not."""
+    layout = 2 * batch + num_prefixes + 2
+    if work.numel() == layout + 2 * batch:
+        return work[layout : layout + batch], work[layout + batch :]
+    return prefix_members(work[: batch + 1], work[layout - batch : layout])
 
 
 def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs):

@@ -1,5 +1,7 @@
 """attention_plan: the same work list from the compiled module and the twin, every history in it once."""
 
+import sys
+
 import pytest
 import torch
 from attention_cases import CASES, to_offsets
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from pcl_ext import ops
 from pcl_ext.ops import _gpu, reference
+from pcl_ext.ops.attention_plan import cuda_list
 
 
 def read(plan):
@@ -93,13 +96,22 @@ def test_made_on_cuda_it_is_unread_until_it_comes_to_the_cpu(monkeypatch):
         patch.setattr(_gpu, "_emulator", object())
         plan, wrong = ops.attention_plan(*layout), ops.attention_plan(torch.tensor([0, 4, 2]))
     assert (plan.total, plan.prefix_total) == (None, None)
-    assert torch.equal(plan.work, want.work[: len(plan.work)])
+    parts = [torch.tensor(part) for part in ([0, 4, 4, 6, 0, 3, 4, 0, 1, -1], [2, 0, 1], [1, 2, 2])]
+    assert torch.equal(plan.work, torch.cat(parts))
     rows = torch.randn(6, 1, 16)
     with pytest.raises(ValueError, match="offsets must end at len"):
         ops.prompt_attention(rows, rows, rows, plan.offsets, rows[:4], rows[:4], *layout[1:], plan=plan)
     assert torch.equal(plan.to("cpu").work, want.work)
     with pytest.raises(ValueError, match="never decrease"):
         wrong.to("cpu")
+
+
+def test_made_on_the_cpu_it_takes_to_cuda_what_is_read_there(monkeypatch):
+    layout = (to_offsets([4, 0, 2]), to_offsets([3, 1]), torch.tensor([0, 1, -1]))
+    monkeypatch.setattr(sys.modules["pcl_ext.ops.attention_plan"], "runs_cuda", lambda tensor: tensor.is_meta)
+    plan = ops.attention_plan(*layout).to("meta")
+    assert (plan.total, plan.prefix_total) == (6, 4)
+    assert len(plan.work) == len(cuda_list(*layout)) == 16
 
 
 @pytest.mark.needs_ext

@@ -96,7 +96,9 @@ def test_only_what_is_asked_for(asked, cuda):
         assert torch.equal(grad, want[name])
 
 
-@pytest.mark.parametrize("asked", [("q", "prefix_k"), ("q", "prefix_v"), ("q", "v", "prefix_k", "prefix_v"), ("k", "v")])
+@pytest.mark.parametrize(
+    "asked", [("q", "prefix_k"), ("q", "prefix_v"), ("q", "v", "prefix_k", "prefix_v"), ("k", "v")]
+)
 @pytest.mark.parametrize("name", ["shared prefix", "longer than a block"])
 def test_the_same_whatever_else_is_asked_for(name, asked, cuda):
     case = on(make(*CASES[name], dtype=torch.bfloat16), cuda)
@@ -167,10 +169,14 @@ def test_other_head_widths_take_the_twin(cuda):
         case.run(impl="fused")
 
 
-def test_plan_gives_the_same_bits(cuda):
+@pytest.mark.parametrize("made", ["cpu", "there"])
+def test_plan_gives_the_same_bits(made, cuda):
     case = on(make(*CASES["some see none"], dtype=torch.bfloat16), cuda)
-    plan = ops.attention_plan(case.offsets, case.prefix_offsets, case.prefix_index)
-    assert torch.equal(case.run(plan=plan, impl="fused"), case.run(impl="fused"))
+    layout = (case.offsets, case.prefix_offsets, case.prefix_index)
+    plan = ops.attention_plan(*(x.to(cuda if made == "there" else made) for x in layout)).to(cuda)
+    grad_out = some_grad(case)
+    got, want = (case.run_with_grads(grad_out, plan=given, impl="fused") for given in (plan, None))
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
 @pytest.mark.parametrize("planned", [True, False])
