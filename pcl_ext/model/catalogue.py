@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcl_ext.model.encoded import Encoded
@@ -56,5 +55,6 @@ class Catalogue(nn.Module):
         """scores [B, c] of the columns from `first` on -> the same, with `score` for what a history holds."""
         users, items = encoded.seen()
         columns = self.among(items, first, scores.shape[1])
-        one_more = F.pad(scores, (0, 1))  # column -1: what is not in the catalogue
-        return one_more.index_put_((users, columns), one_more.new_full((), score))[:, :-1]
+        seen = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+        seen.index_put_((users, columns), seen.new_ones(()))  # column -1: what is not in the catalogue
+        return scores.masked_fill(seen[:, :-1], score)

@@ -69,12 +69,9 @@ class RepeatScores(nn.Module):
 
     def forward(self, scores: Tensor, states: Tensor, users: Tensor, columns: Tensor) -> Tensor:
         """scores [B, C]; of each history row: states [T, D], users [T], columns [T] (-1: not in the catalogue)."""
-        columns_and_one = scores.shape[1] + 1  # the last one takes the votes for what is not listed
-        place = users * columns_and_one + torch.where(columns < 0, columns_and_one - 1, columns)
-        votes = self.vote(states)[:, 0].to(scores.dtype)
+        votes = torch.where(columns >= 0, self.vote(states)[:, 0].to(scores.dtype), 0.0)
         # one dimension: there index_add runs in a fixed order
-        added = F.pad(scores, (0, 1)).flatten().index_add(0, place, votes)
-        return added.view(-1, columns_and_one)[:, :-1]
+        return scores.flatten().index_add(0, users * scores.shape[1] + columns.clamp_min(0), votes).view_as(scores)
 
 
 class LabelHead(nn.Module):
