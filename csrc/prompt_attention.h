@@ -52,13 +52,14 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
 // bytes. The largest score in stats is one in base 2, times log2(e). Returns CUDA's error number.
 //
 // Bytes moved, E the size of T H d numbers: forward 4 E (q, k, v, out), more where own keys of a history past 64 rows
-// are read again, by way of L2. Backward 8 E at least (q, k, v, out and grad_out in, three gradients out), and 9 here:
-//   D                        2 E   grad_out, out; 16 bytes a row and head are kept, and read twice
-//   grad_q, grad_k, grad_v   7 E   a block takes its rows as queries, then as keys: what it reads twice is in L2 then;
-//                                  5 E and 6 E for queries or keys alone
+// are read again, by way of L2. Backward:
+//   grad_q, grad_k, grad_v   8 E   q, k, v, out, grad_out in, gradients out. A block takes its rows as queries, then as
+//                                  keys: what it reads twice is in L2 then. 6 E and 7 E for queries or keys alone.
+//                            9 E   in float and for d > 64: D, of out and grad_out, is made before and kept, 16 bytes a
+//                                  row and head
 //   a prefix                 0     along with grad_q, for a single one of at most 16 rows and d <= 64, not in float
-//                            2 E   otherwise (q, grad_out); blocks of its other rows read the same by way of L2
-//   a prefix alone           3 E   q, grad_out and out, of which D is made where it is needed
+//                            3 E   otherwise, and alone (q, out, grad_out), 2 E where D is there; blocks of its other
+//                                  rows read the same at the same time, by way of L2
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream);
 
 // workspace: as many bytes as the first says, 16-byte aligned; prefix: whether gradients of the prefix are asked for,

@@ -32,6 +32,13 @@ struct alignas(16) RowNumbers {
   }
 };
 
+// Whether the numbers of own rows are made where these are loaded, and not before: as long as shared memory has room
+// for out too. What that costs in instructions is hidden behind the memory that need not be read twice.
+template <class T>
+constexpr bool makes_numbers(int64_t dim) {
+  return sizeof(T) == 2 && dim <= 64;
+}
+
 // numbers [T, H]; or null, then they are made of out and stats [T, H, 2] where they are needed. Gradients are null
 // where they are not asked for.
 template <class T>

@@ -46,27 +46,33 @@ bool asks_prefix(const AttentionGrads& grads) {
   return grads.grad_prefix_k != nullptr || grads.grad_prefix_v != nullptr;
 }
 
-// Only the gradients of prefixes: their pass makes the numbers where it needs them, and nothing is read twice.
-bool only_prefix(const AttentionGrads& grads) {
-  return grads.grad_q == nullptr && grads.grad_k == nullptr && grads.grad_v == nullptr;
+bool asks_own(const AttentionGrads& grads) {
+  return grads.grad_q != nullptr || grads.grad_k != nullptr || grads.grad_v != nullptr;
+}
+
+template <class T>
+int64_t numbers_bytes(const AttentionArgs& args) {
+  return makes_numbers<T>(args.head_dim) ? 0 : args.total * args.num_heads * static_cast<int64_t>(sizeof(RowNumbers));
 }
 
 template <class T>
 int backward(const AttentionArgs& args, const AttentionGrads& grads, const Members& members, void* workspace,
              void* stream) {
-  const auto* stats = static_cast<const RowStats*>(grads.stats);
-  auto* numbers = static_cast<RowNumbers*>(workspace);
-  AttentionBackward<T> backward{attention_of<T>(args), heads_of<T>(grads.grad_out), heads_of<T>(grads.out), stats,
-                                nullptr};
-  auto* partial = reinterpret_cast<float*>(numbers + args.total * args.num_heads);
   const KeyGrads<T> prefix{static_cast<T*>(grads.grad_prefix_k), static_cast<T*>(grads.grad_prefix_v)};
   const OwnGrads<T> own{
       static_cast<T*>(grads.grad_q), {static_cast<T*>(grads.grad_k), static_cast<T*>(grads.grad_v)}, prefix};
+  const auto* stats = static_cast<const RowStats*>(grads.stats);
+  auto* partial = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + numbers_bytes<T>(args));
+  AttentionBackward<T> backward{attention_of<T>(args), heads_of<T>(grads.grad_out), heads_of<T>(grads.out), stats,
+                                nullptr};
   const bool with_own = asks_prefix(grads) && grads_with_own(args, own);
   int error = 0;
-  if (args.total > 0 && !only_prefix(grads)) {
-    backward.numbers = numbers;
-    error = find_numbers<T>(args, grads, numbers, stream);
+  if (args.total > 0 && asks_own(grads)) {
+    if (!makes_numbers<T>(args.head_dim)) {
+      auto* numbers = static_cast<RowNumbers*>(workspace);
+      backward.numbers = numbers;
+      error = find_numbers<T>(args, grads, numbers, stream);
+    }
     if (error == 0) error = grad_own_rows<T>(args, backward, own, with_own ? partial : nullptr, stream);
   }
   if (error == 0 && asks_prefix(grads) && !with_own) {
@@ -91,13 +97,13 @@ auto with_float(Scalar dtype, Run run) {
 
 int64_t prompt_attention_bwd_cuda_bytes(const AttentionArgs& args, bool prefix, Scalar dtype) {
   if (args.num_heads == 0) return 0;
-  const int64_t numbers = args.total * args.num_heads * sizeof(RowNumbers);
-  if (!prefix) return numbers;
-  return numbers + with_float(dtype, [&](auto number) {
-           using T = decltype(number);
-           const int64_t apart = prefix_partial_bytes<T>(args), with_own = own_partial_bytes<T>(args);
-           return apart > with_own ? apart : with_own;
-         });
+  return with_float(dtype, [&](auto number) {
+    using T = decltype(number);
+    const int64_t numbers = numbers_bytes<T>(args);
+    if (!prefix) return numbers;
+    const int64_t apart = prefix_partial_bytes<T>(args), with_own = own_partial_bytes<T>(args);
+    return numbers + (apart > with_own ? apart : with_own);
+  });
 }
 
 int prompt_attention_bwd_cuda(const AttentionArgs& args, const AttentionGrads& grads, const int64_t* members,

@@ -13,9 +13,16 @@ template <class T>
 constexpr int kGradStages = sizeof(T) == 2 ? 2 : 1;
 constexpr int kNumbersBytes = kTileRows * static_cast<int>(sizeof(RowNumbers));
 
-// Own rows: q and grad_out, then keys and values. Others: keys and values, then q, grad_out and numbers.
 template <class T, int kDim>
-struct OwnMemory : PassMemory<T, kDim, 2, kGradStages<T> * kWarps * kNumbersBytes> {
+constexpr bool kMakesNumbers = makes_numbers<T>(kDim);
+
+// Blocks on a multiprocessor, as many as registers last for without spilling.
+template <class T, int kDim>
+constexpr int kBlocks = sizeof(T) == 2 && kDim <= 64 && kDim != 48 ? 3 : 2;
+
+// Own rows: q, grad_out and out, then keys and values. Others: keys and values, then q and grad_out with their numbers.
+template <class T, int kDim>
+struct OwnMemory : PassMemory<T, kDim, kMakesNumbers<T, kDim> ? 3 : 2, kGradStages<T> * kWarps * kNumbersBytes> {
   __device__ __forceinline__ RowNumbers* numbers(int stage, int tile) const {
     return reinterpret_cast<RowNumbers*>(this->more() + (stage * kWarps + tile) * kNumbersBytes);
   }
@@ -26,8 +33,9 @@ struct OwnMemory : PassMemory<T, kDim, 2, kGradStages<T> * kWarps * kNumbersByte
 
 template <class T, int kDim>
 struct GradQ {
-  AllHeads<T> rows[2];  // q, grad_out
+  AllHeads<T> rows[3];  // q, grad_out, out
   const RowNumbers* numbers;
+  const RowStats* stats;
   T* grad_q;
   int num_heads;
   float scale;
@@ -46,11 +54,21 @@ struct GradQ {
     q = memory.rows(warp_index(), 0);
     grad_out = memory.rows(warp_index(), 1);
     sums.clear();
+    const int64_t first = own.begin + own.row;
+    RowNumbers* const here = memory.numbers(0, warp_index());
+    if constexpr (kMakesNumbers<T, kDim>) {
+      const RowStats found = load_stats(stats, num_heads, head, first, own.count());
+      make_numbers<T, kDim>(here, grad_out, memory.rows(warp_index(), 2), found);
+      sync_warp();
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = lane_index() / 4 + 8 * r;
-      row[r] = i < own.count() ? numbers[(own.begin + own.row + i) * num_heads + head] : RowNumbers{};
-      if (prefix.sums != nullptr && lane_index() % 4 == 0) memory.numbers(0, warp_index())[i] = row[r];
+      if constexpr (kMakesNumbers<T, kDim>) {
+        row[r] = here[i];
+      } else {
+        row[r] = i < own.count() ? numbers[(first + i) * num_heads + head] : RowNumbers{};
+      }
     }
   }
 
@@ -84,19 +102,39 @@ struct GradQ {
   }
 };
 
+// A slot of queries for each warp to load; returns their stats where numbers are made here.
 template <class T, int kDim>
-__device__ __forceinline__ void load_queries(const AttentionBackward<T>& backward, const OwnMemory<T, kDim>& memory,
-                                             int head, int stage, int slot, const Extent& extent) {
+__device__ __forceinline__ RowStats load_queries(const AttentionBackward<T>& backward, const OwnMemory<T, kDim>& memory,
+                                                 int head, int stage, int slot, const Extent& extent) {
   const int warp = warp_index();
+  RowStats stats{0.f, 1.f};
   if (slot + warp <= extent.last) {
     const Attention<T>& attention = backward.attention;
     const Slot queries = find_slot(attention.slots, slot + warp, extent.low, extent.high);
     const int64_t row = queries.begin + queries.row;
     load_tile<T, kDim>(memory.others(stage, 0, warp), attention.q.head(head), row, queries.count());
     load_tile<T, kDim>(memory.others(stage, 1, warp), backward.grad_out.head(head), row, queries.count());
-    load_numbers(memory.numbers(stage, warp), backward.numbers, attention.num_heads, head, row, queries.count());
+    if constexpr (kMakesNumbers<T, kDim>) {
+      load_tile<T, kDim>(memory.rows(warp, 2), backward.out.head(head), row, queries.count());
+      stats = load_stats(backward.stats, attention.num_heads, head, row, queries.count());
+    } else {
+      load_numbers(memory.numbers(stage, warp), backward.numbers, attention.num_heads, head, row, queries.count());
+    }
   }
   cp_async_commit();
+  return stats;
+}
+
+// Waits for what the block has loaded, and makes its numbers.
+template <class T, int kDim>
+__device__ __forceinline__ void wait_for_queries(const OwnMemory<T, kDim>& memory, int stage, const RowStats& stats) {
+  cp_async_wait<0>();
+  if constexpr (kMakesNumbers<T, kDim>) {
+    const int warp = warp_index();
+    sync_warp();
+    make_numbers<T, kDim>(memory.numbers(stage, warp), memory.others(stage, 1, warp), memory.rows(warp, 2), stats);
+  }
+  sync_threads();
 }
 
 // All queries of a block's keys; the first tile has arrived.
@@ -114,7 +152,8 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
   for (int slot = extent.first;; slot += kWarps) {
     const int next = slot + kWarps;
     const int other = Memory::kStages == 2 ? 1 - stage : 0;
-    if (Memory::kStages == 2 && next <= extent.last) load_queries(backward, memory, head, other, next, extent);
+    RowStats stats{0.f, 1.f};
+    if (Memory::kStages == 2 && next <= extent.last) stats = load_queries(backward, memory, head, other, next, extent);
     for (int tile = 0; tile < kWarps; ++tile) {
       if (slot + tile < first || slot + tile > last) continue;
       const int row = static_cast<int>(slot + tile - own.first) * kTileRows;
@@ -127,10 +166,9 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
     if (next > extent.last) return;
     if (Memory::kStages == 1) {
       sync_threads();
-      load_queries(backward, memory, head, other, next, extent);
+      stats = load_queries(backward, memory, head, other, next, extent);
     }
-    cp_async_wait<0>();
-    sync_threads();
+    wait_for_queries(memory, other, stats);
     stage = other;
   }
 }
@@ -145,9 +183,7 @@ __device__ __forceinline__ void pass_over_queries(const AttentionBackward<T>& ba
   const int64_t row = own.begin + own.row;
   load_tile<T, kDim>(memory.rows(warp, 0), attention.k.head(head), row, own.count());
   load_tile<T, kDim>(memory.rows(warp, 1), attention.v.head(head), row, own.count());
-  load_queries(backward, memory, head, 0, extent.first, extent);
-  cp_async_wait<0>();
-  sync_threads();
+  wait_for_queries(memory, 0, load_queries(backward, memory, head, 0, extent.first, extent));
   KeySums<T, kDim> sums;
   sums.clear();
   see_queries(backward, grads, memory, head, group, extent, sums);
@@ -156,16 +192,17 @@ __device__ __forceinline__ void pass_over_queries(const AttentionBackward<T>& ba
   if (grads.v != nullptr) store_wide<T, kDim>(sums.v, memory.rows(warp, 1), grads.v + to, stride, own.count());
 }
 
-// Narrow heads leave registers for a third block on a multiprocessor, without spilling.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kDim <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
     grad_own_rows_kernel(AttentionBackward<T> backward, int prefix_tiles, OwnGrads<T> grads, float* partial) {
   const Attention<T>& attention = backward.attention;
   const OwnMemory<T, kDim> memory{{shared_memory()}};
   GradQ<T, kDim> work;
   work.rows[0] = attention.q;
   work.rows[1] = backward.grad_out;
+  work.rows[2] = backward.out;
   work.numbers = backward.numbers;
+  work.stats = backward.stats;
   work.grad_q = grads.q;
   work.num_heads = attention.num_heads;
   work.scale = attention.scale;
