@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES, metavar="METHOD", help=", ".join(NAMES))
     parser.add_argument("--folds", nargs="+", help="some of the folds, by the names of their folders")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--stop", choices=STOPS, default="metric", help="what early stopping watches on valid users")
+    parser.add_argument("--stop", choices=STOPS, default=STOPS[0], help="what early stopping watches on valid users")
     parser.add_argument("--points", type=int, help="at most so many points of each grid")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one fold, one seed, few epochs, no grid")
     return parser.parse_args(arguments)

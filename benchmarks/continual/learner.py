@@ -192,9 +192,8 @@ class Learner(nn.Module):
         groups = [group for task, factor in factors.items() for group in task_rates(task, learn, factor)]
         optimizer = adamw(groups, learn, steps) if groups else None
         optimizer = self._with_method(optimizer, config.epochs, steps)
-        keep_start, average = any(factor < 1 for factor in factors.values()), self.world.setting.average
-        score = lambda: self.valid_score(names)  # noqa: E731
-        train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, keep_start, average))
+        keep_start, score = any(factor < 1 for factor in factors.values()), lambda: self.epoch_score(names)
+        train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, keep_start))
 
     def _with_method(self, optimizer, epochs: int, steps: int) -> torch.optim.Optimizer:
         parameters, decay = self.trained(), BACKBONE_DECAY * (1000 / steps) ** 0.5
@@ -225,7 +224,12 @@ class Learner(nn.Module):
                 break
         task.fit_head(torch.cat(features), torch.cat(targets), torch.cat(rows))
         if task.cold and (strengths := self.world.learn_config().ridge):
-            start_items(self.model, self.world.dataset, name, strengths, lambda: self.valid_score([name]))
+            start_items(self.model, self.world.dataset, name, strengths, lambda: self.valid_score(name))
+
+    def epoch_score(self, names: list[str]) -> float:
+        """What decides which epoch is kept, when these tasks are learned together."""
+        (name,) = names
+        return self.valid_score(name)
 
     def train(self, mode: bool = True) -> Learner:
         super().train(mode)
@@ -233,19 +237,13 @@ class Learner(nn.Module):
         return self
 
     @torch.no_grad()
-    def valid_score(self, names: list[str]) -> float:
-        """What early stopping watches, more is better: the mean over tasks of the metric's logarithm, or the loss.
-
-        Where weights are averaged, the loss of a label task that is learned alone: as `learn_task`, but that every
-        metric ties.
-        """
+    def valid_score(self, name: str) -> float:
+        """What early stopping watches, more is better: the metric's logarithm, or the loss, as `Budget.stop` says."""
         self.eval()
-        scores, averaged = [], self.world.setting.average and not self.joint
-        for name in names:
-            (values, loss), spec = self.measure(name, "valid"), self.model.task(name).spec
-            by_loss = self.world.budget.stop == "loss" or (averaged and spec.kind != "items")
-            scores.append(-loss if by_loss else score(spec, values))
-        return sum(scores) / len(scores)
+        (values, loss), spec = self.measure(name, "valid"), self.model.task(name).spec
+        stop = self.world.budget.stop
+        by_loss = stop == "loss" or (stop == "mixed" and spec.kind != "items")
+        return -loss if by_loss else score(spec, values)
 
     @torch.no_grad()
     def measure(

@@ -1,4 +1,4 @@
-"""The one training loop of every baseline: epochs, cosine schedule, early stopping on the valid users."""
+"""The one training loop of every baseline: epochs, cosine schedule, averaged weights, stopping by the valid users."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ class Run:
     epochs: int
     patience: int
     keep_start: bool = False  # the weights are good as they are: kept where no epoch beats them
-    average: bool = False  # what is scored and kept is the average over the epochs so far, as in `learn_task`
 
 
 def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
-    """Train until the score stops rising; the best epoch's weights stay. -> the number of epochs that were run."""
+    """Train until the score stops rising; the best epoch's weights stay. -> the number of epochs that were run.
+
+    What is scored and kept is the average over the epochs so far, as in `learn_task`.
+    """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     schedule, best, best_epoch, kept = CosineSchedule(optimizer), -math.inf, -1, []
     average = Average({str(place): parameter for place, parameter in enumerate(trained)})
@@ -52,8 +54,7 @@ def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
             optimizer.step()
             learner.after_step()
         learner.eval()
-        if run.average:
-            average.add(epoch)
+        average.add(epoch)
         with average.in_place():
             score = run.score()
             if score > best:

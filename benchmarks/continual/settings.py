@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pcl_ext.model import MemoryConfig
 from pcl_ext.train import LearnConfig, PretrainConfig
 
-STOPS = ("metric", "loss")
+STOPS = ("mixed", "metric", "loss")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Budget:
         retrain_epochs: of T1 for a method that has to mark its part of the pretrained backbone (HAT, CONURE, TERACON),
             and of a task after pruning
         patience: epochs without a better value before training ends; the best epoch is kept
-        stop: what is watched on the valid users: the reported metric, or the loss
+        stop: what is watched on the valid users: the reported metric, the loss, or mixed: the metric of items tasks and
+            the loss of label tasks, as `learn_task` has it, but that it goes by the loss where metrics tie only
         dim, num_layers, max_len: of the backbone
         label_share: share of the train users whose labels are known
     """
@@ -31,7 +32,7 @@ class Budget:
     epochs: int = LearnConfig.epochs
     retrain_epochs: int = 10
     patience: int = LearnConfig.patience
-    stop: str = "metric"
+    stop: str = "mixed"
     dim: int = 64
     num_layers: int = 2
     max_len: int = 200
@@ -53,7 +54,6 @@ class Setting:
         readout: what the heads read, a key of READOUTS
         rate: learning rate of what the method trains besides readout and head
         memory_rate, head_rate: of readout and head, as `LearnConfig` has them
-        average: whether weights are averaged over epochs, as `learn_task` does it
         strength: weight of the method's own penalty
         dropout: on what the head reads of the backbone's states; None is the package's default
         keep: share of the free weights a task keeps (CONURE)
@@ -64,7 +64,6 @@ class Setting:
     rate: float = 1e-3
     memory_rate: float = LearnConfig.learning_rate
     head_rate: float = LearnConfig.head_rate
-    average: bool = False
     strength: float = 1.0
     dropout: float | None = None
     keep: float = 0.3
@@ -95,18 +94,17 @@ def _product(**choices: tuple) -> list[Setting]:
     return settings
 
 
-_EITHER = (False, True)
 GRID: dict[str, list[Setting]] = {
     "popularity": [Setting()],
     "cheap": [Setting()],
-    "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2), average=_EITHER),
-    "pooled-probe": _product(readout=("pooled",), head_rate=(2e-3, 1e-2), average=_EITHER),
+    "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2)),
+    "pooled-probe": _product(readout=("pooled",), head_rate=(2e-3, 1e-2)),
     "single": _product(rate=(1e-3, 3e-3)),
-    "copy": _product(rate=(3e-4, 1e-3), average=_EITHER),
+    "copy": _product(rate=(3e-5, 3e-4)),
     "fine": _product(rate=(1e-4, 1e-3)),
-    "mtl": _product(rate=(3e-4, 1e-3), average=_EITHER),
+    "mtl": _product(rate=(1e-4, 1e-3)),
     "mtl-scratch": _product(rate=(1e-3, 3e-3)),
-    "mmoe": _product(rate=(3e-4, 1e-3), average=_EITHER),
+    "mmoe": _product(rate=(1e-4, 1e-3)),
     "mmoe-scratch": _product(rate=(1e-3, 3e-3)),
     "ewc": _product(rate=(3e-4,), strength=(1e2, 1e4)),
     "lwf": _product(rate=(3e-4,), strength=(1.0, 4.0)),

@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folds", nargs="+")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--stop", choices=STOPS, default="metric")
+    parser.add_argument("--stop", choices=STOPS, default=STOPS[0])
     parser.add_argument("--quick", action="store_true", help="one fold, one seed, few epochs")
     options = parser.parse_args(arguments)
     folds = folds_of(options.data, options.folds)

@@ -1,6 +1,7 @@
 """The harness: one line a result, resumable, chosen on valid users; intervals; the page; the studies."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -216,17 +217,22 @@ def test_the_same_trial_gives_the_same_bits(plan, comparison):
     assert all(np.array_equal(outputs[name], again[name]) for name in outputs)
 
 
-def test_the_loss_may_stop_training(plan, learner):
+def test_the_metric_or_the_loss_stops_training(learner):
     made = learner("probe")
-    made.learn("segment")
-    _, loss = made.measure("segment", "valid")
-    made.world = replace(made.world, budget=replace(made.world.budget, stop="loss"))
-    assert made.valid_score(["segment"]) == -loss
+    for name, metric in (("segment", "accuracy"), ("next", "mrr@5")):
+        if name == "segment":
+            made.learn(name)
+        values, loss = made.measure(name, "valid")
+        scores = {"metric": math.log(max(values[metric], 1e-6)), "loss": -loss}
+        scores["mixed"] = scores["loss" if name == "segment" else "metric"]
+        for stop, expected in scores.items():
+            made.world = replace(made.world, budget=replace(made.world.budget, stop=stop))
+            assert made.valid_score(name) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", ["accuracy", ""])
 def test_an_unknown_stopping_rule_is_refused(bad):
-    with pytest.raises(ValueError, match="stop must be one of metric, loss"):
+    with pytest.raises(ValueError, match="stop must be one of mixed, metric, loss"):
         Budget(stop=bad)
 
 

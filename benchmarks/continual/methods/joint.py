@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,9 @@ from pcl_ext.train import PretrainConfig
 class Joint(Learner):
     """Shared bottom. A step has a batch of histories with the targets of every task in it, and one of T1.
 
-    An epoch passes over the inputs of all tasks once; T1 has as many steps.
+    An epoch passes over the inputs of all tasks once; T1 has as many steps. Tasks are at their best at different
+    epochs, and one epoch for all leaves some far from it: each task keeps its own best epoch, backbone and all.
+    Training ends when no task has become better for `patience` epochs.
     """
 
     joint = True
@@ -36,6 +40,9 @@ class Joint(Learner):
         if self.scratch:
             self.model = UserModel(Backbone(model.backbone.config))
             self.model.backbone.trained_items.copy_(model.backbone.trained_items)
+        self.best: dict[str, tuple[float, Any, dict[str, Tensor]]] = {}  # score, view and task's state at that epoch
+        self.views: dict[str, Any] = {}  # after training
+        self.improved = 0
         closed = model.task("next")
         self.model.tasks["next"] = Task(closed.spec, closed.config, self.model.backbone)  # its head learns on
         self.model.task("next").register_buffer("text", closed.text)
@@ -56,9 +63,31 @@ class Joint(Learner):
             self.union = Union(self.world.dataset, {n: self.world.train_examples(n) for n in self.world.tasks})
             self._train(names, self.batches, self.joint_loss, config)
         for name in names:
+            _, self.views[name], state = self.best[name]
+            self.model.task(name).load_state_dict(state)
             if not self.model.task(name).closed:
                 self.model.freeze_task(name)
         self.seconds = dict.fromkeys(names, (time.process_time() - started) / len(names))
+
+    def epoch_score(self, names: list[str]) -> float:
+        """How many epochs have been the best so far of some task."""
+        scores = {name: self.valid_score(name) for name in names}
+        better = [name for name, value in scores.items() if name not in self.best or value > self.best[name][0]]
+        for name in better:
+            state = {key: value.clone() for key, value in self.model.task(name).state_dict().items()}
+            self.best[name] = scores[name], deepcopy(self.live(name)), state
+        self.improved += bool(better)
+        return float(self.improved)
+
+    def live(self, name: str) -> Any:
+        """The backbone as a task reads it while training goes on."""
+        return self.model.backbone
+
+    def view(self, name: str) -> Any:
+        return self.views[name] if name in self.views else self.live(name)
+
+    def extra_parameters(self, name: str) -> float:
+        return sum(value.numel() for value in self.model.backbone.state_dict().values())
 
     def batches(self, epoch: int) -> tuple[int, Iterator[tuple[UnionBatch, ExampleBatch]]]:
         """(steps, a batch of all tasks and one of T1 for each)."""
@@ -137,7 +166,7 @@ class Mmoe(Joint):
     def trained(self) -> list[nn.Parameter]:
         return [*super().trained(), *self.experts.parameters()]
 
-    def view(self, name: str) -> MixedView:
+    def live(self, name: str) -> MixedView:
         return MixedView(self.model.backbone, self.experts, name)
 
     def own(self, name: str, states: Encoded) -> Encoded:
@@ -149,7 +178,8 @@ class Mmoe(Joint):
         return replace(states, newest=newest, pieces=[replace(piece, states=[*piece.states[:-1], mixed])])
 
     def extra_parameters(self, name: str) -> float:
-        return sum(p.numel() for p in self.experts.gates[name].parameters())
+        shared = [*self.experts.down.parameters(), self.experts.up, *self.experts.gates[name].parameters()]
+        return super().extra_parameters(name) + sum(p.numel() for p in shared)
 
 
 class MmoeScratch(Mmoe):
