@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pcl_ext import ops
 from pcl_ext.data import Dataset, Examples
+from pcl_ext.data.progress import progress
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.task import TaskSpec
 
@@ -76,11 +77,13 @@ def _measure(dataset: Dataset, spec: TaskSpec, examples: Examples, outputs) -> d
     metrics = TaskMetrics(spec)
     columns = _columns(dataset, spec)
     size = max(1, _SCORES // spec.num_outputs(dataset.num_items))
-    for rows in torch.arange(len(examples)).split(size):
-        index, offsets = examples.target_rows(rows)
-        target = examples.target[index]
-        target = columns[target] if columns is not None else target
-        metrics.update(outputs(rows), target, torch.repeat_interleave(torch.arange(len(rows)), offsets.diff()))
+    with progress(f"reference models of {spec.name}", len(examples), " examples") as bar:
+        for rows in torch.arange(len(examples)).split(size):
+            index, offsets = examples.target_rows(rows)
+            target = examples.target[index]
+            target = columns[target] if columns is not None else target
+            metrics.update(outputs(rows), target, torch.repeat_interleave(torch.arange(len(rows)), offsets.diff()))
+            bar.update(len(rows))
     return metrics.compute()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parser.parse_args(argv)
         name = settings.subcommand
         with _log_to_stderr():
-            return getattr(commands, name)(subparsers[name].instantiate(settings[name]))
+            status = getattr(commands, name)(subparsers[name].instantiate(settings[name]))
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # whoever read the output has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
+        return 128 + signal.SIGPIPE
     except argparse.ArgumentError as error:
         return _fail(f"pcl: {error}; --help says what is accepted")
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:

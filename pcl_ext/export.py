@@ -22,6 +22,8 @@ from pcl_ext.model.catalogue import SEEN_SCORE
 from pcl_ext.model.memories import ItemMemory, LastState, LearnedPool, MeanStates, Memory
 from pcl_ext.store.atomic import fsync_folder
 
+_LOG = logging.getLogger(__name__)
+
 FORMATS = ("program", "package", "onnx")
 RTOL, ATOL = 1.3e-6, 1e-5  # what torch.testing allows float32
 _ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -184,6 +186,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as work, _quiet(), torch.no_grad():
         for name in formats or [name for name in FORMATS if name not in missing]:
             suffix, write = _WRITERS[name]
+            _LOG.info("writing the %s of task %s", name, task)
             draft = Path(work) / f"{task}{suffix}"
             run = write(plain, draft)
             _check(model, task, name, run)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.data import Dataset, ExampleBatch, iterate, make_batch, plan
+from pcl_ext.data.progress import progress
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.model import UserModel
 
@@ -70,10 +71,12 @@ def outputs(
     try:
         examples, config = dataset.examples(name, fold), model.backbone.config
         most = max(1, MOST_SCORES // model.task(name).spec.num_outputs(config.num_items))
-        for rows in plan(examples, max_tokens=batch_tokens, max_len=config.max_len, seed=None):
-            for part in rows.split(most):
-                batch = make_batch(dataset, examples, part, config.max_len)
-                yield batch, model(batch.history, name).float()
+        with progress(f"measuring {name}, {fold} users", len(examples), " examples") as bar:
+            for rows in plan(examples, max_tokens=batch_tokens, max_len=config.max_len, seed=None):
+                for part in rows.split(most):
+                    batch = make_batch(dataset, examples, part, config.max_len)
+                    yield batch, model(batch.history, name).float()
+                    bar.update(len(part))
     finally:
         model.train(training)
 

@@ -7,5 +7,5 @@ except ImportError as error:
 
 
 def progress(what: str, total: int, unit: str = " users") -> tqdm:
-    """A bar to call .update(n) on, closed at the end of a `with`."""
-    return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
+    """A bar to call .update(n) on, closed at the end of a `with`; what ends within a second shows none."""
+    return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False, delay=1.0)

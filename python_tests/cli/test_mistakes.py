@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -181,3 +183,11 @@ def test_a_missing_package_is_named(refused, monkeypatch):
 def test_a_package_that_only_one_command_needs(made, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install pcl_ext[cli]" in refused("report", made.run)
+
+
+def test_a_reader_that_stops_reading_is_no_mistake():
+    command = [sys.executable, "-m", "pcl_ext.cli", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
