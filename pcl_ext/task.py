@@ -38,6 +38,7 @@ class TaskSpec:
     num_classes  for classes only
     catalogue    for items only: the item ids (1..V) that are ranked, in column order; None ranks all of 1..V
     repeats      for items only: a target may be an item of the visible history
+    labels       for classes and binary only: what the classes 0..C-1, or 0 and 1, are called
     """
 
     name: str
@@ -47,6 +48,7 @@ class TaskSpec:
     num_classes: int | None = None
     catalogue: tuple[int, ...] | None = None
     repeats: bool = False
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self):
         check_task_name(self.name)
@@ -67,6 +69,8 @@ class TaskSpec:
             raise ValueError(f"catalogue and repeats are for items only, task {self.name!r} is {self.kind}")
         if self.catalogue is not None:
             object.__setattr__(self, "catalogue", _check_catalogue(self.name, self.catalogue))
+        if self.labels is not None:
+            object.__setattr__(self, "labels", self._check_labels())
 
     def _check_type(self, key: str, kind: type) -> None:
         value = getattr(self, key)
@@ -74,6 +78,14 @@ class TaskSpec:
             return
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise TypeError(f"{key} of task {self.name!r} must be of type {kind.__name__}, got {value!r}")
+
+    def _check_labels(self) -> tuple[str, ...]:
+        count = {"binary": 2, "classes": self.num_classes}.get(self.kind)
+        if count is None:
+            raise ValueError(f"labels are for classes and binary only, task {self.name!r} is {self.kind}")
+        if not isinstance(self.labels, (list, tuple)) or len(self.labels) != count:
+            raise ValueError(f"labels of task {self.name!r} must be a list of {count} names, got {self.labels!r:.80}")
+        return tuple(str(label) for label in self.labels)
 
     def num_outputs(self, num_items: int) -> int:
         """Columns of the task's output for a backbone that knows `num_items` items."""
@@ -83,7 +95,8 @@ class TaskSpec:
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["catalogue"] = None if self.catalogue is None else list(self.catalogue)
+        for key in ("catalogue", "labels"):
+            values[key] = None if values[key] is None else list(values[key])
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod

@@ -38,3 +38,17 @@ def test_a_catalogue_may_be_any_integers(kind):
     catalogue = TaskSpec("a", "items", catalogue=kind([5, 4])).catalogue
     assert catalogue == (5, 4)
     assert all(type(item) is int for item in catalogue)
+
+
+def test_classes_have_names():
+    named = TaskSpec("a", "classes", num_classes=2, labels=["no", 1])
+    assert named.labels == ("no", "1")
+    assert TaskSpec.from_json(named.to_json()) == named
+    assert "labels" not in TaskSpec("a", "binary").to_json()
+    for kind, labels, words in (
+        ("binary", ["a"], r"labels of task 'a' must be a list of 2 names, got \['a'\]"),
+        ("binary", "ab", "labels of task 'a' must be a list of 2 names, got 'ab'"),
+        ("regression", ["a"], "labels are for classes and binary only, task 'a' is regression"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            TaskSpec("a", kind, labels=labels)

@@ -136,9 +136,9 @@ def _write_label_task(writer: DatasetWriter, task: TaskConfig, log: EventLog, us
     values = event_values(log, task) if task.source == "events" else _user_values(log, task, users)
     labels = make_labels(values, task, fold == 0)
     classes = len(labels.names) if task.kind == "classes" else None
-    spec = TaskSpec(task.name, task.kind, task.description, task.metric, num_classes=classes)
+    spec = TaskSpec(task.name, task.kind, task.description, task.metric, num_classes=classes, labels=labels.names)
     cut = (log.offsets[1:] - log.offsets[:-1])[labels.user]
-    writer.task(spec, user_ids[labels.user], labels.target, cut, labels=labels.names)
+    writer.task(spec, user_ids[labels.user], labels.target, cut)
 
 
 def _user_values(log: EventLog, task: TaskConfig, users: pa.Table) -> pa.Array:

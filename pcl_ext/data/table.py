@@ -29,7 +29,6 @@ class TaskTable:
     cut     [M] int32, how many events of the history the model may see
     target  [M] int64 (item id, class, 0/1) or float32 (regression)
     time    [M] int64 or None
-    labels  what the classes are called, where the json says so
     """
 
     spec: TaskSpec
@@ -37,7 +36,6 @@ class TaskTable:
     cut: np.ndarray
     target: np.ndarray
     time: np.ndarray | None = None
-    labels: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -49,32 +47,31 @@ def load_task(dataset: Dataset, name: str) -> TaskTable:
         raise KeyError(f"task must be one of {', '.join(dataset.task_names)}, got {name!r}")
     path = dataset.path / "tasks" / f"{name}.parquet"
     if name == NEXT and not path.exists():
-        spec, labels = _next_spec(dataset), None
+        spec = _next_spec(dataset)
         key = identity([dataset.path / "histories.parquet"])
         folder = cached(dataset.path, "next", key, lambda out: _build_next(dataset, out))
     else:
-        spec, labels = _read_spec(dataset, path.with_suffix(".json"), name)
+        spec = _read_spec(dataset, path.with_suffix(".json"), name)
         key = identity([path, dataset.path / "histories.parquet"], repr(spec))
         folder = cached(dataset.path, f"task-{name}", key, lambda out: _build_table(dataset, path, spec, out))
     arrays = {column: load(folder, column) for column in ("user", "cut", "target", "time")}
-    return TaskTable(spec, **arrays, labels=labels)
+    return TaskTable(spec, **arrays)
 
 
 def _next_spec(dataset: Dataset) -> TaskSpec:
     path = dataset.path / "tasks" / f"{NEXT}.json"
     if path.exists():
-        return _read_spec(dataset, path, NEXT)[0]
+        return _read_spec(dataset, path, NEXT)
     return TaskSpec(NEXT, "items", "the next item of a user's history", repeats=not dataset.distinct)
 
 
-def _read_spec(dataset: Dataset, path: Path, name: str) -> tuple[TaskSpec, tuple[str, ...] | None]:
+def _read_spec(dataset: Dataset, path: Path, name: str) -> TaskSpec:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"must hold an object, got {type(values).__name__}")
-        labels = values.pop("labels", None)
         for key in ("name", "kind"):
             if key not in values:
                 raise ValueError(f"{key} is missing")
@@ -86,12 +83,9 @@ def _read_spec(dataset: Dataset, path: Path, name: str) -> tuple[TaskSpec, tuple
     if name == NEXT and (spec.kind != "items" or spec.catalogue is not None):
         got = spec.kind if spec.kind != "items" else "a catalogue"
         raise ValueError(f"{path}: next ranks all items: kind must be items and catalogue left out, got {got}")
-    count = {"binary": 2, "classes": spec.num_classes}.get(spec.kind)
-    if labels is not None and not (isinstance(labels, list) and len(labels) == count):
-        raise ValueError(f"{path}: labels must be a list of {count} names (classes and binary only), got {labels!r}")
     if spec.catalogue is not None and max(spec.catalogue) > dataset.num_items:
         raise ValueError(f"{path}: catalogue must hold ids 1..{dataset.num_items}, got {max(spec.catalogue)}")
-    return spec, None if labels is None else tuple(str(label) for label in labels)
+    return spec
 
 
 def _build_next(dataset: Dataset, out: Path) -> None:

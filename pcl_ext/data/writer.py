@@ -99,14 +99,10 @@ class DatasetWriter:
         table = {"user_id": pa.array(_integers("user_id", user_id)), "original_id": pa.array(original_id, pa.string())}
         self._append("users.parquet", pa.table(table))
 
-    def task(self, spec: TaskSpec, user_id, target, cut, time=None, labels=None) -> None:
-        """user_id [m], target [m], cut [m], time [m] or None: m more rows of the task's table.
-
-        labels  what the classes 0..C-1 (or 0 and 1) are called, kept in the task's json
-        """
+    def task(self, spec: TaskSpec, user_id, target, cut, time=None) -> None:
+        """user_id [m], target [m], cut [m], time [m] or None: m more rows of the task's table."""
         if spec.name not in self._specs:
-            values = spec.to_json() | ({} if labels is None else {"labels": list(labels)})
-            _write_json(self.folder / "tasks" / f"{spec.name}.json", values)
+            _write_json(self.folder / "tasks" / f"{spec.name}.json", spec.to_json())
             self._specs.add(spec.name)
         target = np.asarray(target, np.float32) if spec.kind == "regression" else _integers("target", target)
         columns = {

@@ -269,9 +269,9 @@ class UserModel(nn.Module):
     def predict(self, histories: Sequence[Sequence[int]], task: str, k: int = 10) -> list[dict]:
         """Predictions for plain lists of item ids, oldest first: new users and empty histories included.
 
-        items: {"items": [k ids], "scores": [k]}; classes: {"class", "probabilities"}; binary: {"probability"};
-        regression: {"value"}. The newest max_len ids are read, older ones count as seen; unknown ids are dropped, with
-        a warning that counts.
+        items: {"items": [k ids], "scores": [k]}; classes: {"class", "probabilities"}, and "label" where the task names
+        them; binary: {"probability"}; regression: {"value"}. The newest max_len ids are read, older ones count as
+        seen; unknown ids are dropped, with a warning that counts.
         """
         config, training = self.backbone.config, self.training
         batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)
@@ -294,8 +294,9 @@ def as_predictions(task: Task, output: Tensor, k: int) -> list[dict]:
         items = task.catalogue[best.indices]
         return [{"items": i, "scores": s} for i, s in zip(items.tolist(), best.values.tolist())]
     if task.spec.kind == "classes":
-        probabilities = output.softmax(1).tolist()
-        return [{"class": c, "probabilities": p} for c, p in zip(output.argmax(1).tolist(), probabilities)]
+        rows, labels = zip(output.argmax(1).tolist(), output.softmax(1).tolist()), task.spec.labels
+        named = (lambda number: {}) if labels is None else (lambda number: {"label": labels[number]})
+        return [{"class": number, **named(number), "probabilities": p} for number, p in rows]
     if task.spec.kind == "binary":
         return [{"probability": p} for p in output.sigmoid().tolist()]
     return [{"value": value} for value in output.tolist()]

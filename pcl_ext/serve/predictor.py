@@ -14,6 +14,7 @@ from pcl_ext.batch import PackedBatch
 from pcl_ext.model import UserModel
 from pcl_ext.serve.inputs import BATCH_TOKENS, Histories, read_histories
 from pcl_ext.serve.top_items import top_items
+from pcl_ext.task import TaskSpec
 
 
 class Predictor:
@@ -93,8 +94,8 @@ class Predictor:
         """Predictions for B histories, as arrays of length B.
 
         items: items [B, k] int64, scores [B, k] float32 (k at most the catalogue), equal scores by the lowest id;
-        classes: class [B] int64, probabilities [B, C] float32; binary: probability [B] float32; regression: value [B]
-        float32. With each: unknown [B] int64, how many ids were dropped.
+        classes: class [B] int64, its label [B] where the task names them, probabilities [B, C] float32; binary:
+        probability [B] float32; regression: value [B] float32. With each: unknown [B] int64, how many ids were dropped.
         """
         part, parts = self.model.task(task), []
         _check_k(k)
@@ -104,8 +105,8 @@ class Predictor:
                 items, scores = top_items(part, read, self.model.backbone.table, k, skip_seen=skip_seen)
                 answer = {"items": items, "scores": scores}
             else:
-                answer = _label_answer(part.spec.kind, self.model(batch, task).float().cpu())
-            parts.append({name: value.numpy() for name, value in answer.items()} | {"unknown": unknown})
+                answer = _label_answer(part.spec, self.model(batch, task).float().cpu())
+            parts.append({name: np.asarray(value) for name, value in answer.items()} | {"unknown": unknown})
         return _joined(parts)
 
     @torch.no_grad()
@@ -138,10 +139,12 @@ def as_rows(answer: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def _label_answer(kind: str, output: torch.Tensor) -> dict[str, torch.Tensor]:
-    if kind == "classes":
-        return {"class": output.argmax(1), "probabilities": output.softmax(1)}
-    if kind == "binary":
+def _label_answer(spec: TaskSpec, output: torch.Tensor) -> dict[str, torch.Tensor | np.ndarray]:
+    if spec.kind == "classes":
+        number = output.argmax(1)
+        label = {} if spec.labels is None else {"label": np.array(spec.labels)[number.numpy()]}
+        return {"class": number, **label, "probabilities": output.softmax(1)}
+    if spec.kind == "binary":
         return {"probability": output.sigmoid()}
     return {"value": output}
 

@@ -272,7 +272,7 @@ GOOD = {"user_id": [10, 13], "target": [7, 6], "cut": [3, 6]}
         ({"kind": "rank"}, {}, "kind of task 'toy' must be one of"),
         ({"kind": None}, {}, "kind is missing"),
         ({"colour": 1}, {}, "unknown keys of a task: colour"),
-        ({"name": "toy", "labels": ["a"]}, {}, "labels must be a list"),
+        ({"name": "toy", "labels": ["a"]}, {}, "labels are for classes and binary only, task 'toy' is items"),
         ({"repeats": "false"}, {}, "repeats of task 'toy' must be of type bool, got 'false'"),
         ({"catalogue": "67"}, {}, "catalogue of task 'toy' must be a list of item ids, got '67'"),
         ({}, {"cut": None}, "missing: cut"),

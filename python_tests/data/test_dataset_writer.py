@@ -15,7 +15,7 @@ def write(out, users=(1, 2), fail=None, **more):
     with DatasetWriter(out, "tiny", 3, **more) as writer:
         for user in users:
             writer.histories([user], [1, 2, 3], [0, 3], [user % 3])
-        writer.task(TaskSpec("t", "binary"), [1], [1], [3], labels=["no", "yes"])
+        writer.task(TaskSpec("t", "binary", labels=["no", "yes"]), [1], [1], [3])
         if fail:
             raise fail
 
@@ -31,7 +31,7 @@ def test_row_groups_are_streamed_and_counted(tmp_path):
     assert set(info["sha256"]) == {"histories.parquet", "tasks/t.json", "tasks/t.parquet"}
     dataset = Dataset(tmp_path / "out")
     assert dataset.num_users == 7
-    assert dataset.task("t").labels == ("no", "yes")
+    assert dataset.task("t").spec.labels == ("no", "yes")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("full"), KeyboardInterrupt()], ids=repr)

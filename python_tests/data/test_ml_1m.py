@@ -39,7 +39,7 @@ def test_histories_and_tasks(folder):
     assert dataset.task_names == ("next", "age", "gender", "liked", "occupation")
     assert dataset.task("gender").target.tolist() == [1 - u % 2 for u in range(1, 41)]
     assert dataset.task("age").target.tolist() == [u % 7 for u in range(1, 41)]
-    assert dataset.task("age").labels == ("1", "18", "25", "35", "45", "50", "56")
+    assert dataset.task("age").spec.labels == ("1", "18", "25", "35", "45", "50", "56")
     assert (dataset.task("occupation").spec.num_classes, dataset.task("age").spec.num_classes) == (21, 7)
 
 

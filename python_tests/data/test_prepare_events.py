@@ -277,7 +277,7 @@ def test_labels(prepare, keys, want, labels):
     dataset = prepare(task(keys))
     assert rows(dataset, "t") == want
     if labels is not None:
-        assert dataset.task("t").labels == labels
+        assert dataset.task("t").spec.labels == labels
 
 
 @pytest.mark.parametrize(

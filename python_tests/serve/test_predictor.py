@@ -216,5 +216,18 @@ def test_calls_that_cannot_be(run):
         Predictor(run).predict([[1]], "churn")
 
 
+def test_classes_with_names_are_named(tmp_path):
+    model = make_model()
+    model.add_task(TaskSpec("age", "classes", num_classes=3, labels=("young", "old", "very old")))
+    model.freeze_task("age")
+    save_pretrained(model, tmp_path / "run")
+    answer = Predictor(tmp_path / "run").predict(HISTORIES, "age")
+    assert answer["label"].tolist() == [("young", "old", "very old")[number] for number in answer["class"]]
+    with pytest.warns(UserWarning, match="unknown item ids"):
+        rows = model.predict(HISTORIES, "age")
+    assert [row["label"] for row in rows] == answer["label"].tolist() == [row["label"] for row in as_rows(answer)]
+    assert list(rows[0]) == ["class", "label", "probabilities"]
+
+
 def test_specs_cover_every_kind():
     assert {SPECS[name].kind for name in TASKS} == {"items", "binary", "classes", "regression"}
