@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.continual import records
 from benchmarks.continual.__main__ import folds_of
-from benchmarks.continual.settings import EQ1, GRID, QUICK, STOPS, Budget
+from benchmarks.continual.settings import EQ1, GRID, QUICK, READOUTS, STOPS, Budget
 from benchmarks.continual.trial import Trial, make_learner, measure_one, pretrained, teach
 from benchmarks.continual.unseen import WAYS, learn_unseen
 from pcl_ext.data import Dataset
@@ -70,6 +70,13 @@ def off(base: Trial) -> Iterator[Variant]:
         yield _memory("off", f"{name}-off", base, replace(memory, placement="none", contextual="none"))
 
 
+def readout(base: Trial) -> Iterator[Variant]:
+    """What joint training's heads read: as published, the newest state alone; and more, up to what PCL reads."""
+    for name in READOUTS:
+        setting = replace(GRID["mtl"][0], readout=name)
+        yield _named(Variant("readout", f"mtl-{name}", replace(base, method="mtl", setting=setting)))
+
+
 def order(base: Trial) -> Iterator[Variant]:
     """The tasks in another order: prompts that read earlier ones depend on it, and baselines that share weights."""
     tasks = list(base.order(base.dataset()))
@@ -109,7 +116,7 @@ def data(base: Trial) -> Iterator[Variant]:
             yield _named(Variant("data", f"{method}-{share:g}", trial))
 
 
-STUDIES = {f.__name__: f for f in (placement, contextual, off, order, cold, unseen, backbone, data)}
+STUDIES = {f.__name__: f for f in (placement, contextual, off, readout, order, cold, unseen, backbone, data)}
 
 
 def _methods(study: str, base: Trial, kind: str) -> Iterator[Variant]:
