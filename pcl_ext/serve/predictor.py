@@ -11,10 +11,9 @@ import torch
 
 from pcl_ext import store
 from pcl_ext.batch import PackedBatch
-from pcl_ext.model import UserModel
+from pcl_ext.model import Task, UserModel
 from pcl_ext.serve.inputs import BATCH_TOKENS, Histories, read_histories
 from pcl_ext.serve.top_items import top_items
-from pcl_ext.task import TaskSpec
 
 
 class Predictor:
@@ -105,7 +104,7 @@ class Predictor:
                 items, scores = top_items(part, read, self.model.backbone.table, k, skip_seen=skip_seen)
                 answer = {"items": items, "scores": scores}
             else:
-                answer = _label_answer(part.spec, self.model(batch, task).float().cpu())
+                answer = _label_answer(part, self.model(batch, task).float().cpu())
             parts.append({name: np.asarray(value) for name, value in answer.items()} | {"unknown": unknown})
         return _joined(parts)
 
@@ -139,7 +138,8 @@ def as_rows(answer: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def _label_answer(spec: TaskSpec, output: torch.Tensor) -> dict[str, torch.Tensor | np.ndarray]:
+def _label_answer(task: Task, output: torch.Tensor) -> dict[str, torch.Tensor | np.ndarray]:
+    spec = task.spec
     if spec.kind == "classes":
         number = output.argmax(1)
         label = {} if spec.labels is None else {"label": np.array(spec.labels)[number.numpy()]}
