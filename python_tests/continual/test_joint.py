@@ -1,0 +1,63 @@
+"""Joint training: every task in a step, each task at its own best epoch."""
+
+import pytest
+import torch
+
+from benchmarks.continual.methods import LEARNERS
+from benchmarks.continual.union import Union
+from pcl_ext.data import make_batch
+from pcl_ext.train import PretrainConfig
+
+
+@pytest.mark.parametrize("method", ["mtl", "mtl-scratch", "mmoe", "mmoe-scratch"])
+def test_joint_training_has_every_task_in_a_step(method, learner):
+    made = learner(method)
+    for name in made.world.tasks:
+        made.start_task(name)
+    made.union = Union(made.world.dataset, {n: made.world.train_examples(n) for n in made.world.tasks})
+    made.next_batches, made.next_loss = made.next_problem(PretrainConfig())
+    _, batches = made.batches(0)
+    made.joint_loss(next(iter(batches))).backward()
+    for name in ("next", *made.world.tasks):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in made.model.task(name).head.parameters()), name
+    assert made.model.backbone.layers[0].qkv.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", ["mtl", "mmoe"])
+def test_joint_training_reads_shared_states_as_each_task_alone_would(method, learner):
+    made = learner(method)
+    for name in made.world.tasks:
+        made.start_task(name)
+        made.fit_head(name)
+    if method == "mmoe":
+        torch.nn.init.normal_(made.experts.up, std=0.1)
+    made.eval()
+    examples, max_len = made.world.train_examples("segment"), made.model.backbone.config.max_len
+    batch = make_batch(made.world.dataset, examples, torch.arange(16), max_len)
+    task, states = made.model.task("segment"), made.states(batch.history)
+    shared = task(made.own("segment", states), made.model.backbone.table)
+    torch.testing.assert_close(shared, made.output(batch.history, "segment"))
+
+
+@pytest.mark.parametrize("method", ["mtl", "mmoe"])
+def test_joint_training_keeps_the_best_epoch_of_each_task(method, learner):
+    made, seen, score = learner(method), [], LEARNERS[method].valid_score
+
+    def watched(name):
+        forced = {"segment": -len(seen), "range": len(seen), "next": len(seen)}[name]  # segment: the first epoch
+        seen.append((name, score(made, name)))
+        return forced
+
+    made.valid_score = watched
+    made.learn_all()
+    del made.valid_score
+    kept = {"segment": 0, "range": -1, "next": -1}
+    for name, epoch in kept.items():
+        assert made.valid_score(name) == [value for n, value in seen if n == name][epoch], name
+    assert not torch.equal(made.views["segment"].table, made.views["range"].table)
+    assert made.parameters_of("segment") > made.parameters_of("next")
+
+
+def test_mmoe_starts_as_the_shared_bottom(learner, outputs):
+    plain, mixed = learner("mtl"), learner("mmoe")
+    assert torch.equal(outputs(plain, "next"), outputs(mixed, "next"))
