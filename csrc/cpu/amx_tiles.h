@@ -181,6 +181,8 @@ struct TileEngine {
 
   template <int t, class Store>
   static void hand_out(int64_t row, int64_t rows, int64_t panel, Store store) {
+    if constexpr (kTakesTiles<Store>)
+      return Tiles::template store<t>(store.at(row, panel), store.stride * sizeof(float));
     alignas(64) float sums[16][kLanes];
     Tiles::template store<t>(sums, sizeof sums[0]);
     const int64_t count = least(rows - row, 16);

@@ -28,6 +28,11 @@ struct Right {
   int64_t k, panel;
 };
 
+// Whether an engine may write a tile itself where store.at(row, panel) says, store.stride numbers from row to row: all
+// 16 rows of it, however many were asked for.
+template <class Store>
+constexpr bool kTakesTiles = false;
+
 #if defined(__AVX512BF16__)
 struct PairEngine {
   static constexpr int64_t kRows = 12, kDepth = 1, kRowPad = 1;

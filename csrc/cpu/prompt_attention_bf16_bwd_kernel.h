@@ -53,6 +53,7 @@ struct BlockMemory {
   uint32_t *p, *ds, *ds_pairs;
   int64_t stride;  // of ds_pairs, in pairs; of p and ds in elements
   float *scores, *grad_scores;
+  float factor;  // turns scores into units of log2
 };
 
 template <class E>
@@ -184,6 +185,7 @@ inline __attribute__((always_inline)) void probabilities(const Queries& queries,
                                                          int64_t pair_row, int64_t column, int64_t q, int64_t first,
                                                          bool odd) {
   const Floats largest = Wide::load(queries.largest + q), inverse = Wide::load(queries.inverse + q);
+  const Floats factor = Wide::fill(memory.factor);
   Floats ds[2] = {};
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r) {
@@ -193,7 +195,7 @@ inline __attribute__((always_inline)) void probabilities(const Queries& queries,
       if (!kMasked || unseen <= 0) return x;
       return unseen < kLanes ? (Wide::keep(unseen) ? Floats{} : x) : Floats{};
     };
-    const Floats p = mask(exp2_v(Wide::load(memory.scores + at) - largest) * inverse);
+    const Floats p = mask(exp2_v(factor * Wide::load(memory.scores + at) - largest) * inverse);
     store_halves(reinterpret_cast<uint16_t*>(memory.p) + (row + r) * memory.stride + q, narrow(p));
     if constexpr (kDs) {
       ds[r] = mask(p * (Wide::load(memory.grad_scores + at) - Wide::load(queries.dot + q)));
@@ -238,16 +240,15 @@ void fill_tile(const Pass& pass, int64_t j0, int64_t j, int64_t rows, int64_t st
   const BlockMemory& memory = pass.memory;
   const int64_t panel = round_up(pass.args.head_dim, kRowPad) / 2 * kLanes;
   const int64_t depth = round_up(pass.args.head_dim, 2 * E::kDepth) / 2;
-  const Floats factor = Wide::fill(static_cast<float>(pass.args.scale) * kLog2E), one = Wide::fill(1.0f);
   const int64_t end = round_up(queries.count, E::kDepth > 1 ? 2 * E::kDepth : kLanes);
   for (int64_t q = start; q < end; q += kQueryBlock) {
     const int64_t columns = least(kQueryBlock, end - q);
-    const auto product = [&](PairRows left, const uint32_t* panels, float* to, Floats times) {
+    const auto product = [&](PairRows left, const uint32_t* panels, float* to) {
       E::multiply({left.data + j * left.stride, left.stride, 1}, {panels + q / kLanes * panel, kLanes, panel}, depth,
-                  rows, columns / kLanes, StoreScores{to, kQueryBlock, times});
+                  rows, columns / kLanes, StoreScores{to, kQueryBlock});
     };
-    product(pass.keys.keys, queries.query_panels, memory.scores, factor);
-    if (pass.asked.ds()) product(pass.keys.values, queries.grad_panels, memory.grad_scores, one);
+    product(pass.keys.keys, queries.query_panels, memory.scores);
+    if (pass.asked.ds()) product(pass.keys.values, queries.grad_panels, memory.grad_scores);
     for (int64_t r = 0; r < rows; r += 2) {
       const int64_t pair_row = (j - j0 + r) / 2, first = j + r - q;  // the second row's last unseen column is `first`
       const int64_t masked = pass.causal && first >= 0 ? least(columns, round_up(first + 1, kLanes)) : 0;
@@ -363,6 +364,7 @@ class Bf16Backward {
  private:
   void take_memory(int64_t most) {
     memory_.stride = most + kLanes;
+    memory_.factor = static_cast<float>(args_.scale) * kLog2E;
     memory_.p = pieces_.take(E::kRows * memory_.stride / 2);
     memory_.ds = pieces_.take(E::kRows * memory_.stride / 2);
     memory_.ds_pairs = pieces_.take(kKeyBlock / 2 * memory_.stride);

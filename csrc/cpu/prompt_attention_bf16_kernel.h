@@ -11,6 +11,7 @@
 namespace pcl {
 namespace {
 
+constexpr int64_t kSoftmaxRows = 4;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // Elements of 4 bytes for histories of at most `length` rows that see at most `shared` prefix rows.
@@ -50,16 +51,17 @@ inline void pack_keys(const AttentionRows& keys, const AttentionRows& values, in
   to_row_pairs(pairs(values), count, padded, wide, to.value_pairs + column / 2 * wide);
 }
 
-// Scores in units of log2, at [row, 16 * panel].
+// Scores at [row, 16 * panel], with room for as many rows as an engine takes at once.
 struct StoreScores {
   float* to;
   int64_t stride;
-  Floats factor;
 
-  void operator()(int64_t row, int64_t panel, Floats sums) const {
-    Wide::store(to + row * stride + panel * kLanes, sums * factor);
-  }
+  float* at(int64_t row, int64_t panel) const { return to + row * stride + panel * kLanes; }
+  void operator()(int64_t row, int64_t panel, Floats sums) const { Wide::store(at(row, panel), sums); }
 };
+
+template <>
+constexpr bool kTakesTiles<StoreScores> = true;
 
 // Rows of a result times a factor of their own, rounded.
 struct StoreOut {
@@ -72,38 +74,17 @@ struct StoreOut {
   }
 };
 
-// Calls step(column, seen keys from it on) for the vectors of [begin, begin + count).
-template <class Step>
-inline void for_vectors(int64_t begin, int64_t count, Step step) {
-  for (int64_t c = 0; c < count; c += kLanes) step(begin + c, count - c);
-}
+// Scores of neighbouring rows and where their weights go, rounded. With the factor, scores are in units of log2.
+struct ScorePairs {
+  const float* scores;
+  uint16_t* weights;
+  int64_t stride;
+  Floats factor;
 
-// Weights 2^(score - largest) of one row, rounded, up to column `end`; 0 where nothing is seen. The row sees `prefix`
-// columns and `own` from own_begin on. Returns one over the sum of the weights.
-inline float softmax_pairs(const float* scores, int64_t prefix, int64_t own_begin, int64_t own, int64_t end,
-                           uint16_t* weights, float* largest) {
-  const Floats lowest = Wide::fill(-__builtin_inff());
-  Floats high = lowest, total{};
-  const auto higher = [&](int64_t c, int64_t left) {
-    Floats x = Wide::load(scores + c);
-    if (left < kLanes) x = Wide::keep(left) ? x : lowest;
-    high = x > high ? x : high;
-  };
-  for_vectors(0, prefix, higher);
-  for_vectors(own_begin, own, higher);
-  const Floats shift = Wide::max(high);
-  const auto weigh = [&](int64_t c, int64_t left) {
-    Floats e = exp2_v(Wide::load(scores + c) - shift);
-    if (left < kLanes) e = Wide::keep(left) ? e : Floats{};
-    store_halves(weights + c, narrow(e));
-    total += e;
-  };
-  for_vectors(0, prefix, weigh);
-  for_vectors(own_begin, own, weigh);
-  for (int64_t c = own_begin + round_up(own, kLanes); c < end; c += kLanes) store_halves(weights + c, Halves{});
-  *largest = shift[0];
-  return 1 / Wide::sum(total)[0];
-}
+  Floats load(int r, int64_t c) const { return factor * Wide::load(scores + r * stride + c); }
+  Floats weight(Floats score, Floats largest) const { return exp2_v(score - largest); }
+  void store(int r, int64_t c, Floats weight) const { store_halves(weights + r * stride + c, narrow(weight)); }
+};
 
 template <class E>
 void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t begin, int64_t length, int64_t head,
@@ -118,17 +99,23 @@ void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t
   for (int64_t i = 0; i < length; i += E::kRows) {
     const int64_t rows = least(E::kRows, length - i), seen = args.causal ? i + rows : length;
     const int64_t columns = keys.own_begin + seen, depth = round_up(columns, 2 * E::kDepth) / 2;
-    ahead.step();
     E::multiply({query.data + i * query.stride, query.stride, 1}, {keys.key_panels, kLanes, wide / 2 * kLanes},
                 round_up(dim, 2 * E::kDepth) / 2, rows, round_up(columns, kLanes) / kLanes,
-                StoreScores{scores, score_row, factor});
-    float inverse[E::kRows];
+                StoreScores{scores, score_row});
+    float largest[E::kRows], inverse[E::kRows];
+    for (int64_t r = 0; r < rows; r += kSoftmaxRows) {
+      ahead.step();
+      const ScorePairs some{scores + r * score_row, reinterpret_cast<uint16_t*>(weights) + r * score_row, score_row,
+                            factor};
+      const Columns seen_columns{keys.prefix, args.causal ? i + r + 1 : length, keys.own_begin, 2 * depth};
+      with_rows<kSoftmaxRows>(rows - r, [&](auto count) {
+        softmax_rows<Wide, decltype(count)::value>(some, seen_columns, args.causal ? 1 : 0, largest + r, inverse + r);
+      });
+    }
     for (int64_t r = 0; r < rows; ++r) {
       float* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + head);
-      const int64_t own = args.causal ? i + r + 1 : length;
-      inverse[r] = row_stats[1] = softmax_pairs(scores + r * score_row, keys.prefix, keys.own_begin, own, 2 * depth,
-                                                reinterpret_cast<uint16_t*>(weights) + r * score_row, row_stats);
-      row_stats[0] *= kLn2;
+      row_stats[0] = largest[r] * kLn2;
+      row_stats[1] = inverse[r];
     }
     E::multiply({weights, score_row / 2, 1}, {keys.value_pairs, wide, kLanes}, depth, rows,
                 round_up(dim, kLanes) / kLanes,
@@ -162,7 +149,8 @@ void bf16_fwd_task(const AttentionArgs& args, void* out, void* stats, const Atte
   ahead.add(args.k);
   ahead.add(args.v);
   ahead.add({out, args.num_heads * dim, dim});
-  for_histories<E::kRows, Bfloat16>(args, task, ahead, [&](int64_t begin, int64_t length, int64_t h) {
+  const auto steps = [](int64_t length) { return parts(length, kSoftmaxRows); };
+  for_histories(args, task, ahead, steps, [&](int64_t begin, int64_t length, int64_t h) {
     bf16_fwd_history<E>(args, heads[h], begin, length, task.head + h, static_cast<Bfloat16*>(out),
                         static_cast<float*>(stats), pieces, ahead);
   });

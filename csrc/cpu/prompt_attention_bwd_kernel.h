@@ -109,28 +109,33 @@ inline typename S::A dot_row(const typename S::A* grad_out, const T* out, int64_
   return sum;
 }
 
+// Rows whose scores are taken at once: against a prefix alone, rows are cheap.
+template <class S>
+int64_t block_step(const Wanted& wanted) {
+  return wanted.own ? S::kTileRows : 2 * S::kTileRows;
+}
+
 template <class S, class T>
 void fill_block(const AttentionArgs& args, const AttentionGrads& grads, const Wanted& wanted,
                 const Prefix<typename S::A>& prefix, const History<typename S::A>& history,
                 const Block<typename S::A>& block, const AttentionTask& task, Ahead<T>& ahead) {
   using A = typename S::A;
-  constexpr int R = S::kTileRows;
-  const int64_t dim = args.head_dim;
+  const int64_t dim = args.head_dim, step = block_step<S>(wanted);
   const A scale = static_cast<A>(args.scale), one = 1;
-  const int64_t step = wanted.own ? R : 2 * R;  // against a prefix alone, rows are cheap
   for (int64_t i = block.i0; i < block.i1; i += step) {
     const int64_t rows = block.i1 - i < step ? block.i1 - i : step, seen = args.causal ? i + rows : history.length;
     const int64_t own_width = wanted.own ? S::round_up(seen) : 0, width = prefix.width + own_width;
     A *p = block.p + (i - block.i0) * block.score_row, *ds = block.ds + (i - block.i0) * block.score_row;
     const A* query = history.query.data + i * history.query.stride;
     const A* grad_out = history.grad_out.data + i * history.grad_out.stride;
-    for (int64_t r = 0; r < rows; r += R) ahead.step();
     const auto product = [&](const A* a, int64_t a_row, const A* b, int64_t b_row, int64_t count, A* c, A factor) {
       const Factor<A> pair{a, b, b_row, dim};
       if (count) multiply<S>({a_row, 1, block.score_row, factor, false}, &pair, 1, rows, count, c);
     };
+    ahead.step();
     product(query, history.query.stride, prefix.keys_t, prefix.width, prefix.width, p, scale);
     product(query, history.query.stride, history.keys_t, history.width, own_width, p + prefix.width, scale);
+    ahead.step();
     const int64_t ds_begin = wanted.shared_ds ? 0 : prefix.width, ds_end = wanted.own_ds ? width : prefix.width;
     if (wanted.shared_ds) {
       product(grad_out, history.grad_out.stride, prefix.values_t, prefix.width, prefix.width, ds, one);
@@ -138,6 +143,7 @@ void fill_block(const AttentionArgs& args, const AttentionGrads& grads, const Wa
     if (wanted.own_ds) {
       product(grad_out, history.grad_out.stride, history.values_t, history.width, own_width, ds + prefix.width, one);
     }
+    ahead.step();
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t t = history.begin + i + r;
       const A* stats = static_cast<const A*>(grads.stats) + 2 * (t * args.num_heads + task.head);
@@ -154,12 +160,13 @@ void fill_block(const AttentionArgs& args, const AttentionGrads& grads, const Wa
 template <class S, class T>
 void add_grad_q(const AttentionArgs& args, const AttentionGrads& grads, const Prefix<typename S::A>& prefix,
                 const History<typename S::A>& history, const Block<typename S::A>& block, const AttentionTask& task,
-                typename S::A* scratch) {
+                typename S::A* scratch, Ahead<T>& ahead) {
   using A = typename S::A;
   constexpr int R = S::kTileRows;
   const int64_t dim = args.head_dim, wide = S::round_up(dim), grad_row = args.num_heads * dim;
   for (int64_t i = block.i0; i < block.i1; i += R) {
     const int64_t rows = block.i1 - i < R ? block.i1 - i : R, seen = args.causal ? i + rows : history.length;
+    ahead.step();
     const A* ds = block.ds + (i - block.i0) * block.score_row;
     T* to = static_cast<T*>(grads.grad_q) + (history.begin + i) * grad_row + task.head * dim;
     const Sink<S, T> sink(to, grad_row, rows, dim, scratch);
@@ -173,11 +180,12 @@ void add_grad_q(const AttentionArgs& args, const AttentionGrads& grads, const Pr
 // to[key] (+)= sum over the block's rows i that see the key of weight[i, key] * rows[i].
 template <class S, class T>
 void add_to_keys(bool causal, const History<typename S::A>& history, const Block<typename S::A>& block,
-                 const typename S::A* weight, Rows<typename S::A> rows, const Sink<S, T>& to) {
+                 const typename S::A* weight, Rows<typename S::A> rows, const Sink<S, T>& to, Ahead<T>& ahead) {
   using A = typename S::A;
   constexpr int R = S::kTileRows;
   const int64_t keys = causal ? block.i1 : history.length, wide = S::round_up(to.dim);
   for (int64_t j = 0; j < keys; j += R) {
+    ahead.step();
     const int64_t count = keys - j < R ? keys - j : R, from = causal && j > block.i0 ? j : block.i0;
     const Factor<A> pair{weight + (from - block.i0) * block.score_row + j, rows.data + from * rows.stride, rows.stride,
                          block.i1 - from};
@@ -216,9 +224,9 @@ void bwd_history(const AttentionArgs& args, const AttentionGrads& grads, PrefixS
   for (int64_t i0 = 0; i0 < length; i0 += kQueryRows) {
     const Block<A> block{i0, length - i0 < kQueryRows ? length : i0 + kQueryRows, score_row, p, ds};
     fill_block<S, T>(args, grads, wanted, prefix, history, block, task, ahead);
-    if (grads.grad_q) add_grad_q<S, T>(args, grads, prefix, history, block, task, scratch);
-    if (grads.grad_k) add_to_keys<S, T>(args.causal, history, block, ds + prefix.width, history.query, grad_k);
-    if (grads.grad_v) add_to_keys<S, T>(args.causal, history, block, p + prefix.width, history.grad_out, grad_v);
+    if (grads.grad_q) add_grad_q<S, T>(args, grads, prefix, history, block, task, scratch, ahead);
+    if (grads.grad_k) add_to_keys<S, T>(args.causal, history, block, ds + prefix.width, history.query, grad_k, ahead);
+    if (grads.grad_v) add_to_keys<S, T>(args.causal, history, block, p + prefix.width, history.grad_out, grad_v, ahead);
     if (sums.k) add_to_prefix<S>(args, prefix, block, ds, history.query, sums.k);
     if (sums.v) add_to_prefix<S>(args, prefix, block, p, history.grad_out, sums.v);
   }
@@ -249,7 +257,11 @@ void bwd_task(const AttentionArgs& args, const AttentionGrads& grads, const Pref
   for (void* grad : {grads.grad_q, grads.grad_k, grads.grad_v}) {
     if (grad) ahead.add({grad, args.num_heads * args.head_dim, args.head_dim});
   }
-  for_histories<S::kTileRows, T>(args, task, ahead, [&](int64_t begin, int64_t length, int64_t h) {
+  const int64_t products = (grads.grad_q != nullptr) + (grads.grad_k != nullptr) + (grads.grad_v != nullptr);
+  const auto steps = [&](int64_t length) {
+    return 3 * parts(length, block_step<S>(wanted)) + products * parts(length, S::kTileRows);
+  };
+  for_histories(args, task, ahead, steps, [&](int64_t begin, int64_t length, int64_t h) {
     const AttentionTask one{task.chunk, task.head + h, 1, nullptr};
     bwd_history<S, T>(args, grads, sums[h], wanted, prefixes[h], begin, length, one, pieces, ahead);
   });

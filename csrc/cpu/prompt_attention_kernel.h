@@ -31,6 +31,8 @@ struct Columns {
   }
 };
 
+inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 // Asks for the rows that are needed next while others are worked on. The rows of one history and head lie a whole row
 // of all heads apart, where processors do not look ahead by themselves: waiting for them would cost short histories as
 // much as the arithmetic.
@@ -46,7 +48,7 @@ class Ahead {
     first_ = first;
     head_ = head;
     wanted_ = rows * count_;
-    per_step_ = steps > 0 ? (wanted_ + steps - 1) / steps : 0;
+    per_step_ = steps > 0 ? parts(wanted_, steps) : 0;
     done_ = 0;
   }
 
@@ -69,19 +71,19 @@ struct RowTiles {
   int64_t count, size, larger;  // the first `larger` tiles have one row more than size
 
   explicit RowTiles(int64_t length)
-      : count((length + S::kTileRows - 1) / S::kTileRows), size(length / count), larger(length % count) {}
+      : count(parts(length, S::kTileRows)), size(length / count), larger(length % count) {}
   int64_t begin(int64_t tile) const { return tile * size + (tile < larger ? tile : larger); }
 };
 
-// Calls each(begin, length, head) for the histories and heads of a task, looking ahead to the next in each's steps, one
-// a tile of rows.
-template <int kTileRows, class T, class Each>
-void for_histories(const AttentionArgs& args, const AttentionTask& task, Ahead<T>& ahead, Each each) {
+// Calls each(begin, length, head) for the histories and heads of a task, looking ahead to the next in each's
+// steps(length) steps.
+template <class T, class Steps, class Each>
+void for_histories(const AttentionArgs& args, const AttentionTask& task, Ahead<T>& ahead, Steps steps_of, Each each) {
   const AttentionPlan& plan = args.plan;
   const int64_t last = plan.chunk_begin[task.chunk + 1];
   for (int64_t m = plan.chunk_begin[task.chunk]; m < last; ++m) {
     const int64_t begin = plan.offsets[plan.members[m]], length = plan.offsets[plan.members[m] + 1] - begin;
-    const int64_t steps = (length + kTileRows - 1) / kTileRows;
+    const int64_t steps = steps_of(length);
     for (int64_t h = 0; h < task.heads && length > 0; ++h) {
       if (h + 1 < task.heads) {
         ahead.aim(begin, length, task.head + h + 1, steps);
@@ -133,29 +135,78 @@ Prefix<typename S::A> load_prefix(const AttentionArgs& args, const AttentionTask
   return prefix;
 }
 
-// Turns a row of scores into exp(score - largest), 0 where nothing is seen, and returns one over what they sum to.
+// Calls run with the number of rows, 1 to kMost, as a constant.
+template <int kMost, class Run>
+inline void with_rows(int64_t rows, Run run) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return with_rows<kMost - 1>(rows, run);
+  }
+  run(std::integral_constant<int, kMost>{});
+}
+
+// Scores of neighbouring rows, which turn into exp(score - largest) where they are.
 template <class S>
-inline typename S::A softmax_row(typename S::A* scores, const Columns& columns, typename S::A* largest) {
-  using A = typename S::A;
+struct Scores {
   using V = typename S::V;
-  const V lowest = S::fill(static_cast<A>(-__builtin_inf()));
-  V high = lowest;
-  columns.for_seen<S>([&](int64_t c, int64_t left) {
-    V x = S::load(scores + c);
-    if (left < S::kLanes) x = S::keep(left) ? x : lowest;
-    high = x > high ? x : high;
+  typename S::A* data;
+  int64_t stride;
+
+  V load(int r, int64_t c) const { return S::load(data + r * stride + c); }
+  V weight(V score, V largest) const { return exp_v<S>(score - largest); }
+  void store(int r, int64_t c, V weight) const { S::store(data + r * stride + c, weight); }
+};
+
+// The softmax of R rows, but for the factor `inverse`, up to column columns.end; 0 where nothing is seen. Row r sees
+// `wider` * r own keys more than `columns` say. Rows are taken side by side: the reductions of one take longer than the
+// arithmetic of a short one.
+template <class S, int R, class Rows>
+inline void softmax_rows(const Rows& rows, const Columns& columns, int64_t wider, typename S::A* largest,
+                         typename S::A* inverse) {
+  using V = typename S::V;
+  const V lowest = S::fill(static_cast<typename S::A>(-__builtin_inf()));
+  // Calls step(row, column, mask) for every vector that any of the rows sees; mask(x, y) is y in lanes not seen.
+  const auto for_seen = [&](auto step) {
+    const auto vectors = [&](int64_t begin, int64_t seen, int64_t more) {
+      int64_t c = 0;
+      for (; c + S::kLanes <= seen; c += S::kLanes) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) step(r, begin + c, [](V x, V) { return x; });
+      }
+      for (; c < seen + more * (R - 1); c += S::kLanes) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          step(r, begin + c, [&](V x, V y) { return S::keep(seen - c + r * more) ? x : y; });
+        }
+      }
+    };
+    vectors(0, columns.shared, 0);
+    vectors(columns.own_begin, columns.own, wider);
+  };
+  V high[R], total[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    high[r] = lowest;
+    total[r] = V{};
+  }
+  for_seen([&](int r, int64_t c, auto mask) {
+    const V x = mask(rows.load(r, c), lowest);
+    high[r] = x > high[r] ? x : high[r];
   });
-  const V shift = S::max(high);
-  V total{};
-  columns.for_seen<S>([&](int64_t c, int64_t left) {
-    V e = exp_v<S>(S::load(scores + c) - shift);
-    if (left < S::kLanes) e = S::keep(left) ? e : V{};
-    S::store(scores + c, e);
-    total += e;
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) high[r] = S::max(high[r]);
+  for_seen([&](int r, int64_t c, auto mask) {
+    const V e = mask(rows.weight(rows.load(r, c), high[r]), V{});
+    rows.store(r, c, e);
+    total[r] += e;
   });
-  columns.for_unseen<S>([&](int64_t c) { S::store(scores + c, V{}); });
-  *largest = shift[0];
-  return 1 / S::sum(total)[0];
+  for (int64_t c = columns.own_begin + S::round_up(columns.own + wider * (R - 1)); c < columns.end; c += S::kLanes) {
+    for (int r = 0; r < R; ++r) rows.store(r, c, V{});
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    largest[r] = high[r][0];
+    inverse[r] = 1 / S::sum(total[r])[0];
+  }
 }
 
 template <class S, class T>
@@ -184,14 +235,21 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
     const Factor<A> with_prefix{query.data, prefix.keys_t, prefix.width, dim},
         with_own{query.data, keys_t, own_width, dim};
     if (prefix.length) multiply<S>(score, &with_prefix, 1, rows, prefix.width, scores);
+    ahead.step();
     multiply<S>(score, &with_own, 1, rows, S::round_up(seen), scores + prefix.width);
-    A inverse[R];
+    ahead.step();
+    A largest[R], inverse[R];
+    const Columns columns{prefix.length, args.causal ? i + 1 : length, prefix.width, prefix.width + S::round_up(seen)};
+    with_rows<R>(rows, [&](auto count) {
+      softmax_rows<S, decltype(count)::value>(Scores<S>{scores, score_row}, columns, args.causal ? 1 : 0, largest,
+                                              inverse);
+    });
     for (int64_t r = 0; r < rows; ++r) {
-      const Columns columns{prefix.length, args.causal ? i + r + 1 : length, prefix.width,
-                            prefix.width + S::round_up(seen)};
       A* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + task.head);
-      inverse[r] = row_stats[1] = softmax_row<S>(scores + r * score_row, columns, row_stats);
+      row_stats[0] = largest[r];
+      row_stats[1] = inverse[r];
     }
+    ahead.step();
     const Sink<S, T> sink(out + (begin + i) * out_row + task.head * dim, out_row, rows, dim, out_scratch);
     const Product<A> mix{score_row, 1, sink.stride, 1, false, inverse};
     const Factor<A> parts[2] = {{scores, prefix.values.data, prefix.values.stride, prefix.length},
@@ -214,7 +272,8 @@ void fwd_task(const AttentionArgs& args, void* out, void* stats, const Attention
   ahead.add(args.k);
   ahead.add(args.v);
   ahead.add({out, args.num_heads * args.head_dim, args.head_dim});
-  for_histories<S::kTileRows, T>(args, task, ahead, [&](int64_t begin, int64_t length, int64_t h) {
+  const auto steps = [](int64_t length) { return 4 * parts(length, S::kTileRows); };
+  for_histories(args, task, ahead, steps, [&](int64_t begin, int64_t length, int64_t h) {
     const AttentionTask one{task.chunk, task.head + h, 1, nullptr};
     fwd_history<S, T>(args, prefixes[h], begin, length, static_cast<T*>(out), static_cast<A*>(stats), one, pieces,
                       ahead);
