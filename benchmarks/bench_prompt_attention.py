@@ -6,7 +6,7 @@ PyTorch's ways get their inputs padded, with the prompts already in place, outsi
 import torch
 import torch.nn.functional as F
 from flex_attention_way import flex_attention_way
-from measure import Report, lengths_of, medians_ms, release_memory, to_offsets
+from measure import PRODUCT_GFLOP, Report, lengths_of, matrix_products, medians_ms, release_memory, to_offsets
 from torch import Tensor
 
 from pcl_ext import ops
@@ -86,8 +86,7 @@ def fused_ways(rows, prefix, offsets):
 
 def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
     release_memory()
-    torchs = report.rates[str(dtype)[6:]]
-    rates = (torchs, max(torchs, report.rates["linear"]) if dtype == torch.float32 else torchs)
+    products = matrix_products(dtype)
     lengths = lengths_of(ROWS // mean, mean)
     total, offsets = int(lengths.sum()), to_offsets(lengths)
     rows = list(torch.randn(3, total, HEADS, dim).to(dtype))
@@ -104,19 +103,34 @@ def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
     flops = 4 * dim * HEADS * int((lengths * PROMPTS + lengths * (lengths + 1) // 2).sum())
     name = f"{str(dtype)[6:]}, mean {mean}, d {dim}"
 
-    def row(what: str, work: float, ours: float, padded: float, buckets: float, *others: float) -> None:
-        shares = [100 * work / ours / 1e6 / rate for rate in rates]
+    def row(what: str, work: float, ours: float, product: list[float], padded: float, buckets: float, *others) -> None:
+        shares = [work / 1e9 / PRODUCT_GFLOP * 100 * ms / ours for ms in (product[0], min(product))]
         best = min(padded, buckets, *others)
         report.row(f"{name}, {what}", best / ours, ours, padded, buckets, *(others or ("", "")), *shares)
 
     with torch.no_grad():
         theirs = {groups: way.forward for groups, way in ways.items()}
-        ours, flex, *others = medians_ms({"ours": forward, "flex": flex, **theirs}).values()
-    padded, *buckets, loop = others
-    row("forward", flops, ours, padded, min(buckets), loop, flex)
+        times = medians_ms({"ours": forward, "flex": flex, **theirs, **products})
+    row(
+        "forward",
+        flops,
+        times["ours"],
+        [times[name] for name in products],
+        times[1],
+        min(times[groups] for groups in BUCKETS),
+        times[len(lengths)],
+        times["flex"],
+    )
     theirs = {groups: ways[groups].backward for groups in [1, *BUCKETS]}
-    ours, padded, *buckets = medians_ms({"both": both, **theirs}, least=4).values()  # seconds a call where padded
-    row("forward and backward", 3.5 * flops, ours, padded, min(buckets))
+    times = medians_ms({"both": both, **theirs, **products}, least=4)  # seconds a call where padded
+    row(
+        "forward and backward",
+        3.5 * flops,
+        times["both"],
+        [times[name] for name in products],
+        times[1],
+        min(times[groups] for groups in BUCKETS),
+    )
     full, alone = medians_ms({"full": backward(*range(5)), "alone": backward(3, 4)}).values()
     report.row(f"{name}, backward: all against prefix only", full / alone, alone, *[""] * 6)
 
