@@ -69,12 +69,14 @@ class Summary:
             gains.append(ratio if higher_is_better(name) else -ratio)
         return float(np.mean(gains))
 
-    def best(self, methods: tuple[str, ...]) -> str | None:
-        """The one of these with the best result: the mean relative gain over the first of them. Those with fewer runs
-        than others are not complete yet and are left out."""
+    def strongest(self, methods: tuple[str, ...], ours: str) -> str | None:
+        """The one of these over which `ours` gains least, a mean over tasks. Those with fewer runs than others are not
+        complete yet and are left out."""
+        if ours not in self.rows:
+            return None
         most = max((self.rows[name].runs for name in methods if name in self.rows), default=0)
         present = [name for name in methods if name in self.rows and self.rows[name].runs == most]
-        return max(present, key=lambda name: self.gain(name, present[0]), default=None)
+        return min(present, key=lambda name: self.gain(ours, name), default=None)
 
     def paired(self, ours: str, other: str) -> dict[str, Gain]:
         """Gains of a method over another by task, and of their "mean", on the folds and seeds that both have.
@@ -139,21 +141,21 @@ def _matrix(entries: list[dict], tasks: list[str]) -> tuple[list[str], np.ndarra
 
 
 def contests(summary: Summary, out: Path, ours: str = "pcl") -> dict[str, tuple[str, dict[str, Interval]]]:
-    """{what: (method, intervals)} of `ours` against the best of each kind, on the folds and seeds that both have and
-    whose test outputs are in `out`; a kind without such runs is left out."""
+    """{what: (method, intervals)} of `ours` against the strongest of each kind, on the folds and seeds that both have
+    and whose test outputs are in `out`; a kind without such runs is left out."""
     kinds = {
-        "best continual-learning baseline": summary.best(CONTINUAL),
-        "best multi-task baseline": summary.best(MULTI_TASK),
-        "linear probe": summary.best(("probe",)),
-        "pooled linear probe": summary.best(("pooled-probe",)),
-        "Eq. (1) alone": summary.best(("pcl-eq1",)),
-        "the same memory without backbone": summary.best(("pcl-no-backbone",)),
-        "a fine-tuned copy per task": summary.best(("copy",)),
+        "best continual-learning baseline": summary.strongest(CONTINUAL, ours),
+        "best multi-task baseline": summary.strongest(MULTI_TASK, ours),
+        "linear probe": summary.strongest(("probe",), ours),
+        "pooled linear probe": summary.strongest(("pooled-probe",), ours),
+        "Eq. (1) alone": summary.strongest(("pcl-eq1",), ours),
+        "the same memory without backbone": summary.strongest(("pcl-no-backbone",), ours),
+        "a fine-tuned copy per task": summary.strongest(("copy",), ours),
     }
     return {
         what: (other, intervals)
         for what, other in kinds.items()
-        if other not in (None, ours) and ours in summary.rows and (intervals := against(summary, out, ours, other))
+        if other not in (None, ours) and (intervals := against(summary, out, ours, other))
     }
 
 

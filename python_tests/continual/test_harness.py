@@ -16,7 +16,7 @@ from benchmarks.continual.methods import CONTINUAL, LEARNERS, MULTI_TASK, NAMES
 from benchmarks.continual.page import write_page
 from benchmarks.continual.schedule import Comparison, Plan
 from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget
-from benchmarks.continual.summary import Summary
+from benchmarks.continual.summary import Row, Summary
 from benchmarks.continual.trial import Trial, conduct
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.task import TaskSpec
@@ -136,6 +136,24 @@ def test_gains_are_paired_by_fold():
     assert gains.keys() == expected.keys()
     assert all((gains[t].mean, gains[t].error) == pytest.approx(expected[t]) for t in expected)
     assert summary.paired("pcl", "ewc") == {}
+
+
+def test_the_strongest_baseline_is_the_one_that_is_hardest_to_beat():
+    """Not the one that gains most over a baseline: against a ruined one, a single task decides."""
+    values = {
+        "fine": {("a", 0): {"next": 0.01, "segment": 0.5}},
+        "ewc": {("a", 0): {"next": 0.10, "segment": 0.9}},  # over fine +900 %, +80 %
+        "conure": {("a", 0): {"next": 0.12, "segment": 0.5}},  # +1100 %, +0 %
+        "pcl": {("a", 0): {"next": 0.12, "segment": 0.9}},  # over ewc +20 %, +0 %; over conure +0 %, +80 %
+    }
+    rows = {name: Row(name, 1, folds["a", 0], {}, 0.0, 0, 0.0) for name, folds in values.items()}
+    summary = Summary(rows, values, {}, {"next": "mrr@5", "segment": "accuracy"}, {}, {})
+    baselines = ("fine", "ewc", "conure")
+    assert summary.strongest(baselines, "pcl") == "ewc"
+    assert summary.strongest(baselines, "lwf") is None
+    assert summary.strongest(("hat",), "pcl") is None
+    rows["conure"] = replace(rows["conure"], runs=2)
+    assert summary.strongest(baselines, "pcl") == "conure", "the others are not complete"
 
 
 def test_a_killed_run_goes_on(plan, out, inline, monkeypatch):
