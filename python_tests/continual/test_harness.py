@@ -3,12 +3,17 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import benchmarks.continual
+import pcl_ext
 from benchmarks.continual import records, schedule, studies, unseen
 from benchmarks.continual.__main__ import folds_of, main
 from benchmarks.continual.intervals import compare, weighted
@@ -154,6 +159,13 @@ def test_the_strongest_baseline_is_the_one_that_is_hardest_to_beat():
     assert summary.strongest(("hat",), "pcl") is None
     rows["conure"] = replace(rows["conure"], runs=2)
     assert summary.strongest(baselines, "pcl") == "conure", "the others are not complete"
+
+
+def test_from_the_root_the_installed_package_runs():
+    code = "import benchmarks.continual, pcl_ext; print(pcl_ext.__file__)"
+    root = Path(benchmarks.continual.__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == Path(pcl_ext.__file__)
 
 
 def test_a_killed_run_goes_on(plan, out, inline, monkeypatch):
