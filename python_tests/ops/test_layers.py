@@ -11,7 +11,8 @@ from pcl_ext import ops
 from pcl_ext.ops import _native
 
 EMULATED_TILES = 5  # csrc/isa.h
-ISAS = [*range(len(_native.C.isas())), EMULATED_TILES] if ops.has_fused() else []
+ISA_NAMES = _native.C.isas() if ops.has_fused() else []
+ISAS = [*range(len(ISA_NAMES)), EMULATED_TILES] if ops.has_fused() else []
 CASES = {
     "qkv": lambda: make_linear(70, 64, 192, residual=False),
     "out": lambda: make_linear(70, 64, 64, norm=False),
@@ -57,6 +58,18 @@ def test_every_instruction_set(name, isa, dtype):
     exact = run_with_grads(to(case, torch.float64), grad_out, impl="reference")
     exact.pop("residual", None)  # that gradient is grad_out itself
     assert_as_right_as(case.run_isa(grad_out, isa), want, exact)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.skipif("amx" not in ISA_NAMES, reason="a processor with AMX")
+@pytest.mark.parametrize("scale", [1.0, 1e-19], ids=["", "products below float32's normal range"])
+@pytest.mark.parametrize("widths", [(70, 64, 192), (33, 37, 51), (1, 32, 96), (130, 512, 64)], ids=str)
+def test_emulated_tiles_do_what_amx_does(widths, scale):
+    case = to(make_linear(*widths, norm=False, residual=False, bias=False), torch.bfloat16)
+    case = replace(case, x=case.x.detach() * scale, weight=case.weight * scale)
+    grad_out = grad_for(case, torch.bfloat16) if scale == 1 else case.run(impl="reference")
+    amx, emulated = (case.run_isa(grad_out, isa) for isa in (ISA_NAMES.index("amx"), EMULATED_TILES))
+    torch.testing.assert_close(amx, emulated, rtol=0, atol=0)
 
 
 @pytest.mark.needs_ext
