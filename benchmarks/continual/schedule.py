@@ -61,36 +61,44 @@ class Comparison:
 
     def run(self, jobs: int) -> None:
         """Do what is missing, in `jobs` processes of one thread each, fold after fold: first the grid, then the other
-        seeds. A trial that fails is named at the end."""
+        seeds. The next fold begins when a process would have nothing to do. A trial that fails is named at the end."""
         context, failed = multiprocessing.get_context("spawn"), []
         total = sum(len(list(self._first(fold))) + self._later(fold) for fold in self.plan.folds)
         with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(total=total, unit="trial") as bar:
             self._pretrain(pool)
-            for fold in self.plan.folds:
-                failed += self._run_fold(pool, fold, bar)
+            folds, waiting = list(self.plan.folds), {}
+            while folds or waiting:
+                while folds and len(waiting) < jobs:
+                    waiting |= self._start(pool, folds.pop(0), bar)
+                if waiting:
+                    failed += self._finish(pool, waiting, bar)
         if failed:
             raise RuntimeError(f"{len(failed)} trials failed: {', '.join(failed)}; run again to repeat them")
 
-    def _run_fold(self, pool: ProcessPoolExecutor, fold: str, bar: tqdm) -> list[str]:
-        """-> the trials that failed."""
-        failed, grid = [], list(self._first(fold))
+    def _start(self, pool: ProcessPoolExecutor, fold: str, bar: tqdm) -> dict[Any, Trial]:
+        """-> what of a fold can be done at once."""
+        grid = list(self._first(fold))
         missing = [trial for trial in grid if records.load_trial(self.out, trial) is None]
-        waiting = {pool.submit(_work, "trial", trial, self.out): trial for trial in missing}
+        started = {pool.submit(_work, "trial", trial, self.out): trial for trial in missing}
         bar.update(len(grid) - len(missing))
         for method in self.plan.methods:
-            waiting |= self._follow(pool, self.plan.trial(method, fold, 0, 0))
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                trial = waiting.pop(future)
-                bar.update()
-                bar.set_postfix_str(trial.key)
-                if isinstance(future.exception(), BrokenProcessPool):
-                    raise future.exception()
-                if future.exception() is not None:
-                    failed.append(trial.key)
-                    traceback.print_exception(future.exception())
-                else:
-                    waiting |= self._follow(pool, trial)
+            started |= self._follow(pool, self.plan.trial(method, fold, 0, 0))
+        return started
+
+    def _finish(self, pool: ProcessPoolExecutor, waiting: dict[Any, Trial], bar: tqdm) -> list[str]:
+        """Wait for some trials, and add to `waiting` what waited for them; -> those that failed."""
+        failed = []
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            trial = waiting.pop(future)
+            bar.update()
+            bar.set_postfix_str(trial.key)
+            if isinstance(future.exception(), BrokenProcessPool):
+                raise future.exception()
+            if future.exception() is not None:
+                failed.append(trial.key)
+                traceback.print_exception(future.exception())
+            else:
+                waiting |= self._follow(pool, trial)
         return failed
 
     def _missing(self, fold: str, seed: int) -> list[str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,21 @@ def test_a_killed_run_goes_on(plan, out, inline, monkeypatch):
     Comparison(plan, out).run(1)
     assert [kind for kind, *_ in inline.done].count("trial") == 1
     assert len(records.read_lines(out / "results.jsonl")) == 2 * 3
+
+
+def test_a_fold_begins_when_a_process_has_nothing_to_do(plan, out, inline, monkeypatch):
+    (backbone,) = (out / "backbones").glob("tiny-0-*")
+    shutil.copytree(backbone, backbone.with_name(backbone.name.replace("tiny", "other")))
+    folds = {name: plan.folds["tiny"] for name in ("tiny", "other")}
+    plan, waiting = replace(plan, folds=folds, methods=("popularity",), seeds=1, points=1), []
+
+    def first(futures, **_):
+        waiting.append(len(futures))
+        return SimpleNamespace(done=[next(iter(futures))])
+
+    monkeypatch.setattr(schedule, "wait", first)
+    Comparison(plan, out).run(2)
+    assert waiting == [2, 1]
 
 
 def test_the_grid_point_is_chosen_on_valid_users(plan, out, inline):
