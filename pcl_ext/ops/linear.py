@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import linear_op, reference
-from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor
+from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, is_plain
 from pcl_ext.ops._native import CPU_FLOATS, call, use_fused
 
 
@@ -53,12 +53,13 @@ def norm_parts(norm) -> dict[str, Tensor]:
 
 def check_weights(x: Tensor, parts: dict[str, Tensor | None], shapes: dict[str, tuple]) -> None:
     """Shapes (a norm's are [D]), dtypes and devices of what rows x [T, D] are multiplied with."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast, dtypes, on_cpu = torch.is_autocast_enabled(x.device.type), (x.dtype,), x.is_cpu
     for name, value in parts.items():
-        if value is None:
+        shape, meaning = shapes.get(name, (x.shape[1:], "[D]"))
+        if value is None or (on_cpu and is_plain(value, None, dtypes) and value.shape == shape):
             continue
         check_tensor(name, value, None, FLOATS)
-        check_shape(name, value, *shapes.get(name, (x.shape[1:], "[D]")))
+        check_shape(name, value, shape, meaning)
         check_like(name, value, "x", x, dtype=not autocast)
 
 

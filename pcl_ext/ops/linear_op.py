@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from pcl_ext.ops._native import AVX512_BF16, BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
+_SUMS = (torch.float32, torch.float64)  # the dtypes that sums are taken in
 
 
 def matrix(rows: Tensor | None) -> tuple[int, int, int]:
@@ -21,7 +22,9 @@ def readable(rows: Tensor | None) -> Tensor | None:
 
 def wide(x: Tensor | None) -> Tensor | None:
     """A bias or a norm's weight in the dtype of the sums."""
-    return None if x is None else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    if x is None or (x.dtype in _SUMS and x.is_contiguous()):
+        return x
+    return x.to(x.dtype if x.dtype in _SUMS else torch.float32).contiguous()
 
 
 def operands(isa: int, *weights: Tensor) -> list[Tensor]:
