@@ -1,4 +1,4 @@
-"""The comparison's table in Markdown: table.md beside the page, to be read in a terminal or put into a document."""
+"""The comparison's tables in Markdown: table.md beside the page, to be read in a terminal or put into a document."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from benchmarks.continual.summary import Gain, Summary, summarise
 
 
 def write_table(out: Path, ours: str = "pcl") -> Path:
-    """table.md in the folder of a comparison; -> its path. ValueError where there are no results."""
+    """table.md in the folder of a comparison: results by method, then ours' relative gain over each by task; -> its
+    path. ValueError where there are no results."""
     summary = summarise(out)
     heads = ["method", "folds x seeds", *summary.metric, "mean", f"{ours} over it, mean", "forgetting"]
     heads += ["parameters a task", "seconds a task"]
-    lines = [heads, ["---"] * len(heads), ["", "", *summary.metric.values(), *[""] * 5]]
-    lines += [_line(summary, name, ours) for name in summary.rows]
+    results = [["", "", *summary.metric.values(), *[""] * 5], *(_line(summary, name, ours) for name in summary.rows)]
+    others = [name for name in summary.rows if ours in summary.rows and summary.paired(ours, name) and name != ours]
+    gains = [[name, *map(_gain, summary.paired(ours, name).values())] for name in others]
+    tables = [_table(heads, results)] + ([_table([f"{ours} over", *summary.metric, "mean"], gains)] if gains else [])
     path = out / "table.md"
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), "utf-8")
+    path.write_text("\n".join(tables), "utf-8")
     return path
+
+
+def _table(heads: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in [heads, ["---"] * len(heads), *lines])
 
 
 def _line(summary: Summary, name: str, ours: str) -> list[str]:

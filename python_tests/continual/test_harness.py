@@ -23,6 +23,7 @@ from benchmarks.continual.page import write_page
 from benchmarks.continual.schedule import Comparison, Plan
 from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget
 from benchmarks.continual.summary import Row, Summary
+from benchmarks.continual.table import write_table
 from benchmarks.continual.trial import Trial, conduct
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.task import TaskSpec
@@ -125,6 +126,9 @@ def test_one_line_a_result_and_a_run_that_is_complete_does_nothing(plan, out, in
     page = write_page(out).read_text()
     assert all(f"<td>{name}</td>" in page for name in plan.methods)
     assert "best multi-task baseline: mtl" in page
+    tables = write_table(out).read_text()
+    assert "| pcl over | next | segment | range | mean |" in tables
+    assert [tables.count(f"| {name} |") for name in plan.methods] == [2, 2, 2, 2, 1]
 
 
 def test_gains_are_paired_by_fold():
