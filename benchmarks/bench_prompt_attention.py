@@ -103,34 +103,20 @@ def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
     flops = 4 * dim * HEADS * int((lengths * PROMPTS + lengths * (lengths + 1) // 2).sum())
     name = f"{str(dtype)[6:]}, mean {mean}, d {dim}"
 
-    def row(what: str, work: float, ours: float, product: list[float], padded: float, buckets: float, *others) -> None:
-        shares = [work / 1e9 / PRODUCT_GFLOP * 100 * ms / ours for ms in (product[0], min(product))]
+    def row(what: str, work: float, times: dict, *others: float) -> None:
+        ours, padded, buckets = times["ours"], times[1], min(times[groups] for groups in BUCKETS)
+        best_product = min(times[name] for name in products)
+        shares = [work / 1e9 / PRODUCT_GFLOP * 100 * ms / ours for ms in (times["product"], best_product)]
         best = min(padded, buckets, *others)
         report.row(f"{name}, {what}", best / ours, ours, padded, buckets, *(others or ("", "")), *shares)
 
     with torch.no_grad():
         theirs = {groups: way.forward for groups, way in ways.items()}
         times = medians_ms({"ours": forward, "flex": flex, **theirs, **products})
-    row(
-        "forward",
-        flops,
-        times["ours"],
-        [times[name] for name in products],
-        times[1],
-        min(times[groups] for groups in BUCKETS),
-        times[len(lengths)],
-        times["flex"],
-    )
+    row("forward", flops, times, times[len(lengths)], times["flex"])
     theirs = {groups: ways[groups].backward for groups in [1, *BUCKETS]}
-    times = medians_ms({"both": both, **theirs, **products}, least=4)  # seconds a call where padded
-    row(
-        "forward and backward",
-        3.5 * flops,
-        times["both"],
-        [times[name] for name in products],
-        times[1],
-        min(times[groups] for groups in BUCKETS),
-    )
+    times = medians_ms({"ours": both, **theirs, **products}, least=4)  # seconds a call where padded
+    row("forward and backward", 3.5 * flops, times)
     full, alone = medians_ms({"full": backward(*range(5)), "alone": backward(3, 4)}).values()
     report.row(f"{name}, backward: all against prefix only", full / alone, alone, *[""] * 6)
 

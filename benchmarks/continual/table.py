@@ -16,8 +16,8 @@ def write_table(out: Path, ours: str = "pcl") -> Path:
     heads = ["method", "folds x seeds", *summary.metric, "mean", f"{ours} over it, mean", "forgetting"]
     heads += ["parameters a task", "seconds a task"]
     results = [["", "", *summary.metric.values(), *[""] * 5], *(_line(summary, name, ours) for name in summary.rows)]
-    others = [name for name in summary.rows if ours in summary.rows and summary.paired(ours, name) and name != ours]
-    gains = [[name, *map(_gain, summary.paired(ours, name).values())] for name in others]
+    others = [name for name in summary.rows if name != ours and ours in summary.rows]
+    gains = [[name, *map(_gain, gain.values())] for name in others if (gain := summary.paired(ours, name))]
     tables = [_table(heads, results)] + ([_table([f"{ours} over", *summary.metric, "mean"], gains)] if gains else [])
     path = out / "table.md"
     path.write_text("\n".join(tables), "utf-8")
