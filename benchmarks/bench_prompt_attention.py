@@ -1,12 +1,14 @@
 """prompt_attention in float32 and bfloat16 against the ways PyTorch has: padding, length buckets, a loop of histories.
 
-PyTorch's ways get their inputs padded, with the prompts already in place, outside the clock.
+PyTorch's ways get their inputs padded, with the prompts already in place, outside the clock. The roofline is the
+longer of two times measured in turn with the rest: the best matrix product's for this work, and a copy's of the bytes
+that have to be read and written.
 """
 
 import torch
 import torch.nn.functional as F
 from flex_attention_way import flex_attention_way
-from measure import PRODUCT_GFLOP, Report, lengths_of, matrix_products, medians_ms, release_memory, to_offsets
+from measure import PRODUCT_GFLOP, Report, copy_of, lengths_of, matrix_products, medians_ms, release_memory, to_offsets
 from torch import Tensor
 
 from pcl_ext import ops
@@ -101,24 +103,27 @@ def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
         flex, _ = flex_attention_way(rows, prefix, offsets)
         check(flex(), ways[1].packed(), exact)
     flops = 4 * dim * HEADS * int((lengths * PROMPTS + lengths * (lengths + 1) // 2).sum())
+    moved = rows[0].nbytes  # of q, k, v and the output forward; backward reads these and one gradient, and writes three
     name = f"{str(dtype)[6:]}, mean {mean}, d {dim}"
 
     def row(what: str, work: float, times: dict, *others: float) -> None:
         ours, padded, buckets = times["ours"], times[1], min(times[groups] for groups in BUCKETS)
-        best_product = min(times[name] for name in products)
-        shares = [work / 1e9 / PRODUCT_GFLOP * 100 * ms / ours for ms in (times["product"], best_product)]
+        products_ms = [work / 1e9 / PRODUCT_GFLOP * times[name] for name in products]
+        least = [products_ms[0], min(products_ms), max(min(products_ms), times["copy"])]
+        shares = [100 * ms / ours for ms in least]
         best = min(padded, buckets, *others)
         report.row(f"{name}, {what}", best / ours, ours, padded, buckets, *(others or ("", "")), *shares)
 
     with torch.no_grad():
         theirs = {groups: way.forward for groups, way in ways.items()}
-        times = medians_ms({"ours": forward, "flex": flex, **theirs, **products})
+        times = medians_ms({"ours": forward, "flex": flex, **theirs, **products, "copy": copy_of(4 * moved)})
     row("forward", flops, times, times[len(lengths)], times["flex"])
     theirs = {groups: ways[groups].backward for groups in [1, *BUCKETS]}
-    times = medians_ms({"ours": both, **theirs, **products}, least=4)  # seconds a call where padded
+    ways = {"ours": both, **theirs, **products, "copy": copy_of(12 * moved)}
+    times = medians_ms(ways, least=4)  # seconds a call where padded
     row("forward and backward", 3.5 * flops, times)
     full, alone = medians_ms({"full": backward(*range(5)), "alone": backward(3, 4)}).values()
-    report.row(f"{name}, backward: all against prefix only", full / alone, alone, *[""] * 6)
+    report.row(f"{name}, backward: all against prefix only", full / alone, alone, *[""] * 7)
 
 
 if __name__ == "__main__":
@@ -126,7 +131,7 @@ if __name__ == "__main__":
     report = Report(
         f"prompt_attention, {ROWS} rows, {PROMPTS} prompts, {HEADS} heads; milliseconds",
         ["what", "ratio to the best", "fused", "padded", "best of 8 to 64 buckets", "loop", "FlexAttention"]
-        + ["% of torch's matrix product", "% of the best one"],
+        + ["% of torch's matrix product", "% of the best one", "% of the roofline"],
     )
     for dtype in (torch.float32, torch.bfloat16):
         for shape in report.shapes(SHAPES):
