@@ -19,7 +19,8 @@ from measure import Report, median_ms
 from torch import Tensor
 
 from pcl_ext import Backbone, BackboneConfig, PackedBatch, TaskSpec, UserModel
-from pcl_ext.train import NEXT, NextItemLoss, PretrainConfig, adamw
+from pcl_ext.next_item import NextItemLoss
+from pcl_ext.train import NEXT, PretrainConfig, adamw
 
 WAYS = ("sampled", "chunks", "plain")
 SHAPES = [(100_000, 512), (1_000_000, 512)]

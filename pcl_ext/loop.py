@@ -1,22 +1,21 @@
-"""The training loop under `train`: epochs, early stopping, and checkpoints that resume with the same bits."""
+"""The training loop under `train`: epochs, early stopping, averaged weights."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pcl_ext import store
+from pcl_ext.checkpoint import Checkpoint, Progress
 from pcl_ext.metrics import higher_is_better
 
 if TYPE_CHECKING:
@@ -65,24 +64,6 @@ class LoopConfig:
             )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
-
-
-@dataclass
-class Progress:
-    """Where a run stands: the step to do next, one entry an epoch of the learning curve, and the metrics before
-    the first epoch where the start may be kept."""
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    seconds: float = 0.0
-    curve: list[dict] = field(default_factory=list)
-    start: dict[str, float] | None = None
-
-    def stale_epochs(self) -> int:
-        """Epochs since the best one."""
-        best = max((entry["epoch"] for entry in self.curve if entry["best"]), default=-1)
-        return len(self.curve) - 1 - best
 
 
 @dataclass(frozen=True)
@@ -253,74 +234,3 @@ def _bar(batches: Iterator[Any], steps: int, progress: Progress, label: str) -> 
     except ImportError:
         return batches
     return tqdm(batches, desc=text, total=steps, initial=progress.step, leave=False)
-
-
-def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, value then, value now) of everything in which two nests of JSON values differ."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in sorted(then.keys() | now.keys()):
-            yield from differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif then != now:
-        yield name, then, now
-
-
-class Checkpoint:
-    """Everything a run needs to go on with the same bits: weights, optimiser, generator, place in the data.
-
-    One safetensors file, written atomically; no path, no checkpoints.
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        seconds: float,
-        trained: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        identity: dict[str, Any],
-    ):
-        self.path, self.seconds, self.identity = path, seconds, json.loads(json.dumps(identity))
-        self.trained, self.optimizer, self.written = trained, optimizer, time.monotonic()
-
-    def save(self, progress: Progress, best: dict[str, Tensor], average: dict[str, Tensor], now: bool = False) -> None:
-        """Write where `seconds` have passed since the last time, or `now`."""
-        if self.path is None or (not now and time.monotonic() - self.written < self.seconds):
-            return
-        state = self.optimizer.state_dict()
-        tensors = {f"weight/{name}": p.detach() for name, p in self.trained.items()}
-        tensors |= {f"best/{name}": value for name, value in best.items()}
-        tensors |= {f"average/{name}": value for name, value in average.items()}
-        tensors |= {f"optimizer/{i}/{key}": t for i, part in state["state"].items() for key, t in part.items()}
-        tensors["generator"] = torch.get_rng_state()
-        store.save_tensors(self.path, tensors, {"identity": self.identity, "progress": asdict(progress)})
-        self.written = time.monotonic()
-
-    def load(self) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-        """Where to go on, the best weights and the average: the start, where there is no file. Raises ValueError for a
-        file of another run."""
-        if self.path is None or not self.path.exists():
-            return Progress(), {}, {}
-        tensors, meta = store.load_tensors(self.path)
-        for key, then, now in differences(meta["identity"], self.identity):
-            raise ValueError(
-                f"{self.path} is the checkpoint of a run with {key} = {then!r}, this one has {now!r}; "
-                "repeat that run's settings to resume it, or remove the file to start again"
-            )
-        groups = {"weight": {}, "best": {}, "average": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind in groups:
-                groups[kind][rest] = tensor
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(groups["weight"][name])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in groups["optimizer"].items():
-            place, _, key = name.partition("/")
-            state.setdefault(int(place), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(tensors["generator"])
-        return Progress(**meta["progress"]), groups["best"], groups["average"]
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

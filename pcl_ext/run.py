@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pcl_ext import baselines, infer, ops, store
+from pcl_ext.checkpoint import differences
 from pcl_ext.data import FOLDS, Dataset, check_task
-from pcl_ext.loop import differences
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task

@@ -16,18 +16,16 @@ from pcl_ext.infer import Score
 from pcl_ext.item_start import start_items
 from pcl_ext.loop import Problem, fit
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.next_item import NextItemLoss, item_counts, shift
 from pcl_ext.task import TaskSpec
 from pcl_ext.train import (
     NEXT,
     LearnConfig,
-    NextItemLoss,
     PretrainConfig,
     adamw,
     epoch_batches,
-    item_counts,
     learn_task,
     pretrain,
-    shift,
 )
 
 

@@ -19,7 +19,8 @@ from pcl_ext.item_start import start_items
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.model import Backbone, LayerPrefix, MemoryConfig, Task, UserModel, task_loss
 from pcl_ext.model.encoded import Encoded, encode
-from pcl_ext.train import LearnConfig, NextItemLoss, PretrainConfig, adamw, epoch_batches, task_rates
+from pcl_ext.next_item import NextItemLoss
+from pcl_ext.train import LearnConfig, PretrainConfig, adamw, epoch_batches, task_rates
 
 BACKBONE_DECAY = 0.01  # as in pretraining
 

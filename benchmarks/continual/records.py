@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.continual.trial import Trial
-from pcl_ext.loop import differences
+from pcl_ext.checkpoint import differences
 from pcl_ext.run import PROTOCOL
 
 

@@ -10,7 +10,7 @@ from shop import NextItem, Steps
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from pcl_ext.data import Dataset
-from pcl_ext.train import shift
+from pcl_ext.next_item import shift
 
 
 class ShardedNextItem(NextItem):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pcl_ext import Backbone, BackboneConfig, PackedBatch
 from pcl_ext.data import Dataset, make_batch, plan
-from pcl_ext.train import shift
+from pcl_ext.next_item import shift
 
 MAX_LEN = 20
 

@@ -1,0 +1,118 @@
+"""Next-item prediction at every position: the loss of pretraining, exact or over a sample of the items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from pcl_ext.batch import PackedBatch
+from pcl_ext.data import FOLDS, Dataset
+from pcl_ext.model import Backbone, Task
+from pcl_ext.model.softmax import catalogue_cross_entropy
+
+if TYPE_CHECKING:
+    from pcl_ext.train import PretrainConfig
+
+
+class NextItemLoss:
+    """Cross-entropy of the next item at every position, over all items or a sample of them.
+
+    Where targets are new items, these are all that the user's history does not hold yet, its earlier windows included:
+    what is ranked when the task is used.
+
+    counts [V + 1] int64: how often each item occurs in the train users' histories.
+    """
+
+    def __init__(self, backbone: Backbone, task: Task, dataset: Dataset, config: PretrainConfig):
+        self.backbone, self.task = backbone, task
+        self.counts = item_counts(dataset)
+        sampled = backbone.config.num_items > config.full_softmax
+        self.sampler = ItemSampler(self.counts, config.negatives) if sampled else None
+
+    def __call__(self, batch) -> Tensor:
+        history, target = shift(batch.history)
+        if self.sampler is not None:
+            return self._sampled(history, target.long())
+        states = self.backbone(history)[-1]
+        queries, head = self.task.head.queries(states, states), self.task.head
+        seen = self._seen(history, lambda items: items.long() - 1)
+        return catalogue_cross_entropy(queries, self.backbone.table[1:], head.bias, target.long() - 1, **seen)
+
+    def _seen(self, history: PackedBatch, columns_of: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        """What the rows do not choose among: their own window so far, and what the user's history held before it."""
+        if self.task.spec.repeats:
+            return {}
+        users, older = history.users, history.older
+        seen = {"seen": (columns_of(history.items), history.offsets[users])}
+        return seen if older is None else seen | {"older": (columns_of(older.items), older.offsets, users)}
+
+    def _sampled(self, history: PackedBatch, target: Tensor) -> Tensor:
+        """Softmax over the targets of the step and a sample of the items; the sum under it is unbiased.
+
+        The backbone reads the rows of these items and of the histories alone, so the table's gradient is sparse and a
+        step costs the same for any number of items.
+        """
+        drawn, log_expected = self.sampler()
+        columns, at = torch.unique(torch.cat([target, drawn]), return_inverse=True)
+        ids, row = torch.unique(torch.cat([history.items.long(), columns]), return_inverse=True)
+        items, scored = row.split([len(target), len(columns)])
+        rows = F.embedding(ids, self.backbone.table, sparse=True)
+        states = functional_call(self.backbone, {"table": rows}, (replace(history, items=items),))[-1]
+        corrections = states.new_full((len(columns),), torch.inf, dtype=torch.float32)
+        corrections[at[len(target) :]] = log_expected
+        head, seen = self.task.head, self._seen(history, lambda items: _places_in(columns, items.long()))
+        scores = (head.queries(states, states), rows[scored], head.bias[columns - 1])
+        return catalogue_cross_entropy(*scores, at[: len(target)], log_expected=corrections, **seen)
+
+
+def _places_in(columns: Tensor, items: Tensor) -> Tensor:
+    """Where the items [n] are in columns [C], which increase; -1 where they are not."""
+    place = torch.searchsorted(columns, items).clamp_max(len(columns) - 1)
+    return torch.where(columns[place] == items, place, -1)
+
+
+class ItemSampler:
+    """Items drawn with replacement by smoothed frequency, (count + 1) ^ 0.75. counts [V + 1] int64."""
+
+    def __init__(self, counts: Tensor, draws: int):
+        weights = (counts[1:].double() + 1.0).pow(0.75)
+        self.draws, self.edges = draws, weights.cumsum(0)
+        self.log_expected = (weights / self.edges[-1] * draws).log().float()
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Ids [n], increasing, n at most `draws`, and the log of how often each was expected, by how often it came."""
+        points = torch.rand(self.draws, dtype=torch.float64) * self.edges[-1]
+        drawn = torch.searchsorted(self.edges, points, right=True).clamp_max(len(self.edges) - 1)
+        drawn, times = torch.unique(drawn, return_counts=True)
+        return drawn + 1, self.log_expected[drawn] - times.log()
+
+
+def shift(history: PackedBatch) -> tuple[PackedBatch, Tensor]:
+    """Histories of n items -> histories of their first n - 1, and the item [T] that follows each row."""
+    rows = torch.arange(history.items.numel())
+    first, last = torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows, dtype=torch.bool)
+    filled = history.lengths > 0
+    first[history.offsets[:-1][filled]] = True
+    last[history.offsets[1:][filled] - 1] = True
+    lengths = (history.lengths - 1).clamp_min(0)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return PackedBatch.from_packed(history.items[~last], offsets, older=history.older), history.items[~first]
+
+
+def item_counts(dataset: Dataset) -> Tensor:
+    """[V + 1] int64: how often each item occurs in the train users' histories."""
+    counts = np.zeros(dataset.num_items + 1, dtype=np.int64)
+    train = dataset.fold == FOLDS.index("train")
+    for first in range(0, dataset.num_users, 100_000):
+        offsets = dataset.offsets[first : first + 100_001]
+        events = dataset.items[offsets[0] : offsets[-1]]
+        keep = np.repeat(train[first : first + 100_000], np.diff(offsets))
+        counts += np.bincount(events[keep], minlength=len(counts))
+    return torch.from_numpy(counts)
