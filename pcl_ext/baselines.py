@@ -46,7 +46,7 @@ def trivial(dataset: Dataset, task: str, fold: str = "test") -> dict[str, Any]:
         name, constant = "mean", train.double().mean()
     else:
         name = "majority"
-        share = (torch.bincount(train, minlength=spec.num_classes or 2) + 1e-9) / len(train)
+        share = (torch.bincount(train, minlength=spec.num_classes or 2).double() + 1e-9) / len(train)
         constant = share.log() if spec.kind == "classes" else torch.logit(share[1], eps=1e-9)
     metrics = _measure(dataset, spec, examples, lambda rows: constant.expand(len(rows), *constant.shape))
     return {"name": name, "metrics": metrics}
@@ -79,10 +79,9 @@ def _measure(dataset: Dataset, spec: TaskSpec, examples: Examples, outputs) -> d
     size = max(1, _SCORES // spec.num_outputs(dataset.num_items))
     with progress(f"reference models of {spec.name}", len(examples), " examples") as bar:
         for rows in torch.arange(len(examples)).split(size):
-            index, offsets = examples.target_rows(rows)
-            target = examples.target[index]
-            target = columns[target] if columns is not None else target
-            metrics.update(outputs(rows), target, torch.repeat_interleave(torch.arange(len(rows)), offsets.diff()))
+            part = examples.select(rows)
+            target = part.target if columns is None else columns[part.target]
+            metrics.update(outputs(rows), target, _rows_of_targets(part))
             bar.update(len(rows))
     return metrics.compute()
 
@@ -108,6 +107,11 @@ def _some(examples: Examples, most: int) -> Examples:
         return examples
     rows = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:most].sort().values
     return examples.select(rows)
+
+
+def _rows_of_targets(examples: Examples) -> Tensor:
+    """[M] int64: which example each target belongs to."""
+    return torch.repeat_interleave(torch.arange(len(examples)), examples.target_offsets.diff())
 
 
 def _part(train: Examples, whole: Examples) -> str:
@@ -228,13 +232,13 @@ class BagOfItems:
         valid = _some(dataset.examples(spec.name, "valid"), _MOST_VALID)
         target, self.mean, self.scale = train.target, 0.0, 1.0
         if spec.kind == "regression":
-            self.mean, self.scale = float(target.mean()), float(target.std().clamp_min(1e-12))
+            self.mean, self.scale = float(target.mean()), float(target.std(correction=0).clamp_min(1e-12))
             target = (target - self.mean) / self.scale
         columns = spec.num_outputs(dataset.num_items)
         self.weight = [torch.zeros(dataset.num_items + 1, columns), torch.zeros(columns)]
-        sets, best = _sets(dataset, train), (float("inf"), 0.0, self.weight)
+        sets, rows, best = _sets(dataset, train), _rows_of_targets(train), (float("inf"), 0.0, self.weight)
         for c in STRENGTHS if len(valid) else STRENGTHS[3:4]:  # each fit starts from the one before
-            self._fit(sets, target, 1 / (2 * c * max(1, len(train))))
+            self._fit(sets, rows, target, 1 / (2 * c * max(1, len(train))))
             loss = self._valid_loss(valid)
             if loss >= best[0]:
                 break
@@ -254,19 +258,20 @@ class BagOfItems:
         return total / offsets.diff().clamp_min(1).sqrt()[:, None] + bias
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean over targets [m]; output [m, C]."""
         if self.spec.kind == "classes":
             return F.cross_entropy(output, target)
         if self.spec.kind == "binary":
             return F.binary_cross_entropy_with_logits(output[:, 0], target.float())
         return F.mse_loss(output[:, 0], target.float())
 
-    def _fit(self, sets: tuple[Tensor, Tensor], target: Tensor, penalty: float) -> None:
+    def _fit(self, sets: tuple[Tensor, Tensor], rows: Tensor, target: Tensor, penalty: float) -> None:
         self.weight = [w.detach().clone().requires_grad_() for w in self.weight]
         optimiser = torch.optim.LBFGS(self.weight, max_iter=60, history_size=10, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            loss = self._loss(self._output(*sets), target) + penalty * self.weight[0].square().sum()
+            loss = self._loss(self._output(*sets)[rows], target) + penalty * self.weight[0].square().sum()
             loss.backward()
             return loss
 
@@ -278,4 +283,4 @@ class BagOfItems:
             return 0.0
         with torch.no_grad():
             target = (valid.target - self.mean) / self.scale if self.spec.kind == "regression" else valid.target
-            return float(self._loss(self._output(*_sets(self.dataset, valid)), target))
+            return float(self._loss(self._output(*_sets(self.dataset, valid))[_rows_of_targets(valid)], target))

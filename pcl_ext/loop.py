@@ -217,7 +217,7 @@ def _is_better(progress: Progress, score: Score, problem: Problem) -> bool:
     kept = next((entry for entry in reversed(progress.curve) if entry["best"]), None)
     if not problem.ties_by_loss or kept is None:
         return all(value > other for other in seen)
-    least = max(value, *seen) - score.standard_error[problem.metric]
+    least = max(value, *seen) - score.standard_error.get(problem.metric, 0.0)  # too few users have none
     return value >= least and (score.loss < kept["valid_loss"] or sign * kept["valid"][problem.metric] < least)
 
 

@@ -60,8 +60,9 @@ def pretrain(
             for key, value in settings.items():
                 _same(key, record["config"].get(key), value, out)
             return store.from_pretrained(out)
-        model, curve = pretrain_model(dataset, shape, config, checkpoint)
         record = _new_record(dataset, settings)
+        record["references"]["next"] = _references(dataset, "next")
+        model, curve = pretrain_model(dataset, shape, config, checkpoint)
         _measure(model, dataset, record, "next", curve)
         store.save_pretrained(model, out, record)
         checkpoint.unlink(missing_ok=True)
@@ -129,6 +130,7 @@ def learn(
         checkpoint = run / "checkpoints" / f"{name}.safetensors"
         if name not in model.task_names:
             compared = _compared(model, dataset, record)
+            record["references"][name] = _references(dataset, name)
             checkpoint.parent.mkdir(exist_ok=True)
             config, memory = config or LearnConfig(), memory or MemoryConfig()
             curve = learn_task(model, dataset, name, config, memory, checkpoint)
@@ -168,7 +170,7 @@ def _measure(
     curve: list[dict],
     compared: Sequence[str] = (),
 ) -> None:
-    """Add a learned task to the record: a row of the matrix, its curve, what trivial and cheap models reach."""
+    """Add a learned task to the record: a row of the matrix, its curve, the hashes of its outputs and of its table."""
     scores = infer.evaluate(model, dataset, [*record["outputs"], name])  # a model may know tasks that no run taught it
     if changed := [task for task in changed_outputs(record, scores) if task in compared]:
         raise ForgettingError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
@@ -180,10 +182,11 @@ def _measure(
     record["outputs"][name] = scores[name].outputs
     record["dataset"]["tasks"][name] = dataset.task_sha256(name)
     record["standard_error"][name] = scores[name].standard_error
-    record["references"][name] = {
-        "trivial": baselines.trivial(dataset, name),
-        "cheap": baselines.cheap(dataset, name),
-    }
+
+
+def _references(dataset: Dataset, name: str) -> dict[str, Any]:
+    """What trivial and cheap models reach; before training, so that a table they cannot use costs none."""
+    return {"trivial": baselines.trivial(dataset, name), "cheap": baselines.cheap(dataset, name)}
 
 
 def _take_outputs_again(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> None:

@@ -172,3 +172,49 @@ def test_a_fold_of_one_class_has_no_auc(write, tmp_path, monkeypatch, fold):
     monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("a step was taken"))
     with pytest.raises(ValueError, match=f"'rare' needs {fold} users of both classes, all 10 targets are 0; give"):
         learn(dataset, tmp_path / "run", "rare")
+
+
+def test_several_labels_of_a_user_are_learned(write, tmp_path):
+    dataset = write({"label": ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)])})
+    path = dataset.path / "tasks" / "label.parquet"
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table, table.slice(3, 1), table.slice(4, 1)]), path)
+    pretrain(dataset, tmp_path / "run")
+    assert learn(dataset, tmp_path / "run", "label")["references"]["label"]["cheap"]["metrics"]
+
+
+def test_a_table_that_the_references_cannot_use_costs_no_training(write, tmp_path, monkeypatch, no_step):
+    monkeypatch.undo()
+    dataset = write({"label": ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)])})
+    pretrain(dataset, tmp_path / "run")
+    monkeypatch.setattr(run.baselines, "cheap", lambda *args: 1 / 0)
+    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("a step was taken"))
+    with pytest.raises(ZeroDivisionError):
+        learn(dataset, tmp_path / "run", "label")
+
+
+@pytest.mark.parametrize(
+    ("spec", "target"),
+    [
+        ({"kind": "binary"}, lambda user: FOLDS[user] != "valid" and user % 4 // 2 or user == 4),
+        ({"kind": "binary", "metric": "log_loss"}, lambda user: FOLDS[user] == "train" or user % 2),
+        ({"kind": "binary", "metric": "log_loss"}, lambda user: FOLDS[user] != "train" and user % 2),
+    ],
+    ids=["one valid positive", "train users all 1", "train users all 0"],
+)
+def test_rare_and_one_sided_labels_are_learned(write, tmp_path, spec, target):
+    dataset = write({"label": (spec, [int(target(user)) for user in range(USERS)])})
+    pretrain(dataset, tmp_path / "run")
+    config = LearnConfig(**(ONCE | {"epochs": 3}))
+    run.learn(tmp_path / "run", dataset, "label", config)
+    assert run.verify_unchanged(tmp_path / "run", dataset)["tasks"]["label"] == "equal"
+
+
+@pytest.mark.parametrize("kind", ["regression", "classes"])
+def test_one_valid_user_is_enough(write, tmp_path, kind):
+    spec = {"kind": kind} | ({"num_classes": 3} if kind == "classes" else {})
+    folds = ["train" if fold == "valid" and user != 4 else fold for user, fold in enumerate(FOLDS)]
+    target = [float(user % 3) if kind == "regression" else user % 3 for user in range(USERS)]
+    dataset = write({"label": (spec, target)}, folds=folds)
+    pretrain(dataset, tmp_path / "run")
+    assert run.learn(tmp_path / "run", dataset, "label", LearnConfig(**(ONCE | {"epochs": 3})))["curves"]["label"]
