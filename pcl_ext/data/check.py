@@ -11,7 +11,7 @@ from pcl_ext.data.cache import cached, identity
 from pcl_ext.data.dataset import Dataset
 from pcl_ext.data.histories import FILE
 from pcl_ext.data.progress import progress
-from pcl_ext.data.table import NEXT, TaskTable, load_task
+from pcl_ext.data.table import NEXT, TaskTable
 
 _EVENTS = 1 << 21
 
@@ -34,7 +34,7 @@ def check(dataset: Dataset | str | Path) -> None:
 def check_task(dataset: Dataset, name: str) -> None:
     """What `check` proves of the histories and of one task. What has passed is remembered in the dataset's cache, by
     the hashes of its contents, and not looked at again."""
-    table, histories = load_task(dataset, name), dataset.sha256  # as the files are now, whatever was read before
+    table, histories = dataset.task(name), dataset.sha256
     _once(dataset, "ordered", histories, lambda: _check_times_rise(dataset))
     if dataset.distinct:
         _once(dataset, "distinct", histories, lambda: _check_distinct(dataset, "dataset.json says distinct"))

@@ -51,7 +51,7 @@ class Dataset:
         self.times: np.ndarray | None = load(folder, "times")
         self._order = load(folder, "order")
         self._histories_sha256 = json.loads((folder / "meta.json").read_text())["sha256"]
-        self._tasks: dict[str, TaskTable] = {}
+        self._tasks: dict[str, tuple[str, TaskTable]] = {}
 
     @property
     def num_users(self) -> int:
@@ -65,30 +65,37 @@ class Dataset:
     def task_sha256(self, name: str) -> str:
         """Of the task's two files; of nothing for a task that has none."""
         digest = sha256()
-        for path in (self.path / "tasks" / f"{name}.json", self.path / "tasks" / f"{name}.parquet"):
-            if path.is_file():
-                digest.update(file_sha256(path).encode())
+        for path in self._task_files(name):
+            digest.update(file_sha256(path).encode())
         return digest.hexdigest()
+
+    def _task_files(self, name: str) -> list[Path]:
+        paths = (self.path / "tasks" / f"{name}.json", self.path / "tasks" / f"{name}.parquet")
+        return [path for path in paths if path.is_file()]
 
     @cached_property
     def users_by_fold(self) -> dict[str, int]:
         counts = np.bincount(self.fold, minlength=len(FOLDS)).tolist()
         return dict(zip(FOLDS, counts, strict=True))
 
-    @cached_property
+    @property
     def task_names(self) -> tuple[str, ...]:
-        """`next` first, then the tables of tasks/ by name."""
+        """`next` first, then the tables that tasks/ holds now, by name."""
         names = sorted(path.stem for path in (self.path / "tasks").glob("*.parquet"))
         return (NEXT, *(check_task_name(name) for name in names if name != NEXT))
 
     def task(self, name: str) -> TaskTable:
-        """The task's table. `next`, where it has none: the last item of every user with two or more, given the others.
+        """The task's table, as its files are now. `next`, where it has none: the last item of every user with two or
+        more, given the others.
 
         Raises KeyError for an unknown task and ValueError for a table that breaks the format.
         """
-        if name not in self._tasks:
-            self._tasks[name] = load_task(self, name)
-        return self._tasks[name]
+        now = identity(self._task_files(name))
+        then, table = self._tasks.get(name, (None, None))
+        if table is None or then != now:
+            table = load_task(self, name)
+            self._tasks[name] = now, table
+        return table
 
     def examples(self, name: str, fold: str | None) -> Examples:
         """The task's examples whose users are in the fold (None: all), one per (user, cut), ordered by it."""

@@ -6,11 +6,11 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from pcl_ext.data._arrow import csv, pa, pq
+from pcl_ext.data._arrow import csv, pa, pc, pq
 from pcl_ext.data.config import TableConfig
 
 _SEPARATOR = "\x1f"
-_NULLS = ["", "NA", "NaN", "nan", "null"]
+_NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and times; a text is missing where its cell is empty
 
 
 def read_table(
@@ -47,13 +47,22 @@ def _read_csv(config: TableConfig, path: Path, where: str) -> pa.Table:
             text = path.read_text(encoding=config.encoding)
             source, delimiter = io.BytesIO(text.replace(delimiter, _SEPARATOR).encode()), _SEPARATOR
         encoding = "utf-8" if delimiter == _SEPARATOR else config.encoding
-        return csv.read_csv(
+        table = csv.read_csv(
             source,
             read_options=csv.ReadOptions(column_names=config.columns, encoding=encoding),
             parse_options=csv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == _SEPARATOR else '"'),
             convert_options=csv.ConvertOptions(
-                column_types=dict.fromkeys(config.text, pa.string()), strings_can_be_null=True, null_values=_NULLS
+                column_types=dict.fromkeys(config.text, pa.string()), strings_can_be_null=False, null_values=_NULLS
             ),
         )
+        return _empty_texts_are_null(table)
     except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
         raise ValueError(f"{where}: {path} is not readable as CSV: {error}") from error
+
+
+def _empty_texts_are_null(table: pa.Table) -> pa.Table:
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            column = table.column(place)
+            table = table.set_column(place, field, pc.if_else(pc.equal(column, ""), None, column))
+    return table

@@ -329,6 +329,21 @@ def test_a_changed_table_is_read_again(write_folder):
     assert Dataset(folder).task("toy").target.tolist() == [6, 7]
 
 
+def test_tables_are_those_that_are_there_now(write_folder):
+    folder = write_folder()
+    dataset, rows = Dataset(folder), {"user_id": [10], "target": [1], "cut": [1]}
+    with pytest.raises(KeyError):
+        dataset.task("late")
+    for target in (1, 0):
+        (folder / "tasks").mkdir(exist_ok=True)
+        (folder / "tasks" / "late.json").write_text(json.dumps({"name": "late", "kind": "binary"}))
+        pq.write_table(pa.table(rows | {"target": [target]}), folder / "tasks" / "late.parquet")
+        os.utime(folder / "tasks" / "late.parquet", ns=(target, target))
+        assert dataset.task_names == ("next", "late")
+        assert dataset.task("late").target.tolist() == [target]
+        assert dataset.task("late") is dataset.task("late")
+
+
 def test_a_killed_build_of_the_cache_is_swept(write_folder):
     folder = write_folder()
     Dataset(folder)

@@ -280,6 +280,14 @@ def test_labels(prepare, keys, want, labels):
         assert dataset.task("t").spec.labels == labels
 
 
+def test_a_text_that_reads_like_a_missing_number_is_a_text(prepare):
+    users = "user_id,age,city\nbob,NA,NA\nann,25,null\ncat,NaN,\ndan,70,Bern\n"
+    dataset = prepare(task('kind = "binary"\ncolumn = "city"'), users=users)
+    assert rows(dataset, "t") == [("ann", 1, 4), ("bob", 0, 3)]
+    assert dataset.task("t").spec.labels == ("NA", "null")
+    assert rows(prepare(task('kind = "regression"\ncolumn = "age"'), users=users), "t") == [("ann", 25, 4)]
+
+
 @pytest.mark.parametrize(
     ("until", "keys", "words"),
     [
