@@ -56,6 +56,8 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         identity: dict[str, Any],
     ):
+        if path is not None and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"the folder of the checkpoint {path} is missing")
         self.path, self.seconds, self.identity = path, seconds, json.loads(json.dumps(identity))
         self.trained, self.optimizer, self.written = trained, optimizer, time.monotonic()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ def evaluate(
         for batch, output in outputs(model, dataset, name, fold=fold, batch_tokens=batch_tokens):
             digest.update(output.cpu().contiguous().numpy().tobytes())
             columns = task.columns(batch.target)
-            metrics.update(output, columns, batch.target_row)
+            metrics.update(output.cpu(), columns.cpu(), batch.target_row.cpu())
             loss += float(task.loss(output, columns, batch.target_row)) * len(columns)
         if not metrics.count:
             raise ValueError(f"{dataset.path} has no {fold} users with a target of task {name!r}: nothing to measure")
@@ -65,33 +66,41 @@ def evaluate(
 def outputs(
     model: UserModel, dataset: Dataset, name: str, *, fold: str, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[ExampleBatch, Tensor]]:
-    """Batches of a task's examples in a fixed order, each with the model's output; in evaluation mode, float32."""
-    training = model.training
-    model.eval()
-    try:
-        examples, config = dataset.examples(name, fold), model.backbone.config
-        most = max(1, MOST_SCORES // model.task(name).spec.num_outputs(config.num_items))
-        with progress(f"measuring {name}, {fold} users", len(examples), " examples") as bar:
-            for rows in plan(examples, max_tokens=batch_tokens, max_len=config.max_len, seed=None):
-                for part in rows.split(most):
-                    batch = make_batch(dataset, examples, part, config.max_len)
-                    yield batch, model(batch.history, name).float()
-                    bar.update(len(part))
-    finally:
-        model.train(training)
+    """Batches of a task's examples in a fixed order, each with the model's output, on the model's device; in evaluation
+    mode, float32."""
+    examples, config = dataset.examples(name, fold), model.backbone.config
+    most = max(1, MOST_SCORES // model.task(name).spec.num_outputs(config.num_items))
+    with evaluating(model), progress(f"measuring {name}, {fold} users", len(examples), " examples") as bar:
+        for rows in plan(examples, max_tokens=batch_tokens, max_len=config.max_len, seed=None):
+            for part in rows.split(most):
+                batch = make_batch(dataset, examples, part, config.max_len).to(model.device)
+                yield batch, model(batch.history, name).float()
+                bar.update(len(part))
 
 
 @torch.no_grad()
 def fit_head(model: UserModel, dataset: Dataset, name: str, max_examples: int = 20_000) -> None:
     """Start a new task's head at the base rates of its training data, on standardised features."""
-    task, examples = model.task(name), dataset.examples(name, "train")
+    task, examples, max_len = model.task(name), dataset.examples(name, "train"), model.backbone.config.max_len
     features, targets, rows, count = [], [], [], 0
-    model.eval()
-    for batch in iterate(dataset, examples, max_tokens=BATCH_TOKENS, max_len=model.backbone.config.max_len, seed=0):
-        features.append(model.encode(batch.history, [name])[name])
-        targets.append(task.columns(batch.target))
-        rows.append(batch.target_row + count)
-        count += len(batch.history)
-        if count >= max_examples:
-            break
+    with evaluating(model):
+        for batch in iterate(dataset, examples, max_tokens=BATCH_TOKENS, max_len=max_len, seed=0):
+            batch = batch.to(model.device)
+            features.append(model.encode(batch.history, [name])[name])
+            targets.append(task.columns(batch.target))
+            rows.append(batch.target_row + count)
+            count += len(batch.history)
+            if count >= max_examples:
+                break
     task.fit_head(torch.cat(features), torch.cat(targets), torch.cat(rows))
+
+
+@contextmanager
+def evaluating(model: UserModel) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; after it, in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.data import Dataset, Examples, iterate
+from pcl_ext.infer import evaluating
 from pcl_ext.model import Task, UserModel
 from pcl_ext.model.layout import to_offsets
 from pcl_ext.model.ridge import Ridge, csr
@@ -32,7 +33,8 @@ def start_items(
     task = model.task(name)
     memory = task.memories["item_memory"]
     examples = _sample(dataset.examples(name, "train"))
-    bags, targets = _bags(model, dataset, task, examples)
+    with evaluating(model):
+        bags, targets = _bags(model, dataset, task, examples)
     rows, columns = len(memory.table), len(task.catalogue)
     x = csr(*bags, rows)
     counts = torch.bincount(targets[0], minlength=len(examples))
@@ -67,7 +69,7 @@ def _bags(
         lengths.append(offsets.diff())
         weights.append(weight)
         rows.append(batch.target_row + count)
-        columns.append(task.columns(batch.target))
+        columns.append(task.columns(batch.target.to(model.device)).cpu())
         count += len(batch.history)
     bags = torch.cat(index), to_offsets(torch.cat(lengths)), torch.cat(weights)
     return bags, (torch.cat(rows), torch.cat(columns))

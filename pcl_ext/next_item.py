@@ -56,8 +56,8 @@ class NextItemLoss:
     def _sampled(self, history: PackedBatch, target: Tensor) -> Tensor:
         """Softmax over the targets of the step and a sample of the items; the sum under it is unbiased.
 
-        The backbone reads the rows of these items and of the histories alone, so the table's gradient is sparse and a
-        step costs the same for any number of items.
+        The backbone reads the rows of these items and of the histories alone, so the table's gradient is sparse, and a
+        step costs the same for any number of items but for their biases, of which the optimiser moves all.
         """
         drawn, log_expected = self.sampler()
         columns, at = torch.unique(torch.cat([target, drawn]), return_inverse=True)

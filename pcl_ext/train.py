@@ -83,6 +83,7 @@ def pretrain(
         loss = NextItemLoss(model.backbone, task, dataset, config)
         sequences = dataset.sequences("train", backbone.max_len)
         examples = _some(sequences, f"{dataset.path} has no train users with two events or more")
+        _some(dataset.examples("next", "valid"), f"{dataset.path} has no valid users with a target of 'next'")
 
         def batches(epoch: int, start: int):
             return epoch_batches(dataset, examples, config, backbone.max_len + 1, epoch, start)
@@ -111,50 +112,65 @@ def learn_task(
     What is validated after each epoch, and kept, is the average of the task's weights over the epochs so far, the e-th
     with weight e. For an items task the reported metric of the valid users picks the epoch; for labels, epochs whose
     metric is within one standard error of the best are ties, and the one with the least loss is kept.
+    Where it raises, the model is left without the task; with a checkpoint, the same call goes on from there.
     """
     config = config or LearnConfig()
     if not model.backbone_frozen:
         raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
     _check_catalogue(dataset, model.backbone.config)
-    max_len = model.backbone.config.max_len
+    train, _ = (
+        _some(dataset.examples(name, fold), f"{dataset.path} has no {fold} users with a target of {name!r}")
+        for fold in ("train", "valid")
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        examples = _some(
-            dataset.examples(name, "train"), f"{dataset.path} has no train users with a target of {name!r}"
-        )
         task = model.add_task(dataset.task(name).spec, memory)
-
-        def batches(epoch: int, start: int):
-            return epoch_batches(dataset, examples, config, max_len, epoch, start)
-
-        def loss(batch) -> Tensor:
-            outputs, target = model.member_outputs(batch.history, name), task.columns(batch.target)
-            return sum(task.loss(output, target, batch.target_row) for output in outputs) / len(outputs)
-
-        infer.fit_head(model, dataset, name)
-        if ridge := task.cold and bool(config.ridge):
-            sign = 1 if higher_is_better(task.spec.metric) else -1
-            score = lambda: sign * validate(model, dataset, name).metrics[task.spec.metric]  # noqa: E731
-            start_items(model, dataset, name, config.ridge, score)
-        tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
-        identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
-        identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
-        problem = Problem(
-            name,
-            batches,
-            loss,
-            lambda: validate(model, dataset, name),
-            task.spec.metric,
-            identity,
-            keep_start=ridge,
-            average=True,
-            ties_by_loss=task.spec.kind != "items",
-        )
-        groups = task_rates(task, config, config.ridge_rate if ridge else 1.0)
-        optimizer = adamw(groups, config, config.epochs * batches(0, 0)[0])
-        curve = fit(model, optimizer, problem, config, checkpoint)
+        try:
+            curve = _learn(model, dataset, task, train, config, checkpoint)
+        except BaseException:
+            model.remove_task(name)
+            raise
     model.freeze_task(name)
     return curve
+
+
+def _learn(
+    model: UserModel, dataset: Dataset, task: Task, train: Examples, config: LearnConfig, checkpoint: Path | None
+) -> list[dict]:
+    """Start the open task, then train it."""
+    name, metric = task.spec.name, task.spec.metric
+    shape = model.backbone.config
+    most = max(1, infer.MOST_SCORES // task.spec.num_outputs(shape.num_items))
+
+    def batches(epoch: int, start: int):
+        return epoch_batches(dataset, train, config, shape.max_len, epoch, start, most)
+
+    def loss(batch: ExampleBatch) -> Tensor:
+        batch = batch.to(model.device)
+        outputs, target = model.member_outputs(batch.history, name), task.columns(batch.target)
+        return sum(task.loss(output, target, batch.target_row) for output in outputs) / len(outputs)
+
+    infer.fit_head(model, dataset, name)
+    if ridge := task.cold and bool(config.ridge):
+        sign = 1 if higher_is_better(metric) else -1
+        start_items(model, dataset, name, config.ridge, lambda: sign * validate(model, dataset, name).metrics[metric])
+    tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
+    identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
+    identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
+    problem = Problem(
+        name,
+        batches,
+        loss,
+        lambda: validate(model, dataset, name),
+        metric,
+        identity,
+        keep_start=ridge,
+        average=True,
+        ties_by_loss=task.spec.kind != "items",
+    )
+    groups = task_rates(task, config, config.ridge_rate if ridge else 1.0)
+    optimizer = adamw(groups, config, config.epochs * batches(0, 0)[0])
+    return fit(model, optimizer, problem, config, checkpoint)
 
 
 def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> RowAdamW:
@@ -191,11 +207,22 @@ def task_rates(task: Task, config: LearnConfig, factor: float = 1.0) -> list[tup
 
 
 def epoch_batches(
-    dataset: Dataset, examples: Examples, config: LoopConfig, max_len: int, epoch: int, start: int
+    dataset: Dataset,
+    examples: Examples,
+    config: LoopConfig,
+    max_len: int,
+    epoch: int,
+    start: int,
+    most: int | None = None,
 ) -> tuple[int, Iterator[ExampleBatch]]:
-    """(steps of an epoch, its batches from number `start` on): another order each epoch, the same for the same seed."""
+    """(steps of an epoch, its batches from number `start` on): another order each epoch, the same for the same seed.
+
+    most  examples of a batch: where each has a score for every item of a large catalogue
+    """
     groups = plan(examples, max_tokens=config.batch_tokens, max_len=max_len, seed=config.seed + epoch)
     groups = groups[: max(1, config.epoch_tokens // config.batch_tokens)]
+    if most is not None:
+        groups = [part for rows in groups for part in rows.chunk(-(-len(rows) // most))]
     return len(groups), (make_batch(dataset, examples, rows, max_len) for rows in groups[start:])
 
 

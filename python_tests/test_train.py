@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import BACKBONE, write_dataset
 
+from pcl_ext import infer
 from pcl_ext.data import Dataset, make_batch
 from pcl_ext.infer import Score
 from pcl_ext.item_start import start_items
@@ -314,3 +315,37 @@ def test_settings_of_the_start_are_checked():
         LearnConfig(ridge=(0,))
     with pytest.raises(ValueError, match=r"got \(1,\) and 0"):
         LearnConfig(ridge=(1,), ridge_rate=0)
+
+
+def test_a_task_that_was_not_learned_to_its_end_is_not_in_the_model(dataset, pretrained, tmp_path):
+    def stop(*args, **named):
+        raise KeyboardInterrupt
+
+    model, config = copy.deepcopy(pretrained), LearnConfig(epochs=1)
+    with mock.patch("pcl_ext.loop._step", stop), pytest.raises(KeyboardInterrupt):
+        learn_task(model, dataset, "click", config)
+    assert model.task_names == ["next"]
+    with pytest.raises(FileNotFoundError, match="the folder of the checkpoint"):
+        learn_task(model, dataset, "click", config, checkpoint=tmp_path / "missing" / "click.safetensors")
+    learn_task(model, dataset, "click", config, checkpoint=tmp_path / "click.safetensors")
+    assert model.task_names == ["next", "click"]
+
+
+def test_batches_with_many_scores_hold_few_users(dataset, pretrained, monkeypatch):
+    columns, users = dataset.task("range").spec.num_outputs(dataset.num_items), []
+    monkeypatch.setattr(infer, "MOST_SCORES", 5 * columns)
+    model, outputs = copy.deepcopy(pretrained), UserModel.member_outputs
+    with mock.patch.object(UserModel, "member_outputs", autospec=True) as read:
+        read.side_effect = lambda model, history, name: (users.append(len(history)), outputs(model, history, name))[1]
+        learn_task(model, dataset, "range", LearnConfig(epochs=1, ridge=()))
+    assert max(users) == 5
+    assert sum(users) == len(dataset.examples("range", "train"))
+
+
+def test_fit_head_leaves_the_mode_as_it_is(dataset, pretrained):
+    model = copy.deepcopy(pretrained)
+    model.add_task(dataset.task("click").spec)
+    for training in (True, False):
+        model.train(training)
+        infer.fit_head(model, dataset, "click")
+        assert model.training == model.task("click").training == training

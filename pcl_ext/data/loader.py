@@ -28,6 +28,11 @@ class ExampleBatch(NamedTuple):
     target_row: Tensor
     index: Tensor
 
+    def to(self, device: torch.device | str) -> ExampleBatch:
+        """On a device, but for `index`."""
+        history = self.history.to(device)
+        return ExampleBatch(history, self.target.to(device), self.target_row.to(device), self.index)
+
 
 def plan(examples: Examples, *, max_tokens: int, max_len: int, seed: int | None) -> list[Tensor]:
     """Batches as positions in `examples`, at most max_tokens events each (a longer history is alone).
