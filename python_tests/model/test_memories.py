@@ -146,7 +146,7 @@ def test_a_hashed_item_memory_is_the_sum_of_two_signed_rows(model):
     task, batch = add(model, "click", "none", **KINDS["hashed"]), pack(histories())
     table = task.memories["item_memory"].table
     assert table.shape == (7, 16)
-    index, sign = hashed_rows(V, 7)
+    index, sign = hashed_rows(torch.arange(V + 1), 7)
     items = (table[index] * sign[:, :, None]).sum(1)
     got = model.encode(batch, ["click"])["click"]
     for user, (first, last) in enumerate(zip(batch.offsets, batch.offsets[1:])):
@@ -155,14 +155,14 @@ def test_a_hashed_item_memory_is_the_sum_of_two_signed_rows(model):
 
 
 def test_hashed_rows_are_even_distinct_and_always_the_same():
-    index, sign = hashed_rows(50_000, 1_000)
+    index, sign = hashed_rows(torch.arange(50_001), 1_000)
     assert index.shape == sign.shape == (50_001, 2)
     counts = torch.bincount(index.flatten(), minlength=1_000)
     assert (counts - 100).abs().max() < 50  # a deviation of 10
     assert sign.double().mean(0).abs().max() < 0.02
     assert abs((sign[:, 0] == sign[:, 1]).double().mean() - 0.5) < 0.02
     assert len(torch.unique(index.sort(1).values, dim=0)) > 46_000  # of 500,500 pairs
-    assert index[1].tolist() == hashed_rows(1, 1_000)[0][1].tolist()
+    assert index[1].tolist() == hashed_rows(torch.tensor([1], dtype=torch.int32), 1_000)[0][0].tolist()
     assert index[:3].tolist() == [[767, 850], [839, 222], [373, 45]]
     assert sign[:3].tolist() == [[1, -1]] * 3
 

@@ -25,14 +25,10 @@ class ItemMemory(Memory):
 
     def __init__(self, num_items: int, width: int, dropout: float, rows: int):
         super().__init__()
-        self.num_features, self.dropout = width, dropout
+        self.num_features, self.dropout, self.num_items = width, dropout, num_items
         self.hashed = num_items + 1 > rows
         deviation = 0.1 * 2**-0.5 if self.hashed else 0.1
         self.table = nn.Parameter(torch.randn(rows if self.hashed else num_items + 1, width) * deviation)
-        if self.hashed:
-            index, sign = hashed_rows(num_items, rows)
-            self.register_buffer("index", index, persistent=False)
-            self.register_buffer("sign", sign, persistent=False)
 
     def features(self, encoded: Encoded) -> Tensor:
         index, offsets, weights = self.bags(encoded.items, encoded.offsets)
@@ -40,7 +36,10 @@ class ItemMemory(Memory):
 
     def item_table(self) -> Tensor:
         """[V + 1, width], what each item adds: the table itself, or made from hashed rows."""
-        return (self.table[self.index] * self.sign[:, :, None]).sum(1) if self.hashed else self.table
+        if not self.hashed:
+            return self.table
+        index, sign = hashed_rows(torch.arange(self.num_items + 1, device=self.table.device), len(self.table))
+        return (self.table[index] * sign[:, :, None]).sum(1)
 
     def bags(self, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Histories as weighted sums of the table's rows: index [t], offsets [B + 1], weights [t]."""
@@ -48,14 +47,14 @@ class ItemMemory(Memory):
         weights = F.dropout(scale[users_of(offsets, len(items))], self.dropout, self.training)
         if not self.hashed:
             return items, offsets, weights
-        weights = weights[:, None] * self.sign[items.long()].to(weights)
-        return self.index[items.long()].flatten(), offsets * 2, weights.flatten()
+        index, sign = hashed_rows(items, len(self.table))
+        return index.flatten(), offsets * 2, (weights[:, None] * sign).flatten()
 
 
-def hashed_rows(num_items: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The two rows, [V + 1, 2] int64, and their signs, [V + 1, 2] int8, of each item: always the same ones."""
-    ids = torch.arange(num_items + 1, dtype=torch.int64)[:, None]
-    mixed = (ids * 2 + torch.arange(2) + 1) * _signed(_MIX[0])
+def hashed_rows(items: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """items [t] -> the two of `rows` rows, [t, 2] int64, that each item has, and their signs, [t, 2] int8: always the
+    same ones, so that none are stored."""
+    mixed = (items.long()[:, None] * 2 + torch.arange(2, device=items.device) + 1) * _signed(_MIX[0])
     for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
         mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
     mixed = mixed ^ _shifted(mixed, 31)
