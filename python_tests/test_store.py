@@ -193,3 +193,29 @@ def test_a_run_that_is_held_is_refused(run):
         pass
     with lock(run):  # and free again; saving is not held up by it
         save_pretrained(from_pretrained(run), run)
+
+
+def test_a_task_that_was_learned_since_is_not_lost(run):
+    older = from_pretrained(run)
+    newer = from_pretrained(run)
+    add(newer, "age")
+    save_pretrained(newer, run)
+    before = files(run)
+    with pytest.raises(StoreError, match="holds age, which this model never had"):
+        save_pretrained(older, run)
+    assert files(run) == before
+    newer.remove_task("age")
+    save_pretrained(newer, run)
+    save_pretrained(older, run)
+
+
+def test_a_task_learned_anew_loses_what_was_recorded_of_the_old_one(run):
+    record = {"outputs": {"next": "a", "ctr": "b"}}
+    model = from_pretrained(run)
+    save_pretrained(model, run, record)
+    save_pretrained(model, run)
+    assert read_manifest(run)["record"] == record
+    model.remove_task("ctr")
+    add(model, "ctr")
+    save_pretrained(model, run)
+    assert read_manifest(run)["record"] == {"outputs": {"next": "a"}}

@@ -7,7 +7,7 @@ from pcl_ext.model.heads import task_loss
 from pcl_ext.model.layout import LayerPrefix
 from pcl_ext.model.memories import ContextualPrompt, Memory, hashed_text_vector
 from pcl_ext.model.task_module import Task
-from pcl_ext.model.user_model import UserModel, as_predictions
+from pcl_ext.model.user_model import UserModel
 from pcl_ext.model.user_state import UserState
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "Task",
     "UserModel",
     "UserState",
-    "as_predictions",
     "freeze",
     "hashed_text_vector",
     "task_loss",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pcl_ext.batch import PackedBatch
+from pcl_ext.model.answers import answer, as_rows, check_k
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.config import MemoryConfig
 from pcl_ext.model.encoded import Encoded, Trunk, encode, encode_on_trunk
@@ -26,12 +27,15 @@ class UserModel(nn.Module):
     """A backbone over histories, and tasks that each own their prompts, readout and head.
 
     Tasks are numbered in the order in which they were added: `task_names`.
+
+    removed  names of the tasks that `remove_task` has taken out: `save_pretrained` drops these of a run, and no others
     """
 
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.backbone = backbone
         self.tasks = NamedModules()
+        self.removed: set[str] = set()
 
     @property
     def task_names(self) -> list[str]:
@@ -109,9 +113,10 @@ class UserModel(nn.Module):
         return ContextualPrompt(texts, prompts, config.prompt_len, shape.dim, shape.num_heads)
 
     def freeze_task(self, name: str) -> None:
-        """Close a task: fold its contextual prompt, turn its tensors into buffers. It never changes again.
+        """Close a task: fold its contextual prompt, turn its tensors into buffers, which nothing trains any more.
 
-        On a frozen backbone the keys and values of a prefix are computed here, once, and kept with the task.
+        Its outputs are final where the backbone is frozen too; one that still learns moves them. On a frozen backbone
+        the keys and values of a prefix are computed here, once, and kept with the task.
         """
         self.task(name).close()
         if self.backbone_frozen:
@@ -126,6 +131,7 @@ class UserModel(nn.Module):
         if learners := [other for other, task in users.items() if not task.closed]:
             raise ValueError(f"task {name!r} is read by open tasks: {', '.join(learners)}; close them first")
         del self.tasks[name]
+        self.removed.add(name)
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:
@@ -269,9 +275,10 @@ class UserModel(nn.Module):
     def predict(self, histories: Sequence[Sequence[int]], task: str, k: int = 10) -> list[dict]:
         """Predictions for plain lists of item ids, oldest first: new users and empty histories included.
 
-        items: {"items": [k ids], "scores": [k]}; classes: {"class", "probabilities"}, and "label" where the task names
-        them; binary: {"probability"}; regression: {"value"}. The newest max_len ids are read, older ones count as
-        seen; unknown ids are dropped, with a warning that counts.
+        items: {"items": [k ids], "scores": [k]}, equal scores by the lowest id; classes: {"class", "probabilities"},
+        and "label" where the task names them; binary: {"probability"}; regression: {"value"}. The newest max_len ids
+        are read, older ones count as seen; unknown ids are dropped, with a warning that counts. All histories are one
+        pass: for many of them, `Predictor` works in chunks.
         """
         config, training = self.backbone.config, self.training
         batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)
@@ -279,27 +286,9 @@ class UserModel(nn.Module):
             warnings.warn(f"{batch.dropped} unknown item ids were dropped from {len(batch)} histories", stacklevel=2)
         self.eval()
         try:
-            output = self(batch.to(self.device), task).float()
+            return as_rows(answer(self, batch.to(self.device), task, check_k(k)))
         finally:
             self.train(training)
-        return as_predictions(self.task(task), output, k)
-
-
-def as_predictions(task: Task, output: Tensor, k: int) -> list[dict]:
-    """Output of a batch as one plain dict a row."""
-    if task.spec.kind == "items":
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        best = output.topk(min(k, output.shape[1]), dim=1)
-        items = task.catalogue[best.indices]
-        return [{"items": i, "scores": s} for i, s in zip(items.tolist(), best.values.tolist())]
-    if task.spec.kind == "classes":
-        rows, labels = zip(output.argmax(1).tolist(), output.softmax(1).tolist()), task.spec.labels
-        named = (lambda number: {}) if labels is None else (lambda number: {"label": labels[number]})
-        return [{"class": number, **named(number), "probabilities": p} for number, p in rows]
-    if task.spec.kind == "binary":
-        return [{"probability": p} for p in output.sigmoid().tolist()]
-    return [{"value": value} for value in output.tolist()]
 
 
 def _check_state(state: UserState, tasks: dict[str, Task], shared: dict[str, Task], every_state: bool) -> None:

@@ -11,9 +11,9 @@ import torch
 
 from pcl_ext import store
 from pcl_ext.batch import PackedBatch
-from pcl_ext.model import Task, UserModel
+from pcl_ext.model import UserModel
+from pcl_ext.model.answers import answer, check_k
 from pcl_ext.serve.inputs import BATCH_TOKENS, Histories, read_histories
-from pcl_ext.serve.top_items import top_items
 
 
 class Predictor:
@@ -52,7 +52,7 @@ class Predictor:
             raise TypeError("encode and keep must be lists of names, got a str")
         self.path = Path(path).absolute()
         self.task, self.tasks_encoded = task, None if encode is None else tuple(encode)
-        self.k, self.skip_seen, self.column, self.keep = _check_k(k), skip_seen, column, tuple(keep)
+        self.k, self.skip_seen, self.column, self.keep = check_k(k), skip_seen, column, tuple(keep)
         self.unknown = 0
         self._model: UserModel | None = None
         self._check_tasks([task] if task is not None else self.tasks_encoded or ())
@@ -96,16 +96,12 @@ class Predictor:
         classes: class [B] int64, its label [B] where the task names them, probabilities [B, C] float32; binary:
         probability [B] float32; regression: value [B] float32. With each: unknown [B] int64, how many ids were dropped.
         """
-        part, parts = self.model.task(task), []
-        _check_k(k)
-        for unknown, batch in self._batches(read_histories(histories, self.column)):
-            if part.spec.kind == "items":
-                read = self.model.read(batch, task)
-                items, scores = top_items(part, read, self.model.backbone.table, k, skip_seen=skip_seen)
-                answer = {"items": items, "scores": scores}
-            else:
-                answer = _label_answer(part, self.model(batch, task).float().cpu())
-            parts.append({name: np.asarray(value) for name, value in answer.items()} | {"unknown": unknown})
+        self.model.task(task)
+        check_k(k)
+        parts = [
+            answer(self.model, batch, task, k, skip_seen=skip_seen) | {"unknown": unknown}
+            for unknown, batch in self._batches(read_histories(histories, self.column))
+        ]
         return _joined(parts)
 
     @torch.no_grad()
@@ -128,27 +124,6 @@ class Predictor:
             yield unknown, known.batch(config.max_len).to(self.model.device)
 
 
-def as_rows(answer: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """What `Predictor.predict` answered as a plain dict a history; ranks without an item are left out."""
-    if "items" in answer:
-        counts = (answer["items"] > 0).sum(1).tolist()
-        pairs = zip(answer["items"].tolist(), answer["scores"].tolist(), counts)
-        return [{"items": items[:n], "scores": scores[:n]} for items, scores, n in pairs]
-    columns = {name: values.tolist() for name, values in answer.items() if name != "unknown"}
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
-
-
-def _label_answer(task: Task, output: torch.Tensor) -> dict[str, torch.Tensor | np.ndarray]:
-    spec = task.spec
-    if spec.kind == "classes":
-        number = output.argmax(1)
-        label = {} if spec.labels is None else {"label": np.array(spec.labels)[number.numpy()]}
-        return {"class": number, **label, "probabilities": output.softmax(1)}
-    if spec.kind == "binary":
-        return {"probability": output.sigmoid()}
-    return {"value": output}
-
-
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -162,9 +137,3 @@ def _column(batch: Any, name: str) -> np.ndarray:
         return np.asarray(batch[name])
     column = batch.column(name)
     return column.to_numpy() if hasattr(column, "chunks") else column.to_numpy(zero_copy_only=False)
-
-
-def _check_k(k: int) -> int:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k must be at least 1, got {k!r}")
-    return k

@@ -38,9 +38,10 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
     """Save the backbone and the closed tasks of a model as the run `path`; open tasks are left out.
 
     record  JSON values kept with them; None keeps the record that is there, but for what it says of tasks that were
-            removed from the model
+            removed from the model, or learned anew
     StoreError, with what was saved before untouched: a tensor that is not finite, a run of another backbone that has
-    tasks, a damaged file in the way, a second process saving to the same run. OSError where the disk refuses.
+    tasks, a run with a task that the model never had, say one learned since it was loaded, a damaged file in the way, a
+    second process saving to the same run. OSError where the disk refuses.
     """
     path = Path(path)
     backbone = _backbone_entry(model)
@@ -50,10 +51,15 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
         old = read_manifest(path) if (path / NAME).exists() else {"backbone": None, "tasks": [], "record": {}}
         if old["tasks"] and old["backbone"]["hash"] != backbone["hash"]:
             raise StoreError(f"{path} holds tasks of another backbone; save to another folder")
+        kept, new = ({entry["name"]: entry for entry in entries} for entries in (old["tasks"], tasks))
+        if lost := [name for name in kept if name not in model.tasks and name not in model.removed]:
+            raise StoreError(
+                f"{path} holds {', '.join(lost)}, which this model never had and which would be lost; load the run "
+                "again, or save to another folder"
+            )
         _sweep(path, old)
-        kept = {entry["name"]: entry for entry in old["tasks"]}
         if record is None:
-            record = without_tasks(old["record"], set(kept) - {task["name"] for task in tasks})
+            record = without_tasks(old["record"], [name for name in kept if not _same(kept[name], new.get(name))])
         values = {
             "backbone": _place(path, "backbone", backbone, old["backbone"]),
             "tasks": [_place(path, f"tasks/{task['name']}", task, kept.get(task["name"])) for task in tasks],
@@ -160,6 +166,11 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def _same(then: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
+    """Whether a task of the manifest is what is saved under its name now."""
+    return now is not None and all(then[key] == now[key] for key in ("spec", "config", "tensors"))
 
 
 def _json(values: Any) -> Any:

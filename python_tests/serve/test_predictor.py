@@ -10,7 +10,8 @@ import torch
 from stores import SPECS, make_model
 
 from pcl_ext import PackedBatch, Predictor, TaskSpec, save_pretrained
-from pcl_ext.serve import as_rows, inputs, top_items
+from pcl_ext.model import top_items
+from pcl_ext.serve import as_rows, inputs
 
 TASKS = ["next", "range_b", "ctr", "age", "spend"]
 HISTORIES = [[1, 2, 3], [], [5] * 9, [20, 99, 7, -1], [11, 8, 15, 16, 2, 3, 4, 8], [0]]
@@ -231,3 +232,14 @@ def test_classes_with_names_are_named(tmp_path):
 
 def test_specs_cover_every_kind():
     assert {SPECS[name].kind for name in TASKS} == {"items", "binary", "classes", "regression"}
+
+
+def test_equal_scores_go_to_the_lowest_id_in_the_model_and_in_the_predictor(tmp_path):
+    model = make_model("range_b")
+    for value in model.task("range_b").state_dict().values():
+        if value.is_floating_point():
+            value.zero_()
+    save_pretrained(model, tmp_path / "run")
+    want = [[3, 7]] * 2
+    assert [row["items"] for row in model.predict([[1], []], "range_b", k=2)] == want
+    assert Predictor(tmp_path / "run").predict([[1], []], "range_b", k=2)["items"].tolist() == want

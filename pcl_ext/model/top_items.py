@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pcl_ext.model import Encoded, Task
+from pcl_ext.model.encoded import Encoded
+from pcl_ext.model.task_module import Task
 
 _CHUNK = 1 << 21  # scores held at a time: 8 MB
 
