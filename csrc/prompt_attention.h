@@ -48,8 +48,8 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
                               int threads);
 
 // On CUDA the offsets, prefixes and indices of the plan are all that is read, unchecked: whatever they hold, nothing
-// outside the tensors is touched. Head widths are multiples of 16 up to 128; rows and heads lie at multiples of 16
-// bytes. The largest score in stats is one in base 2, times log2(e). Returns CUDA's error number.
+// outside the tensors is touched. Head widths are multiples of 16 up to 128 that fit; rows and heads lie at multiples
+// of 16 bytes. The largest score in stats is one in base 2, times log2(e). Returns CUDA's error number.
 //
 // Bytes moved, E the size of T H d numbers: forward 4 E (q, k, v, out), more where own keys of a history past 64 rows
 // are read again, by way of L2. Backward:
@@ -60,6 +60,9 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
 //   a prefix                 0     along with grad_q, for a single one of at most 16 rows and d <= 64, not in float
 //                            3 E   otherwise, and alone (q, out, grad_out), 2 E where D is there; blocks of its other
 //                                  rows read the same at the same time, by way of L2
+//
+// Fits: whether the shared memory that a block of each kernel needs at least is there on the current device.
+bool prompt_attention_cuda_fits(int64_t head_dim, Scalar dtype);
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream);
 
 // workspace: as many bytes as the first says, 16-byte aligned; prefix: whether gradients of the prefix are asked for,

@@ -151,6 +151,8 @@ bool grads_with_own(const AttentionArgs& args, const OwnGrads<T>& grads);
 template <class T>
 int64_t own_partial_bytes(const AttentionArgs& args);
 template <class T>
+int own_least_shared(int64_t head_dim);  // bytes of shared memory
+template <class T>
 int grad_own_rows(const AttentionArgs& args, const AttentionBackward<T>& backward, const OwnGrads<T>& grads,
                   float* partial, void* stream);
 
@@ -162,6 +164,8 @@ struct Members {
 };
 template <class T>
 int64_t prefix_partial_bytes(const AttentionArgs& args);
+template <class T>
+int prefix_least_shared(int64_t head_dim);  // bytes of shared memory
 template <class T>
 int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
                      const Members& members, float* partial, void* stream);

@@ -255,12 +255,14 @@ __device__ __forceinline__ void for_groups(const Attention<T>& attention, const 
   }
 }
 
-// Pieces of prefixes that a pass keeps in shared memory.
+// Pieces of prefixes that a pass keeps in shared memory, beside `more` bytes: as many as there is room for.
 template <class Memory>
-int prefix_tiles_of(const AttentionArgs& args) {
+int prefix_tiles_of(const AttentionArgs& args, int more = 0) {
   if (args.plan.num_prefixes == 0) return 0;
   const int64_t tiles = (args.prefix_total + kTileRows - 1) / kTileRows;
-  return static_cast<int>(clamp<int64_t>(tiles, 1, Memory::kMostPrefixTiles));
+  int most = Memory::kMostPrefixTiles;
+  while (most > 1 && Memory::bytes(most) + more > max_shared_bytes()) --most;
+  return static_cast<int>(clamp<int64_t>(tiles, 1, most));
 }
 
 // Blocks of a persistent kernel that give every head the same number, at most `most` each.

@@ -121,6 +121,9 @@ NB_MODULE(PCL_CUDA_MODULE, m) {
   m.def("embed_fwd", &embed_fwd);
   m.def("embed_bwd", &embed_bwd);
   m.def("embed_bwd_bytes", &embed_bwd_bytes);
+  m.def("prompt_attention_fits", [](int64_t head_dim, int dtype) {
+    return pcl::prompt_attention_cuda_fits(head_dim, static_cast<pcl::Scalar>(dtype));
+  });
   m.def("prompt_attention_fwd", &prompt_attention_fwd);
   m.def("prompt_attention_bwd", &prompt_attention_bwd);
   m.def("prompt_attention_bwd_bytes", &prompt_attention_bwd_bytes);
@@ -128,6 +131,7 @@ NB_MODULE(PCL_CUDA_MODULE, m) {
   m.def("compiler", &pcl::cuda_compiler);
 #ifdef PCL_CUDA_EMULATED
   m.def("set_order", &pcl::emulated::set_order);
+  m.def("set_shared_bytes", &pcl::emulated::set_shared_bytes);
   m.def("product", [](uintptr_t a, uintptr_t b, uintptr_t c, int dtype, bool transposed, bool wait) {
     return pcl::emulated::product(at(a), at(b), at<float>(c), static_cast<pcl::Scalar>(dtype), transposed, wait);
   });

@@ -15,12 +15,22 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+inline int max_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// As much as there is, whatever is needed now: a limit that falls again would be below what a captured graph asks for.
 template <class... Parameters>
 int allow_shared(void (*kernel)(Parameters...), int shared_bytes) {
   constexpr int kWithoutAsking = 48 * 1024;
   if (shared_bytes <= kWithoutAsking) return 0;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              shared_bytes);
+                              max_shared_bytes());
 }
 
 template <class... Parameters, class... Arguments>
@@ -36,15 +46,6 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
       },
       values);
 }
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
-inline int max_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, int shared_bytes) {

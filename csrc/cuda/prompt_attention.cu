@@ -1,5 +1,5 @@
 // Forward of prompt_attention: one pass of every query over its keys, the softmax taken as they come.
-#include "attention_pass.h"
+#include "attention_grads.h"
 #include "isa.h"
 
 namespace pcl {
@@ -112,7 +112,25 @@ int forward(const AttentionArgs& args, void* out, void* stats, void* stream) {
   });
 }
 
+template <class T>
+bool fits(int64_t head_dim) {
+  const int forward = with_dim(head_dim, [](auto dim) { return PassMemory<T, dim(), 1>::bytes(1); });
+  const int most = max_shared_bytes();
+  return forward <= most && own_least_shared<T>(head_dim) <= most && prefix_least_shared<T>(head_dim) <= most;
+}
+
 }  // namespace
+
+bool prompt_attention_cuda_fits(int64_t head_dim, Scalar dtype) {
+  switch (dtype) {
+    case Scalar::kBfloat16:
+      return fits<bf16>(head_dim);
+    case Scalar::kHalf:
+      return fits<fp16>(head_dim);
+    default:
+      return fits<float>(head_dim);
+  }
+}
 
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream) {
   if (args.total == 0 || args.num_heads == 0 || args.plan.batch == 0) return 0;

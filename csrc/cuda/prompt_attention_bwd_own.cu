@@ -224,6 +224,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
   }
 }
 
+template <class T, int kDim>
+constexpr int kSumsBytes = PrefixSums<T, kDim>::kCount * static_cast<int>(sizeof(float));
+
 // How the kernel is launched.
 struct OwnLaunch {
   int prefix_tiles, shared_bytes;
@@ -233,8 +236,8 @@ struct OwnLaunch {
 template <class T, int kDim>
 OwnLaunch own_launch(const AttentionArgs& args, bool queries, bool prefix) {
   using Memory = OwnMemory<T, kDim>;
-  const int prefix_tiles = queries ? prefix_tiles_of<Memory>(args) : 0;
-  const int sums = prefix ? PrefixSums<T, kDim>::kCount * static_cast<int>(sizeof(float)) : 0;
+  const int sums = prefix ? kSumsBytes<T, kDim> : 0;
+  const int prefix_tiles = queries ? prefix_tiles_of<Memory>(args, sums) : 0;
   const int shared_bytes = Memory::bytes(prefix_tiles) + sums;
   const int groups = attention_of<T>(args).groups();
   return {prefix_tiles, shared_bytes,
@@ -244,7 +247,10 @@ OwnLaunch own_launch(const AttentionArgs& args, bool queries, bool prefix) {
 template <class T>
 bool prefix_fits(const AttentionArgs& args) {
   const bool one = args.plan.num_prefixes == 1 && args.prefix_total > 0 && args.prefix_total <= kTileRows;
-  return one && args.total > 0 && with_dim(args.head_dim, [](auto dim) { return PrefixSums<T, dim()>::kFits; });
+  return one && args.total > 0 && with_dim(args.head_dim, [](auto dim) {
+           return PrefixSums<T, dim()>::kFits &&
+                  OwnMemory<T, dim()>::bytes(1) + kSumsBytes<T, dim()> <= max_shared_bytes();
+         });
 }
 
 }  // namespace
@@ -260,10 +266,15 @@ int64_t own_partial_bytes(const AttentionArgs& args) {
   int64_t bytes = 0;
   with_dim(args.head_dim, [&](auto dim) {
     const int64_t blocks = own_launch<T, dim()>(args, true, true).grid.x;
-    bytes = blocks * PrefixSums<T, dim()>::kCount * static_cast<int64_t>(sizeof(float));
+    bytes = blocks * kSumsBytes<T, dim()>;
     return 0;
   });
   return bytes;
+}
+
+template <class T>
+int own_least_shared(int64_t head_dim) {
+  return with_dim(head_dim, [](auto dim) { return OwnMemory<T, dim()>::bytes(1); });
 }
 
 template <class T>
@@ -286,6 +297,9 @@ template bool grads_with_own<float>(const AttentionArgs&, const OwnGrads<float>&
 template int64_t own_partial_bytes<bf16>(const AttentionArgs&);
 template int64_t own_partial_bytes<fp16>(const AttentionArgs&);
 template int64_t own_partial_bytes<float>(const AttentionArgs&);
+template int own_least_shared<bf16>(int64_t);
+template int own_least_shared<fp16>(int64_t);
+template int own_least_shared<float>(int64_t);
 template int grad_own_rows<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, const OwnGrads<bf16>&, float*,
                                  void*);
 template int grad_own_rows<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, const OwnGrads<fp16>&, float*,

@@ -279,6 +279,11 @@ int64_t prefix_partial_bytes(const AttentionArgs& args) {
 }
 
 template <class T>
+int prefix_least_shared(int64_t head_dim) {
+  return with_dim(head_dim, [](auto dim) { return PrefixMemory<T, dim()>::kBytes; });
+}
+
+template <class T>
 int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
                      const Members& members, float* partial, void* stream) {
   if (!has_prefix(args)) return 0;
@@ -315,6 +320,9 @@ int add_prefix_shares(const AttentionArgs& args, const KeyGrads<T>& grads, int64
 template int64_t prefix_partial_bytes<bf16>(const AttentionArgs&);
 template int64_t prefix_partial_bytes<fp16>(const AttentionArgs&);
 template int64_t prefix_partial_bytes<float>(const AttentionArgs&);
+template int prefix_least_shared<bf16>(int64_t);
+template int prefix_least_shared<fp16>(int64_t);
+template int prefix_least_shared<float>(int64_t);
 template int grad_prefix_keys<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, const KeyGrads<bf16>&,
                                     const Members&, float*, void*);
 template int grad_prefix_keys<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, const KeyGrads<fp16>&,

@@ -33,13 +33,36 @@ def cuda_status() -> str:
         return f"{name}, no CUDA device"
     gpu, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if not _is_new_enough(torch.cuda.current_device()):
-        return f"{name}, not used: {name} is sm_{major}{minor}, the kernels need sm_80"
+        return f"{name}, not used: {gpu} is sm_{major}{minor}, the kernels need sm_80"
     return f"{name}, on {gpu} (sm_{major}{minor})"
 
 
-@cache
+# What a device can do, as constants of a compiled graph.
+
+
+@torch.compiler.assume_constant_result
 def _is_new_enough(device: int) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 8
+    return _capability(device)[0] >= 8
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def attention_fits(device: int | None, dim: int, scalar: int) -> bool:
+    """Whether a block of prompt_attention's kernels has the shared memory that head width dim needs: sm_86 and sm_89
+    have less than sm_80."""
+    if _emulator is not None:
+        return _emulator.prompt_attention_fits(dim, scalar)
+    return _fits_there(device, dim, scalar)
+
+
+@cache
+def _fits_there(device: int, dim: int, scalar: int) -> bool:
+    with torch.cuda.device(device):
+        return CUDA.prompt_attention_fits(dim, scalar)
 
 
 def runs_cuda(tensor: Tensor) -> bool:
@@ -53,7 +76,7 @@ def has_cuda(tensor: Tensor) -> bool:
         return True
     if CUDA is None or not tensor.is_cuda:
         return False
-    return torch.compiler.is_compiling() or _is_new_enough(tensor.device.index)  # dynamo cannot look at the device
+    return _is_new_enough(tensor.device.index)
 
 
 def module():

@@ -1,5 +1,6 @@
 """The compiled module: present, absent (PyTorch only) or broken, which is loud. What the ops need to call it."""
 
+from functools import wraps
 from importlib.util import find_spec
 
 import torch
@@ -94,6 +95,38 @@ def define(
     torch.library.register_fake(f"pcl_ext::{name}", fake, lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, lambda *args: autograd.apply(*args), "Autograd")
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Its first `count` tensors; raises where one of them is differentiated by any of the tensors."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(None if x is None else x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "an op of pcl_ext was differentiated twice, and its kernels have no second derivative; impl='reference' "
+            "runs on PyTorch's operations"
+        )
+
+
+def once_only(backward):
+    """Decorates the backward of an autograd.Function: to differentiate it again is an error.
+
+    That of torch's own once_differentiable lies on no path to the inputs, so that autograd.grad skips it and gives 0.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        return _NoSecondDerivative.apply(len(outputs), *outputs, *grads, *ctx.saved_tensors)
+
+    return wrapper
 
 
 def call(op, kernel, *args):

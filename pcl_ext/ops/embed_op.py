@@ -1,11 +1,10 @@
 """pcl_ext::embed and its backward: the rules on values, schema, kernel, fake, autograd."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops import _gpu
 from pcl_ext.ops._check import check_offset_values, check_range
-from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, once_only, packed_rows
 
 _ROWS = "Tensor items, Tensor offsets"
 _TABLES = "Tensor table, Tensor? position, Tensor? prompt, Tensor? prompt_index"
@@ -102,7 +101,7 @@ class _Embed(torch.autograd.Function):
         return below_autograd(torch.ops.pcl_ext.embed.default, *inputs)
 
     @staticmethod
-    @once_differentiable
+    @once_only
     def backward(ctx, grad_out):
         needs = ctx.needs_input_grad[2:5]
         grads = torch.ops.pcl_ext.embed_backward.default(grad_out, *ctx.saved_tensors, needs)

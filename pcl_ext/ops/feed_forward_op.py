@@ -1,9 +1,8 @@
 """pcl_ext::feed_forward and its backward for frozen weights: schema, kernel, fake, autograd."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from pcl_ext.ops._native import BEST_ISA, C, address, below_autograd, define
+from pcl_ext.ops._native import BEST_ISA, C, address, below_autograd, define, once_only
 from pcl_ext.ops.linear_op import matrix, operands, readable, wide
 
 _INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight_in, Tensor bias_in, Tensor weight_out"
@@ -61,7 +60,7 @@ class _FeedForward(torch.autograd.Function):
         return below_autograd(torch.ops.pcl_ext.feed_forward.default, x, *weights, bias_out, eps)
 
     @staticmethod
-    @once_differentiable
+    @once_only
     def backward(ctx, grad_out):
         grad_x = torch.ops.pcl_ext.feed_forward_backward.default(grad_out, *ctx.saved_tensors, ctx.eps)
         return grad_x, *(None,) * 7

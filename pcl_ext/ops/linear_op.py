@@ -2,9 +2,18 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pcl_ext.ops._native import AVX512_BF16, BEST_ISA, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import (
+    AVX512_BF16,
+    BEST_ISA,
+    SCALARS,
+    C,
+    address,
+    below_autograd,
+    define,
+    once_only,
+    packed_rows,
+)
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
 _SUMS = (torch.float32, torch.float64)  # the dtypes that sums are taken in
@@ -85,7 +94,7 @@ class _Linear(torch.autograd.Function):
         return below_autograd(torch.ops.pcl_ext.linear.default, x, weight, bias, norm_weight, norm_bias, residual, eps)
 
     @staticmethod
-    @once_differentiable
+    @once_only
     def backward(ctx, grad_out):
         if grad_out is None:
             return (None,) * 7

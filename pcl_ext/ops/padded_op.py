@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops import _gpu
 from pcl_ext.ops._check import check_offset_values
@@ -71,7 +70,6 @@ class _ToPadded(torch.autograd.Function):
         return below_autograd(torch.ops.pcl_ext.to_padded.default, packed, offsets, max_seqlen, fill)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         return torch.ops.pcl_ext.to_packed.default(grad, *ctx.saved_tensors, ctx.total), None, None, None
 
@@ -84,7 +82,6 @@ class _ToPacked(torch.autograd.Function):
         return below_autograd(torch.ops.pcl_ext.to_packed.default, padded, offsets, total)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         return torch.ops.pcl_ext.to_padded.default(grad, *ctx.saved_tensors, ctx.max_seqlen, 0), None, None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from pcl_ext.ops import _gpu, prompt_attention_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, is_plain, reads_values
 from pcl_ext.ops._gpu import runs_cuda
-from pcl_ext.ops._native import call, use_fused
+from pcl_ext.ops._native import SCALARS, call, use_fused
 from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, cuda_list, resolve_prefix_index, work_list
 
 
@@ -31,7 +31,8 @@ def prompt_attention(
     history sees (-1 none), and may be left out when R == 1 (all see it) or R == B (each sees its own). Row i of history
     b attends to all of prefix_index[b] and to rows <= i of b (all rows of b when causal is False). scale multiplies the
     scores, 1 / sqrt(d) by default. plan is what attention_plan(offsets, prefix_offsets, prefix_index) returned.
-    On CUDA the kernels take float32, bfloat16 and float16 in head widths that are multiples of 16 up to 128.
+    On CUDA the kernels take float32, bfloat16 and float16 in head widths that are multiples of 16 up to 128, or to 80
+    (float32) and 112 on GPUs with 99 KB of shared memory a block.
     Under autocast, float32 tensors are cast to its dtype. Raises ValueError or TypeError naming what is wrong.
     """
     q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
@@ -69,10 +70,18 @@ def prompt_attention(
 def use_fused_width(impl: str, q: Tensor) -> bool:
     """use_fused, for the head widths that the kernels take."""
     fused, dim = use_fused(impl, q, cuda=_gpu.FLOATS), q.shape[2]
-    if not fused or not runs_cuda(q) or (dim % 16 == 0 and dim <= 128):
+    if not fused or not runs_cuda(q):
         return fused
-    if impl == "fused":
+    taken = dim % 16 == 0 and dim <= 128
+    if taken and _gpu.attention_fits(q.device.index, dim, SCALARS[q.dtype]):
+        return True
+    if impl == "fused" and not taken:
         raise ValueError(f"impl='fused' takes head widths d that are multiples of 16 up to 128 on CUDA, got {dim}")
+    if impl == "fused":
+        raise ValueError(
+            f"impl='fused' takes a head width d of {dim} in {str(q.dtype)[6:]} on GPUs with more shared memory a block "
+            f"than {q.device} has"
+        )
     return False
 
 
@@ -142,6 +151,7 @@ def _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index) -> No
 def _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k) -> None:
     if not isinstance(plan, AttentionPlan):
         raise TypeError(f"plan must be an AttentionPlan, got {type(plan).__name__}")
+    check_like("plan", plan.work, "q", q, dtype=False)
     pairs = [("offsets", offsets, plan.offsets), ("prefix_offsets", prefix_offsets, plan.prefix_offsets)]
     if prefix_index is not None:
         pairs.append(("prefix_index", prefix_index, plan.prefix_index))

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pcl_ext.ops import _gpu
-from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, once_only, packed_rows
 from pcl_ext.ops.attention_plan import prefix_members
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor work"
@@ -150,7 +149,7 @@ class _PromptAttention(torch.autograd.Function):
         return out, stats
 
     @staticmethod
-    @once_differentiable
+    @once_only
     def backward(ctx, grad_out, _):
         needs = ctx.needs_input_grad[:5]
         rest = (None,) * (len(ctx.needs_input_grad) - 5)

@@ -50,7 +50,7 @@ class Case:
         """out and the gradient of every input."""
         out = self.run(**options)
         given = {n: x for n, x in self.rows.items() if x is not None}
-        grads = torch.autograd.grad(out, list(given.values()), grad_out.to(out.dtype))
+        grads = torch.autograd.grad(out, list(given.values()), grad_out.to(out))
         return {"out": out.detach(), **dict(zip(given, grads))}
 
     def run_isa(self, grad_out: Tensor, isa: int, *, causal=True, scale=None, asked=INPUTS) -> dict[str, Tensor]:

@@ -87,3 +87,44 @@ def test_a_plan_does_not_hide_mistakes():
     ]:
         with pytest.raises(error, match="must|come together"):
             ops.prompt_attention(**{**call, name: value})
+
+
+def _second_derivative(run, *shape):
+    """Of the sum of squares of a gradient, by autograd.grad; a part of the loss has an ordinary gradient."""
+    x = torch.randn(*shape, dtype=torch.double, requires_grad=True)
+    (gradient,) = torch.autograd.grad(run(x).pow(3).sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum() + x.sum(), x)[0]
+
+
+HISTORIES = torch.tensor([0, 4, 4, 9])
+ONCE = {
+    "prompt_attention": (lambda x: ops.prompt_attention(x, x, x, HISTORIES), (9, 2, 16)),
+    "embed": (lambda x: ops.embed(torch.arange(9) % 6, HISTORIES, x), (6, 8)),
+    "linear": (lambda x: ops.linear(x, torch.ones(4, 8, dtype=torch.double)), (9, 8)),
+    "feed_forward": (
+        lambda x: ops.feed_forward(
+            x, (torch.ones(8).double(), torch.zeros(8).double()), *_feed_forward_weights(), torch.zeros(8).double()
+        ),
+        (9, 8),
+    ),
+}
+
+
+def _feed_forward_weights():
+    weight = torch.linspace(-1, 1, 128, dtype=torch.double).view(16, 8)
+    return weight, torch.zeros(16).double(), weight.t().contiguous()
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_second_derivative_is_refused_not_zero(name):
+    with pytest.raises(RuntimeError, match="kernels have no second derivative"):
+        _second_derivative(ONCE[name][0], *ONCE[name][1])
+
+
+def test_layout_changes_have_a_second_derivative():
+    for run, shape in (
+        (lambda x: ops.to_padded(x, HISTORIES, 5), (9, 2)),
+        (lambda x: ops.to_packed(x, HISTORIES, 9), (3, 5, 2)),
+    ):
+        x = torch.randn(*shape, dtype=torch.double, requires_grad=True)
+        assert torch.autograd.gradgradcheck(run, x)

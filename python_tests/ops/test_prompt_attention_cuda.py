@@ -211,3 +211,35 @@ def test_graph_replay_and_another_stream():
     for name, tensor in want.items():
         assert torch.equal(again[name], tensor)
         assert torch.equal(got[name], tensor)
+
+
+@pytest.fixture
+def _small_blocks():
+    """Shared memory as sm_86, sm_89 and sm_120 have it."""
+    emulated = pytest.importorskip("pcl_ext._cuda_emulated")
+    emulated.set_shared_bytes(99 * 1024)
+    yield
+    emulated.set_shared_bytes(163 * 1024)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128])
+def test_what_fits_runs_where_blocks_have_less_shared_memory(dim, dtype):
+    cases = [make([5, 40], [7, 70], [0, 1], dim=dim, heads=1, dtype=dtype), make([5, 40], [9], dim=dim, dtype=dtype)]
+    with _gpu.emulated():
+        for case in cases:
+            if dim <= (80 if dtype == torch.float32 else 112):
+                compare(case, "cpu")
+            else:
+                assert torch.equal(case.run(), case.run(impl="reference"))
+                with pytest.raises(ValueError, match=f"takes a head width d of {dim} in .* more shared memory"):
+                    case.run(impl="fused")
+
+
+def test_a_plan_of_another_device_is_refused():
+    case = make([5, 3])
+    plan = ops.attention_plan(case.offsets)
+    rows = [case.rows[name].to("meta") for name in ("q", "k", "v")]
+    with pytest.raises(ValueError, match="plan must be on the device of q, got cpu and meta"):
+        ops.prompt_attention(*rows, case.offsets.to("meta"), plan=plan)

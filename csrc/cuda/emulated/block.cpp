@@ -56,7 +56,7 @@ struct Machine {
 };
 
 thread_local Machine machine;
-int chosen_order = 0;
+int chosen_order = 0, most_shared = 163 * 1024;
 
 [[noreturn]] void fail(const Thread& thread, const char* format, ...) {
   const Place& at = thread.place;
@@ -168,7 +168,7 @@ void make_room(int threads) {
 
 int run(const Launch& launch) {
   const bool possible = launch.threads > 0 && launch.threads <= kMostThreads && launch.shared_bytes >= 0 &&
-                        launch.shared_bytes <= kSharedBytes && launch.grid_x > 0 && launch.grid_y > 0 &&
+                        launch.shared_bytes <= most_shared && launch.grid_x > 0 && launch.grid_y > 0 &&
                         launch.grid_z > 0 && launch.grid_x <= kMostBlocks && launch.grid_y <= kMostBlocksAcross &&
                         launch.grid_z <= kMostBlocksAcross;
   if (!possible) return kInvalidValue;
@@ -189,6 +189,10 @@ int run(const Launch& launch) {
 }
 
 void set_order(int order) { chosen_order = order; }
+
+int shared_bytes() { return most_shared; }
+
+void set_shared_bytes(int bytes) { most_shared = bytes; }
 
 const Place& place() { return machine.running->place; }
 
@@ -213,12 +217,22 @@ void check_shared(const char* name, const void* address, size_t bytes) {
   }
 }
 
+static void move(const Copy& copy) {
+  if (copy.from == nullptr) {
+    std::memset(copy.to, 0, copy.bytes);
+  } else {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
 void copy_later(void* to, const void* from, size_t bytes) {
   check_shared("cp_async", to, bytes);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     fail(*machine.running, "gives cp_async a source that is not aligned to 16");
   }
-  machine.running->groups.back().push_back({to, from, bytes});
+  const Copy copy{to, from, bytes};
+  if (chosen_order % 2 == 1) move(copy);
+  machine.running->groups.back().push_back(copy);
 }
 
 void commit_copies() { machine.running->groups.emplace_back(); }
@@ -227,11 +241,7 @@ void wait_copies(size_t newest) {
   auto& groups = machine.running->groups;
   while (groups.size() > newest + 1) {  // the last is not committed
     for (const Copy& copy : groups.front()) {
-      if (copy.from == nullptr) {
-        std::memset(copy.to, 0, copy.bytes);
-      } else {
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      }
+      if (chosen_order % 2 == 0) move(copy);
     }
     groups.erase(groups.begin());
   }

@@ -29,6 +29,10 @@ int run(const Launch& launch);
 // by that seed. Results that depend on it are races.
 void set_order(int order);
 
+// How much shared memory a block may have: sm_80's at first.
+int shared_bytes();
+void set_shared_bytes(int bytes);
+
 // Of the thread that is running.
 const Place& place();
 unsigned char* shared();
@@ -42,13 +46,12 @@ void meet_warp(const char* name, int line, void (*work)(void* const* arguments),
 // Aborts unless bytes at address lie in shared memory and are aligned to 16.
 void check_shared(const char* name, const void* address, size_t bytes);
 
-// Copies happen when they are waited for; null source: zeros.
+// Copies happen when they are waited for, in odd orders at once: a GPU may do either. Null source: zeros.
 void copy_later(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_copies(size_t newest);
 
 inline constexpr int kLanes = 32;
-inline constexpr int kSharedBytes = 163 * 1024;  // of sm_80
 inline constexpr int kMultiprocessors = 3;
 
 }  // namespace pcl::emulated

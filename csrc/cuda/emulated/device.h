@@ -39,7 +39,7 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
   return emulated::run({grid.x, grid.y, grid.z, threads, shared_bytes, body, &call});
 }
 
-inline int max_shared_bytes() { return emulated::kSharedBytes; }
+inline int max_shared_bytes() { return emulated::shared_bytes(); }
 
 template <class... Parameters>
 int resident_blocks(void (*)(Parameters...), int, int) {
