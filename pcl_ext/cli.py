@@ -13,6 +13,7 @@ from pathlib import Path
 
 SOURCES = ("online-retail", "ml-1m", "events", "synthetic")
 PLACEMENTS = ("tail", "prefix", "both", "none")
+_RESUMED = ("pretrain", "learn", "encode", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except run.ForgettingError as error:
         return _fail(f"pcl {name}: {error}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on where it stopped")
+        return _fail("interrupted" + ("; the same command goes on where it stopped" if name in _RESUMED else ""))
 
 
 @contextmanager
@@ -111,7 +112,12 @@ def _learn(parser) -> None:
     from pcl_ext.train import LearnConfig
 
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("tasks", nargs="*", type=str, help="names of tasks, learned in this order; all when left out")
+    parser.add_argument(
+        "tasks",
+        nargs="*",
+        type=str,
+        help="names of tasks, before the options, learned in this order; all when left out",
+    )
     parser.add_argument("--data", type=Path, required=True, help="dataset folder")
     parser.add_argument("--placement", choices=PLACEMENTS, default="tail", help="where the tasks' prompts go")
     parser.add_argument("--prompt-len", type=int, default=20, help="rows of a prompt")

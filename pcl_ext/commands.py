@@ -81,7 +81,8 @@ def learn_all(
         metric = record["matrix"]["metric"][name]
         value = ResultMatrix.from_json(record["matrix"]).value(-1, name)
         earlier = len(record["outputs"]) - 1
-        what = "learned before" if name in known else f"outputs of {earlier} earlier tasks unchanged, bit for bit"
+        what = f"outputs of {earlier} earlier tasks unchanged, bit for bit"
+        what = "learned before, left as it is" if name in known else what
         print(f"{name}: {metric} {value:.4f}; {what}", flush=True)
 
 
@@ -99,11 +100,11 @@ def evaluate(args) -> int:
         "forgetting": ResultMatrix.from_json(record["matrix"]).forgetting(),
         "protocol": record["protocol"] | {"dataset": f"{dataset.name} {dataset.sha256}", "split": f"fold {args.fold}"},
     }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     for name, score in scores.items():
         values = "  ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
         print(f"{name:>16}  {values}  ({score.count} targets)")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -129,8 +130,17 @@ def _read_histories(stdin: BinaryIO) -> Iterator[list[list[int]]]:
     first = 1
     for lines in _lines_that_came(stdin):
         for start in range(0, len(lines), PREDICT_LINES):
-            chunk = lines[start : start + PREDICT_LINES]
-            yield [_history(line, number) for number, line in enumerate(chunk, first + start)]
+            histories, wrong = [], None
+            for number, line in enumerate(lines[start : start + PREDICT_LINES], first + start):
+                try:
+                    histories.append(_history(line, number))
+                except ValueError as error:
+                    wrong = error
+                    break
+            if histories:
+                yield histories
+            if wrong is not None:  # after the answers of the lines before it
+                raise wrong
         first += len(lines)
 
 

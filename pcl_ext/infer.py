@@ -46,6 +46,8 @@ def evaluate(
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Score]:
     """Every metric of every task (all of the model's by default) on the users of a fold; full ranking, every row."""
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks must be a list of names, got the str {tasks!r}")
     scores = {}
     for name in model.task_names if tasks is None else tasks:
         task = model.task(name)

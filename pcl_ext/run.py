@@ -225,7 +225,10 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
         changed = changed_outputs(record, scores)
         for name in record["outputs"]:
             state = "changed" if name in changed else "equal"
-            answer["tasks"][name] = state if name in same else "not compared: its table is another now"
+            if name not in same:
+                why = "its table is another now" if name in dataset.task_names else f"{dataset.path} has no table of it"
+                state = f"not compared: {why}"
+            answer["tasks"][name] = state
     return answer
 
 

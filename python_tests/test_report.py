@@ -57,6 +57,7 @@ def make_record(last=None):
 def model():
     torch.manual_seed(0)
     model = UserModel(Backbone(BackboneConfig(20, dim=4, num_layers=1, max_len=6)))
+    model.freeze_backbone()
     for spec in SPECS.values():
         model.add_task(spec, MemoryConfig(prompt_len=2))
         model.freeze_task(spec.name)

@@ -146,7 +146,7 @@ class Learner(nn.Module):
             self.fit_head(name)
             self.fit(name)
             self.end(name)
-        self.model.freeze_task(name)
+        self.model.task(name).close()
         self.seconds[name] = time.process_time() - started
 
     def start_task(self, name: str) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.config import TaskConfig
 from pcl_ext.data.log import EventLog
+
+_LOG = logging.getLogger(__name__)
 
 
 class Labels(NamedTuple):
@@ -122,10 +125,12 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
     null = values.is_null().to_numpy(zero_copy_only=False)
     if task.positive is not None:
         positive = task.positive if isinstance(task.positive, list) else [task.positive]
+        _tell_missing(_cast(positive, values, f"{label}: positive"), values, f"{label}: positive")
         hit = _is_in(values, positive, f"{label}: positive").to_numpy(zero_copy_only=False)
         return np.where(null, np.nan, hit), ["other", ", ".join(str(value) for value in positive)]
     if task.labels is not None:
         order = _cast(task.labels, values, f"{label}: labels")
+        _tell_missing(order, values, f"{label}: labels")
     else:
         order = pc.unique(values).drop_null()
         order = order.take(pc.array_sort_indices(order))
@@ -135,7 +140,17 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
     if len(order) < 2:
         raise ValueError(f"{label}: classes needs at least 2 values, got {len(order)}")
     target = pc.index_in(values, value_set=order).to_numpy(zero_copy_only=False).astype(np.float64)
+    if (others := np.isnan(target) & ~null).any():
+        found = ", ".join(repr(value) for value in pc.unique(values.filter(pa.array(others))).to_pylist()[:5])
+        _LOG.info("%s: left out: %d users, with a value that is not among its labels: %s", label, others.sum(), found)
     return np.where(null | np.isnan(target), np.nan, target), [str(value) for value in order.to_pylist()]
+
+
+def _tell_missing(wanted: pa.Array, values: pa.Array, where: str) -> None:
+    """Log which of the wanted values no user has: a misspelt one loses its users."""
+    if missing := wanted.filter(pc.invert(pc.is_in(wanted, value_set=pc.unique(values)))).to_pylist():
+        known = ", ".join(repr(value) for value in pc.unique(values.drop_null()).to_pylist()[:10])
+        _LOG.info("%s: no user has %s; there are %s", where, ", ".join(map(repr, missing)), known)
 
 
 def _is_in(values: pa.Array, wanted: list, where: str) -> pa.Array:

@@ -183,7 +183,8 @@ class EventLog:
             )
         self.users = np.flatnonzero(long_enough)
         if left_out := len(self.user) - len(self.users):
-            _LOG.info("left out: %d of %d users, whose histories have no min_length events", left_out, len(self.user))
+            what = "left out: %d of %d users, whose histories have fewer than %d of the events that count"
+            _LOG.info(what, left_out, len(self.user), max(1, events.min_length))
         self.row_of = np.full(len(self.user), -1)
         self.row_of[self.users] = np.arange(len(self.users))
         self.history = chosen[long_enough[self.user.codes[chosen]]]
@@ -199,10 +200,12 @@ def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
         raise ValueError(
             f"[events]: empty cells among {len(events):,} rows: {counts}; skip_empty = true leaves them out"
         )
+    count = len(events)
     for name in empty:
         events = events.filter(pc.is_valid(events[name]))
     if empty:
-        _LOG.info("left out: events with an empty %s", " or ".join(map(repr, empty)))
+        text = " or ".join(map(repr, empty))
+        _LOG.info("left out: %d of %d events, with an empty %s", count - len(events), count, text)
     if not len(events):
         raise ValueError(f"[events]: {names.file} holds no events")
     return events

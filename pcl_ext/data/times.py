@@ -73,10 +73,7 @@ def _microseconds(column: pa.ChunkedArray, time_format: str | None, where: str) 
         if pa.types.is_dictionary(kind):
             column = column.cast(kind.value_type)
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            if time_format is not None:
-                column = pc.strptime(column, format=time_format, unit="us")
-            else:
-                column = _from_iso(column)
+            column = _from_text(column, time_format, where)
         if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
             raise ValueError(f"{where} must be integers, timestamps, dates or text, got {kind}")
         zone = getattr(column.type, "tz", None)
@@ -85,11 +82,31 @@ def _microseconds(column: pa.ChunkedArray, time_format: str | None, where: str) 
         raise ValueError(f"{where} ({kind}) is not a time: {error}") from error
 
 
-def _from_iso(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _from_text(column: pa.ChunkedArray, time_format: str | None, where: str) -> pa.ChunkedArray:
+    """By the format; without one ISO, with or without a zone as the first time has it."""
+    if time_format is not None:
+        parse = lambda part: pc.strptime(part, format=time_format, unit="us")  # noqa: E731
+        wanted = f"must be written as {time_format!r}"
+    else:
+        zone = None if _parses(lambda part: part.cast(pa.timestamp("us")), column[:1]) else "UTC"
+        parse = lambda part: part.cast(pa.timestamp("us", zone))  # noqa: E731
+        wanted = "must be times as 2011-09-10 12:30:00, with a zone all or none; time_format tells another form"
     try:
-        return column.cast(pa.timestamp("us"))
+        return parse(column)
     except pa.ArrowInvalid:
-        return column.cast(pa.timestamp("us", "UTC"))
+        first, end = 0, len(column)
+        while end - first > 1:  # the first that cannot be read
+            middle = (first + end) // 2
+            first, end = (middle, end) if _parses(parse, column[first:middle]) else (first, middle)
+        raise ValueError(f"{where} {wanted}, got {column[first].as_py()!r}") from None
+
+
+def _parses(parse, column: pa.ChunkedArray) -> bool:
+    try:
+        parse(column)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def to_date_column(column: pa.ChunkedArray, value: Any) -> tuple[pa.ChunkedArray, Any]:

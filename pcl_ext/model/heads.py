@@ -109,15 +109,36 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     """Mean loss over targets.
 
     output [b, C] (items, classes) or [b] (binary logits, regression values); target [m]: the column, the class, 0 / 1
-    or the value; target_row [m]: the row of the output each belongs to. A column below 0, which is none, makes the loss
-    NaN.
+    or the value; target_row [m]: the row of the output each belongs to. Without targets it is 0. A column below 0,
+    which is none, makes the loss NaN. Raises TypeError or ValueError for targets of another shape, and where they are
+    on the CPU for classes and flags that do not exist.
     """
+    _check_targets(spec, output, target, target_row)
+    if not len(target):
+        return output[:0].float().sum()
     if spec.kind == "items":
         normal = torch.logsumexp(output.float(), dim=1)
         losses = normal[target_row] - output[target_row, target].float()
         return losses.masked_fill(target < 0, torch.nan).mean()
     if spec.kind == "classes":
-        return F.cross_entropy(output[target_row].float(), target)
+        return F.cross_entropy(output[target_row].float(), target.long())
     if spec.kind == "binary":
         return F.binary_cross_entropy_with_logits(output[target_row].float(), target.float())
     return F.mse_loss(output[target_row].float(), target.float())
+
+
+def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> None:
+    for name, value in (("target", target), ("target_row", target_row)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor [m], got {type(value).__name__}")
+    if target.dim() != 1 or target.shape != target_row.shape:
+        shapes = f"{list(target.shape)} and {list(target_row.shape)}"
+        raise ValueError(f"target and target_row must both be [m], got {shapes}")
+    if spec.kind not in ("binary", "classes") or not target.is_cpu or not len(target):
+        return
+    top = 1 if spec.kind == "binary" else output.shape[1] - 1
+    if spec.kind == "classes" and target.is_floating_point():
+        raise TypeError(f"targets of {spec.name!r} must be integers 0..{top}, got {target.dtype}")
+    low, high = (float(x) for x in target.aminmax())
+    if not 0 <= low <= high <= top:
+        raise ValueError(f"targets of {spec.name!r} must be in 0..{top}, got {low:g} to {high:g}")

@@ -113,14 +113,16 @@ class UserModel(nn.Module):
         return ContextualPrompt(texts, prompts, config.prompt_len, shape.dim, shape.num_heads)
 
     def freeze_task(self, name: str) -> None:
-        """Close a task: fold its contextual prompt, turn its tensors into buffers, which nothing trains any more.
+        """Close a task: fold its contextual prompt, turn its tensors into buffers. It never changes again.
 
-        Its outputs are final where the backbone is frozen too; one that still learns moves them. On a frozen backbone
-        the keys and values of a prefix are computed here, once, and kept with the task.
+        The keys and values of a prefix are computed here, once, and kept with the task. Raises ValueError while the
+        backbone still learns: every step would change the task's outputs.
         """
-        self.task(name).close()
-        if self.backbone_frozen:
-            self.task(name).keep_prefix(self.backbone)
+        task = self.task(name)
+        if not self.backbone_frozen:
+            raise ValueError(f"task {name!r} cannot be closed while the backbone learns: call freeze_backbone() first")
+        task.close()
+        task.keep_prefix(self.backbone)
 
     def remove_task(self, name: str) -> None:
         """Forget a task. Raises where an open task is being made from it, or where one reads it for good."""
@@ -158,6 +160,9 @@ class UserModel(nn.Module):
         """
         if (task is None) == (task_index is None):
             raise ValueError("give either task or task_index")
+        if not isinstance(batch, (PackedBatch, UserState)):
+            kind = type(batch).__name__
+            raise TypeError(f"batch must be a PackedBatch, say of PackedBatch.from_lists, or a UserState, got {kind}")
         if task is not None and isinstance(batch, UserState):
             ((_, encoded),) = self._encode_each(batch, {task: self.task(task)})
             return self.task(task)(encoded, self.backbone.table)
@@ -239,6 +244,8 @@ class UserModel(nn.Module):
         by task, at most TAIL_ROWS rows at once. A prefix is seen from every row of a history: such a task is a pass of
         its own.
         """
+        if isinstance(tasks, str):
+            raise TypeError(f"tasks must be a list of names, got the str {tasks!r}")
         names = self.task_names if tasks is None else list(tasks)
         parts = {name: self.task(name) for name in names}
         vectors = {name: parts[name].features(encoded) for name, encoded in self._encode_each(batch, parts)}
@@ -283,7 +290,7 @@ class UserModel(nn.Module):
         config, training = self.backbone.config, self.training
         batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)
         if batch.dropped:
-            warnings.warn(f"{batch.dropped} unknown item ids were dropped from {len(batch)} histories", stacklevel=2)
+            warnings.warn(f"{batch.dropped} unknown item ids were dropped from {len(batch)} histories", stacklevel=3)
         self.eval()
         try:
             return as_rows(answer(self, batch.to(self.device), task, check_k(k)))

@@ -98,3 +98,16 @@ def check_count(name: str, value, low: int = 0) -> int:
 def reads_values(tensor: Tensor) -> bool:
     """Whether checks may read values here: on a GPU that would stall it, and while compiling there are none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def autocast(*tensors):
+    """Cast float32 tensors to the autocast dtype, as torch does for its own attention."""
+    first = tensors[0]
+    kind = "cuda" if isinstance(first, Tensor) and first.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import prompt_attention_op, reference
-from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor
+from pcl_ext.ops._check import FLOATS, autocast, check_like, check_shape, check_tensor
 from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import call
 from pcl_ext.ops.attention_plan import check_layout, resolve_prefix_index, work_list
-from pcl_ext.ops.prompt_attention import _autocast, prompt_attention, use_fused_width
+from pcl_ext.ops.prompt_attention import prompt_attention, use_fused_width
 
 
 def newest_attention(
@@ -30,7 +30,7 @@ def newest_attention(
     much as prompt_attention does. Raises ValueError or TypeError naming what is wrong. On CUDA m is taken from q: how
     many histories are empty is not looked at.
     """
-    q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
+    q, k, v, prefix_k, prefix_v = autocast(q, k, v, prefix_k, prefix_v)
     check_tensor("q", q, 3, FLOATS)
     for name, value in (("k", k), ("v", v)):
         check_tensor(name, value, 3)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import _gpu, prompt_attention_op, reference
-from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, is_plain, reads_values
+from pcl_ext.ops._check import FLOATS, autocast, check_like, check_shape, check_tensor, is_plain, reads_values
 from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import SCALARS, call, use_fused
 from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, cuda_list, resolve_prefix_index, work_list
@@ -35,7 +35,7 @@ def prompt_attention(
     (float32) and 112 on GPUs with 99 KB of shared memory a block.
     Under autocast, float32 tensors are cast to its dtype. Raises ValueError or TypeError naming what is wrong.
     """
-    q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
+    q, k, v, prefix_k, prefix_v = autocast(q, k, v, prefix_k, prefix_v)
     if not _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan):
         _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index)
         check_layout(offsets, prefix_offsets, prefix_index, "q", q)
@@ -83,19 +83,6 @@ def use_fused_width(impl: str, q: Tensor) -> bool:
             f"than {q.device} has"
         )
     return False
-
-
-def _autocast(*tensors):
-    """Cast float32 tensors to the autocast dtype, as torch does for its own attention."""
-    first = tensors[0]
-    kind = first.device.type if isinstance(first, Tensor) and not first.is_cpu else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return [
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
 
 
 def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan) -> bool:

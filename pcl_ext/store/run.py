@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -35,7 +36,7 @@ from pcl_ext.task import TaskSpec, check_task_name
 
 
 def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
-    """Save the backbone and the closed tasks of a model as the run `path`; open tasks are left out.
+    """Save the backbone and the closed tasks of a model as the run `path`; open tasks are left out, with a warning.
 
     record  JSON values kept with them; None keeps the record that is there, but for what it says of tasks that were
             removed from the model, or learned anew
@@ -44,6 +45,8 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
     second process saving to the same run. OSError where the disk refuses.
     """
     path = Path(path)
+    if still_open := [name for name, task in model.tasks.items() if not task.closed]:
+        warnings.warn(f"not saved, as they are open: {', '.join(still_open)}; freeze_task closes a task", stacklevel=2)
     backbone = _backbone_entry(model)
     tasks = [_task_entry(name, task, backbone["hash"]) for name, task in model.tasks.items() if task.closed]
     (path / "tasks").mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def test_learn_leaves_a_known_task_alone(made, pcl):
     before = record_of(made.run)
     status, out, _ = pcl("learn", made.run, "click", "next", "--data", made.data)
     assert status == 0
-    assert [line.split("; ")[1] for line in out[:2]] == ["learned before"] * 2
+    assert [line.split("; ")[1] for line in out[:2]] == ["learned before, left as it is"] * 2
     assert record_of(made.run) == before
 
 

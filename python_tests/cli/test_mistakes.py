@@ -59,9 +59,11 @@ def test_settings_that_are_not_known_are_refused(made, refused, tmp_path, comman
     "line",
     ["", "1 2 3", "[1, 2", "3", '{"items": [1]}', "[1.5]", '["1"]', "[true]", "[null]", "[" * 99_999, f"[{2**63}]"],
 )
-def test_predict_names_the_line_that_is_broken(made, refused, line):
+def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pcl, line):
     stdin = f"[1]\n{line}\n[2]\n"
-    assert "line 2 must be a JSON list of item ids" in refused("predict", made.run, "--task", "next", stdin=stdin)
+    status, answers, errors = pcl("predict", made.run, "--task", "next", stdin=stdin)
+    assert (status, len(answers)) == (2, 1)
+    assert "line 2 must be a JSON list of item ids" in errors[-1]
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,8 @@ def test_events_without_user_item_or_time_are_skipped_on_request(prepare, caplog
             "ann": ["z", "x", "w", "x"],
             "bob": ["y", "x", "w"],
         }
-    assert "left out: events with an empty 'user_id' or 'item_id' or 'time'" in caplog.text
-    assert "left out: 1 of 3 users, whose histories have no min_length events" in caplog.text
+    assert "left out: 3 of 11 events, with an empty 'user_id' or 'item_id' or 'time'" in caplog.text
+    assert "left out: 1 of 3 users, whose histories have fewer than 2 of the events that count" in caplog.text
     with pytest.raises(ValueError, match=r"log\.csv holds no events"):
         prepare(BASE, LOG.splitlines()[0] + "\n")
 
@@ -278,6 +278,25 @@ def test_labels(prepare, keys, want, labels):
     assert rows(dataset, "t") == want
     if labels is not None:
         assert dataset.task("t").spec.labels == labels
+
+
+def test_misspelt_labels_are_told(prepare, caplog):
+    keys = 'kind = "binary"\ncolumn = "city"\nlabels = ["Rome", "oslo"]'
+    with caplog.at_level("INFO", "pcl_ext"):
+        assert rows(prepare(task(keys)), "t") == [("bob", 0, 3)]
+    assert "task 't': labels: no user has 'oslo'; there are 'Oslo', 'Rome'" in caplog.text
+    assert "task 't': left out: 1 users, with a value that is not among its labels: 'Oslo'" in caplog.text
+
+
+@pytest.mark.parametrize("extra", ["", 'time_format = "%Y-%m-%d %H:%M:%S"\n'])
+@pytest.mark.parametrize("place", [0, 1, 6])
+def test_the_time_that_is_none_is_named(prepare, extra, place):
+    times = [f"2023-03-{day:02} 00:00:00" for day in range(1, 9)]
+    times[place] = "2023-13-01 00:00:00"
+    lines = [f"ann,x,{time},buy,1" for time in times]
+    log = "\n".join(["user_id,item_id,time,kind,rating", *lines]) + "\n"
+    with pytest.raises(ValueError, match=r"\[events\] time must be .* got '2023-13-01 00:00:00'"):
+        prepare('name = "shop"\n[events]\nfile = "log.csv"\ntime = "time"\ntext = ["time"]\n' + extra, log)
 
 
 def test_a_text_that_reads_like_a_missing_number_is_a_text(prepare):

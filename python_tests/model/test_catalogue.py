@@ -37,3 +37,41 @@ def test_a_column_that_is_none_makes_the_loss_nan():
     output, rows = torch.randn(3, 20), torch.arange(3)
     assert task_loss(SPECS["rank"], output, torch.tensor([4, 19, 0]), rows).isfinite()
     assert task_loss(SPECS["rank"], output, torch.tensor([4, -1, 0]), rows).isnan()
+
+
+BINARY, CLASSES = TaskSpec("flag", "binary"), TaskSpec("age", "classes", num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "target", "error", "words"),
+    [
+        (BINARY, torch.tensor([0, 2]), ValueError, r"'flag' must be in 0..1, got 0 to 2"),
+        (BINARY, torch.tensor([-1.0, 1.0]), ValueError, r"'flag' must be in 0..1, got -1 to 1"),
+        (BINARY, torch.tensor([0.0, torch.nan]), ValueError, r"'flag' must be in 0..1"),
+        (CLASSES, torch.tensor([0, -100]), ValueError, r"'age' must be in 0..2, got -100 to 0"),
+        (CLASSES, torch.tensor([0.0, 1.0]), TypeError, r"'age' must be integers 0..2, got torch.float32"),
+        (BINARY, [0, 1], TypeError, r"target must be a Tensor \[m\], got list"),
+        (BINARY, torch.tensor([[0], [1]]), ValueError, r"must both be \[m\], got \[2, 1\] and \[2\]"),
+    ],
+)
+def test_targets_that_are_none_are_refused(spec, target, error, words):
+    output = torch.randn(2, 3) if spec.kind == "classes" else torch.randn(2)
+    with pytest.raises(error, match=words):
+        task_loss(spec, output, target, torch.arange(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8], ids=str)
+def test_classes_may_have_any_width(dtype):
+    output, target = torch.randn(4, 3), torch.tensor([2, 0, 1, 2])
+    want = torch.nn.functional.cross_entropy(output, target)
+    assert torch.equal(task_loss(CLASSES, output, target.to(dtype), torch.arange(4)), want)
+
+
+@pytest.mark.parametrize("spec", [BINARY, CLASSES, TaskSpec("all", "items"), TaskSpec("x", "regression")], ids=str)
+def test_no_targets_are_no_loss(spec):
+    output = torch.randn((2, 3) if spec.kind in ("items", "classes") else (2,), requires_grad=True)
+    none = torch.empty(0, dtype=torch.int64)
+    loss = task_loss(spec, output, none, none)
+    loss.backward()
+    assert loss == 0
+    assert not output.grad.any()

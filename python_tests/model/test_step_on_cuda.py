@@ -4,6 +4,7 @@ Tensors on the device "meta" hold no values, so that whoever wants to read one f
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def nothing_waits():
 @pytest.fixture
 def no_values(monkeypatch):
     """The device whose tensors hold no values and go the way of CUDA tensors."""
-    monkeypatch.setattr(_gpu, "_emulator", object())
+    monkeypatch.setattr(_gpu, "_emulator", SimpleNamespace(prompt_attention_fits=lambda dim, scalar: True))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind=None: False)  # which does not know that device
     return "meta"
 

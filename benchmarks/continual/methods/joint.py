@@ -66,7 +66,7 @@ class Joint(Learner):
             _, self.views[name], state = self.best[name]
             self.model.task(name).load_state_dict(state)
             if not self.model.task(name).closed:
-                self.model.freeze_task(name)
+                self.model.task(name).close()
         self.seconds = dict.fromkeys(names, (time.process_time() - started) / len(names))
 
     def epoch_score(self, names: list[str]) -> float:
