@@ -139,6 +139,8 @@ def _predict(parser) -> None:
     parser.add_argument("--task", type=str, required=True, help="what to predict")
     parser.add_argument("--k", type=int, default=10, help="how many items (items tasks)")
     parser.add_argument("--skip-seen", action="store_true", help="leave out the items of the history (items tasks)")
+    ids = "items.parquet of the dataset: item ids in and out are the log's own; left out: the dataset's, 1..V"
+    parser.add_argument("--item-ids", type=Path, help=ids)
 
 
 def _report(parser) -> None:

@@ -19,7 +19,7 @@ from pcl_ext.export import export as write_export
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import MemoryConfig
 from pcl_ext.report import report as write_report
-from pcl_ext.serve import Predictor, as_rows
+from pcl_ext.serve import ItemIds, Predictor, as_rows
 from pcl_ext.serve.encode import EncodeJob
 from pcl_ext.train import LearnConfig, PretrainConfig
 
@@ -111,8 +111,10 @@ def evaluate(args) -> int:
 def predict(args) -> int:
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, got {args.k}")
-    predictor = Predictor(args.run, args.task)
-    for histories in _read_histories(sys.stdin.buffer):
+    predictor, ids = Predictor(args.run, args.task), ItemIds(args.item_ids) if args.item_ids else None
+    for histories in _read_histories(sys.stdin.buffer, (int,) if ids is None else (int, str)):
+        if ids is not None:
+            histories = [ids.known(history) for history in histories]
         answer = predictor.predict(histories, args.task, args.k, skip_seen=args.skip_seen)
         if dropped := int(answer["unknown"].sum()):
             print(
@@ -120,12 +122,14 @@ def predict(args) -> int:
                 file=sys.stderr,
             )
         for row in as_rows(answer):
+            if ids is not None and "items" in row:
+                row["items"] = ids.original(row["items"])
             print(json.dumps(row))
         sys.stdout.flush()
     return 0
 
 
-def _read_histories(stdin: BinaryIO) -> Iterator[list[list[int]]]:
+def _read_histories(stdin: BinaryIO, kinds: tuple[type, ...]) -> Iterator[list[list]]:
     """Chunks of JSON lists, one a line: what has come, at most PREDICT_LINES. Waits only where nothing has."""
     first = 1
     for lines in _lines_that_came(stdin):
@@ -133,7 +137,7 @@ def _read_histories(stdin: BinaryIO) -> Iterator[list[list[int]]]:
             histories, wrong = [], None
             for number, line in enumerate(lines[start : start + PREDICT_LINES], first + start):
                 try:
-                    histories.append(_history(line, number))
+                    histories.append(_history(line, number, kinds))
                 except ValueError as error:
                     wrong = error
                     break
@@ -156,15 +160,19 @@ def _lines_that_came(stdin: BinaryIO) -> Iterator[list[bytes]]:
         yield [last]
 
 
-def _history(line: bytes, number: int) -> list[int]:
+def _history(line: bytes, number: int, kinds: tuple[type, ...]) -> list:
     try:
         history = json.loads(line)
     except (ValueError, RecursionError):
         history = None
-    if not isinstance(history, list) or not all(type(item) is int and abs(item) < 2**63 for item in history):
+    if not isinstance(history, list) or not all(_is_id(item, kinds) for item in history):
         text = line[:80].decode(errors="replace").strip()
         raise ValueError(f"line {number} must be a JSON list of item ids, got {text!r:.60}")
     return history
+
+
+def _is_id(item, kinds: tuple[type, ...]) -> bool:
+    return type(item) in kinds and (type(item) is str or abs(item) < 2**63)
 
 
 def encode(args) -> int:

@@ -2,6 +2,7 @@
 
 from pcl_ext.model.answers import as_rows
 from pcl_ext.serve.inputs import read_histories
+from pcl_ext.serve.item_ids import ItemIds
 from pcl_ext.serve.predictor import Predictor
 
-__all__ = ["Predictor", "as_rows", "read_histories"]
+__all__ = ["ItemIds", "Predictor", "as_rows", "read_histories"]

@@ -128,6 +128,18 @@ def test_predict(made, pcl, task):
     assert task != "range" or all(set(answer["items"]) <= set(catalogue) for answer in answers)
 
 
+@pytest.mark.parametrize("own", [lambda item: 7000 - item, lambda item: f"sku-{item}"], ids=["numbers", "text"])
+def test_predict_takes_and_answers_the_logs_own_ids(made, pcl, tmp_path, own):
+    count = Dataset(made.data).num_items
+    ids = pa.table({"item_id": range(1, count + 1), "original_id": [str(own(item)) for item in range(1, count + 1)]})
+    pq.write_table(ids, tmp_path / "items.parquet")
+    lines = "".join(json.dumps(ids) + "\n" for ids in ([own(1), own(2)], [], [own(4), "unheard of"]))
+    status, out, err = pcl("predict", made.run, "--task", "next", "--item-ids", tmp_path / "items.parquet", stdin=lines)
+    assert (status, err) == (0, ["pcl predict: 1 unknown item ids were dropped from 3 histories"])
+    want = store.from_pretrained(made.run).predict([[1, 2], [], [4]], "next")
+    assert [json.loads(line)["items"] for line in out] == [[own(item) for item in row["items"]] for row in want]
+
+
 def test_predict_keeps_the_order_of_many_lines(made, pcl):
     histories = [[1 + n % 50] * (n % 3) + [1 + n % 7] for n in range(1100)]
     status, out, err = pcl("predict", made.run, "--task", "spend", stdin="\n".join(map(json.dumps, histories)))
@@ -160,7 +172,9 @@ def test_predict_answers_a_pipe_that_stays_open(made):
                 if not select.select([process.stdout], [], [], 60)[0]:
                     process.kill()
                     pytest.fail("no answer")
-                answers += os.read(process.stdout.fileno(), 1 << 16)
+                came = os.read(process.stdout.fileno(), 1 << 16)
+                assert came, "the process has ended"
+                answers += came
             assert [set(json.loads(line)) for line in answers.splitlines()] == [{"probability"}] * lines
         process.stdin.close()
         assert process.wait(60) == 0

@@ -1,0 +1,40 @@
+"""Items by the ids that they have in the log they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pcl_ext.data._arrow import pa, pq
+
+
+class ItemIds:
+    """A dataset's items.parquet: from the log's own ids to those of the dataset, 1..V, and back.
+
+    The log's ids are text there; where all of them are whole numbers, `original` gives numbers. FileNotFoundError or
+    ValueError names a file that is missing or is no such table.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; it must be the items.parquet of a dataset")
+        try:
+            table = pq.read_table(path, columns=["item_id", "original_id"])
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} must be a table of item_id and original_id: {error}") from error
+        ids, originals = table["item_id"].to_pylist(), [str(text) for text in table["original_id"].to_pylist()]
+        self._ids = dict(zip(originals, ids))
+        self._originals = dict(zip(ids, map(int, originals) if all(map(_is_number, originals)) else originals))
+
+    def known(self, history: Sequence[int | str]) -> list[int]:
+        """The dataset's ids of a history in the log's; 0, which a Predictor drops and counts, for unknown ones."""
+        return [self._ids.get(str(item), 0) for item in history]
+
+    def original(self, items: Iterable[int]) -> list[int | str]:
+        """The log's ids of items 1..V."""
+        return [self._originals[item] for item in items]
+
+
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdecimal() and str(int(text)) == text
