@@ -71,10 +71,10 @@ def off(base: Trial) -> Iterator[Variant]:
 
 
 def readout(base: Trial) -> Iterator[Variant]:
-    """What joint training's heads read: as published, the newest state alone; and more, up to what PCL reads."""
-    for name in READOUTS:
-        setting = replace(GRID["mtl"][0], readout=name)
-        yield _named(Variant("readout", f"mtl-{name}", replace(base, method="mtl", setting=setting)))
+    """What baselines' heads read: as published, the newest state alone; and more, up to what PCL reads."""
+    for method, name in (*(("mtl", name) for name in READOUTS), ("dualprompt", "last"), ("coda", "last")):
+        setting = replace(GRID[method][0], readout=name)
+        yield _named(Variant("readout", f"{method}-{name}", replace(base, method=method, setting=setting)))
 
 
 def order(base: Trial) -> Iterator[Variant]:
