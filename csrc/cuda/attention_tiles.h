@@ -94,9 +94,41 @@ __device__ __forceinline__ float dot4(const Vec16& a, const Vec16& b, float sum)
   return sum;
 }
 
-// a b^T of two tiles.
+// A tile as the left factor of products with others: as it lies in shared memory, or held in registers, as tensor cores
+// take it, for products with many. at(k): columns 16 k to 16 k + 15.
 template <class T, int kDim>
-__device__ __forceinline__ Block product(const unsigned char* a, const unsigned char* b) {
+struct LeftTile {
+  const unsigned char* tile;
+
+  struct Columns {
+    uint32_t at[4];
+  };
+  __device__ __forceinline__ Columns at(int k) const {
+    Columns columns;
+    ldmatrix<4>(columns.at, tile + Rows<T, kDim>::place(lane_index() % 16, 2 * k, lane_index() / 16));
+    return columns;
+  }
+};
+
+template <class T, int kDim>
+struct HeldTile {
+  typename LeftTile<T, kDim>::Columns columns[kDim / 16];
+
+  __device__ __forceinline__ void hold(const unsigned char* tile) {
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) columns[k] = LeftTile<T, kDim>{tile}.at(k);
+  }
+  __device__ __forceinline__ const typename LeftTile<T, kDim>::Columns& at(int k) const { return columns[k]; }
+};
+
+template <int kDim>
+struct HeldTile<float, kDim> : LeftTile<float, kDim> {
+  __device__ __forceinline__ void hold(const unsigned char* from) { this->tile = from; }
+};
+
+// a b^T of two tiles; a is one of the left factors above.
+template <class T, int kDim, class Left>
+__device__ __forceinline__ Block product_with(const Left& a, const unsigned char* b) {
   using R = Rows<T, kDim>;
   const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
@@ -105,7 +137,9 @@ __device__ __forceinline__ Block product(const unsigned char* a, const unsigned 
     for (int chunk = 0; chunk < R::kChunks; ++chunk) {
       Vec16 left[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) left[i] = load(reinterpret_cast<const Vec16*>(a + R::place(lane / 4 + 8 * i, chunk)));
+      for (int i = 0; i < 2; ++i) {
+        left[i] = load(reinterpret_cast<const Vec16*>(a.tile + R::place(lane / 4 + 8 * i, chunk)));
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = Block::column((i & 1) | (i & 2) * 2);
@@ -120,14 +154,19 @@ __device__ __forceinline__ Block product(const unsigned char* a, const unsigned 
     float low[4] = {}, high[4] = {};
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      uint32_t left[4], right[4];
-      ldmatrix<4>(left, a + R::place(lane % 16, 2 * k, lane / 16));
+      const auto& left = a.at(k);
+      uint32_t right[4];
       ldmatrix<4>(right, b + R::place(lane / 16 * 8 + lane % 8, 2 * k, lane / 8 % 2));
-      mma_m16n8k16<T>(low, left, {right[0], right[1]});
-      mma_m16n8k16<T>(high, left, {right[2], right[3]});
+      mma_m16n8k16<T>(low, left.at, {right[0], right[1]});
+      mma_m16n8k16<T>(high, left.at, {right[2], right[3]});
     }
     return {{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]}};
   }
+}
+
+template <class T, int kDim>
+__device__ __forceinline__ Block product(const unsigned char* a, const unsigned char* b) {
+  return product_with<T, kDim>(LeftTile<T, kDim>{a}, b);
 }
 
 // A block as the left factor of a product.

@@ -18,6 +18,7 @@ struct Forward {
   Slot own;
   int head;
   unsigned char* q;
+  HeldTile<T, kDim> queries;
   Wide<kDim> sums;
   float top[2], weight[2];  // of rows i / 4 and i / 4 + 8; weight: this lane's share
 
@@ -26,6 +27,7 @@ struct Forward {
     own = slot;
     head = head_number;
     q = memory.rows(warp_index(), 0);
+    queries.hold(q);
     sums.clear();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -36,7 +38,7 @@ struct Forward {
 
   __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, int key, int length,
                                       bool causal) {
-    Block scores = product<T, kDim>(q, keys);
+    Block scores = product_with<T, kDim>(queries, keys);
     float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -84,8 +86,12 @@ struct Forward {
   }
 };
 
+// Blocks on a multiprocessor, as many as registers last for without spilling.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 2)
+constexpr int kBlocks = sizeof(T) == 2 && kDim <= 64 ? 4 : 2;
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
     forward_kernel(Attention<T> attention, int prefix_tiles, T* out, float* stats) {
   Forward<T, kDim> work;
   work.rows[0] = attention.q;

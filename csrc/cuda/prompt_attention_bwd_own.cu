@@ -44,6 +44,7 @@ struct GradQ {
   Slot own;
   int head;
   unsigned char *q, *grad_out;
+  HeldTile<T, kDim> queries;  // to hold grad_out too spills at d 64
   Wide<kDim> sums;
   RowNumbers row[2];
 
@@ -53,6 +54,7 @@ struct GradQ {
     head = head_number;
     q = memory.rows(warp_index(), 0);
     grad_out = memory.rows(warp_index(), 1);
+    queries.hold(q);
     sums.clear();
     const int64_t first = own.begin + own.row;
     RowNumbers* const here = memory.numbers(0, warp_index());
@@ -74,7 +76,7 @@ struct GradQ {
 
   __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, int key, int length,
                                       bool causal) {
-    const Block scores = product<T, kDim>(q, keys);
+    const Block scores = product_with<T, kDim>(queries, keys);
     Block grads = product<T, kDim>(grad_out, values);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
