@@ -66,7 +66,7 @@ bench: $(INSTALLED)
 
 gpu-check:
 	$(MAKE) dev CUDA=1
-	$(BIN)/python benchmarks/gpu_check.py --seconds 330
+	$(BIN)/python benchmarks/gpu_check.py --seconds 450
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

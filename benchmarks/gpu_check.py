@@ -24,8 +24,8 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PARTS = {"gpu_layout": 90, "gpu_attention": 150, "gpu_step": 120}  # benchmarks, and the seconds each may take
-TESTS_S, SANITIZER_S, BUILD_S = 120, 90, 240
+PARTS = {"gpu_step": 90, "gpu_attention": 120, "gpu_layout": 60}  # benchmarks, and the seconds each may take
+TESTS_S, SANITIZER_S, BUILD_S = 110, 70, 240
 COLUMNS = ["what", "ms", "% of roofline", "bound by", "best peer", "peer / ours"]
 
 
@@ -85,11 +85,13 @@ def test(seconds: float, dry: bool) -> dict:
 
 
 def sanitize(seconds: float, dry: bool) -> dict:
-    """The tests with hostile values under compute-sanitizer."""
+    """The tests with hostile values, and some of attention's, under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if dry or not Path(tool).exists():
         return {"exit code": "not run", "seconds": 0, "output": "on the CPU" if dry else "no compute-sanitizer here"}
-    tests = ["-m", "pytest", "-q", "-x", "python_tests/ops/test_hostile_values.py", "-m", "gpu"]
+    files = [f"python_tests/ops/{name}.py" for name in ("test_prompt_attention_cuda", "test_hostile_values")]
+    chosen = "hostile or one_short_prefix or longer_than_fits"
+    tests = ["-m", "pytest", "-q", "-x", *files, "-m", "gpu", "-k", chosen]
     every_tensor_apart = {**environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return call([tool, "--error-exitcode", "9", sys.executable, *tests], seconds, env=every_tensor_apart)
 
