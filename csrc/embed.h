@@ -53,7 +53,8 @@ int embed_fwd_cuda(const EmbedRows& rows, const void* table, const void* positio
 int64_t embed_bwd_cuda_bytes(const EmbedShape& shape, bool position, bool prompt, Scalar dtype);
 
 // Gradients of position and prompt. Rows are added in float (double for double) in runs of histories, in their order,
-// and the runs in theirs, in double; runs depend on shapes alone: the same bits every time. Moves T D numbers in.
+// and the runs in theirs, in double; runs depend on shapes alone: the same bits every time. Rows past the positions are
+// in no gradient. Moves T D numbers in.
 int embed_bwd_cuda(const EmbedRows& rows, const void* grad_out, void* workspace, void* grad_position, void* grad_prompt,
                    const EmbedShape& shape, Scalar dtype, void* stream);
 
