@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
         return 128 + signal.SIGPIPE
     except argparse.ArgumentError as error:
-        return _fail(f"pcl: {error}; --help says what is accepted")
+        return _fail(f"pcl: {error}; {_near(str(error), subparsers)}--help says what is accepted")
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         return _fail(f"pcl {name}: {error}")
     except run.ForgettingError as error:
@@ -60,6 +62,14 @@ def _log_to_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _near(message: str, subparsers: dict) -> str:
+    """A known setting that is spelt like the one that an error is about."""
+    wrong = re.search(r"option '([^']+)'", message)
+    known = [action.dest for parser in subparsers.values() for action in parser._actions]
+    found = difflib.get_close_matches(wrong[1], known, 1) if wrong else []
+    return f"did you mean {found[0]}? " if found else ""
 
 
 def _fail(message: str, status: int = 2) -> int:

@@ -41,7 +41,7 @@ def test_prepare_refuses(refused, tmp_path, argv, message):
         ("pretrain", "colour: red", "colour"),
         ("pretrain", "backbone: {dim: wide}", "backbone.dim"),
         ("pretrain", "pretrain: {precision: int8}", "precision must be float32 or bfloat16"),
-        ("learn", "learn: {epoks: 2}", "learn.epoks"),
+        ("learn", "learn: {epoks: 2}", "learn.epoks'; did you mean learn.epochs? --help says"),
         ("learn", "memory: {prompt_len: 2}", "memory.prompt_len"),
         ("learn", "memory: {readout: [first]}", "readout must name"),
         ("learn", "learn: {epochs: 0}", "epochs must be a whole number from 1 up, got 0"),
