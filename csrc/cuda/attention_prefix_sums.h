@@ -25,10 +25,26 @@ struct PrefixSums {
     return sums[((which * (kDim / 8) + 2 * warp_index()) * 4 + i) * kWarp + lane_index()];
   }
 
-  // The group's queries, which are in shared memory. The prefix is where a pass keeps it, one tile.
+  // What this lane holds of a warp's block, of scores' gradients or of weights.
+  template <class Memory>
+  __device__ __forceinline__ static Packed& block(const Memory& memory, int which, int warp) {
+    static_assert(kWarp * sizeof(Packed) <= Rows<T, kDim>::kTileBytes || !kFits);
+    return reinterpret_cast<Packed*>(memory.others(0, which, warp))[lane_index()];
+  }
+
+  // The group's queries, which are in shared memory, all threads together. The prefix is where a pass keeps it, one
+  // tile. A warp makes the blocks of its own queries, in the place of the rows that the group looked at.
   template <class Memory>
   __device__ __forceinline__ void see_group(const Memory& memory) const {
-    const int j = 2 * warp_index();
+    const int warp = warp_index();
+    if (memory.item(warp).prefix >= 0) {
+      const KeyBlocks<T, kDim> blocks(memory.prefix(1, 0, 0), memory.prefix(1, 1, 0), memory.rows(warp, 0),
+                                      memory.rows(warp, 1), memory.numbers(0, warp), kNoDiagonal, scale);
+      block(memory, 0, warp) = packed<T>(blocks.grads);
+      block(memory, 1, warp) = packed<T>(blocks.weights);
+    }
+    sync_threads();
+    const int j = 2 * warp;
     if (j >= kDim / 8) return;  // fewer columns than warps
     float k[2][4], v[2][4];
 #pragma unroll
@@ -39,11 +55,8 @@ struct PrefixSums {
 #pragma unroll 1
     for (int w = 0; w < kWarps; ++w) {
       if (memory.item(w).prefix < 0) continue;
-      const unsigned char *q = memory.rows(w, 0), *grad_out = memory.rows(w, 1);
-      const KeyBlocks<T, kDim> blocks(memory.prefix(1, 0, 0), memory.prefix(1, 1, 0), q, grad_out, memory.numbers(0, w),
-                                      kNoDiagonal, scale);
-      if (asked.k != nullptr) add_columns<T, kDim>(k[0], k[1], packed<T>(blocks.grads), q, j);
-      if (asked.v != nullptr) add_columns<T, kDim>(v[0], v[1], packed<T>(blocks.weights), grad_out, j);
+      if (asked.k != nullptr) add_columns<T, kDim>(k[0], k[1], block(memory, 0, w), memory.rows(w, 0), j);
+      if (asked.v != nullptr) add_columns<T, kDim>(v[0], v[1], block(memory, 1, w), memory.rows(w, 1), j);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

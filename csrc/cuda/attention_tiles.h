@@ -170,7 +170,7 @@ __device__ __forceinline__ Block product(const unsigned char* a, const unsigned 
 }
 
 // A block as the left factor of a product.
-struct Packed {
+struct alignas(16) Packed {
   uint32_t at[4];
 };
 
