@@ -64,16 +64,16 @@ struct Walk {
   }
 };
 
-// The first i of low .. high - 1 for which is_after(i), high when there is none; false comes before true.
+// The first i of low .. high - 1 for which is_after(i), high when there is none; false comes before true. A warp
+// searches together: what it reads on the way is far, and 32 at once take as long as one.
 template <class IsAfter>
 __device__ __forceinline__ int64_t first_after(int64_t low, int64_t high, IsAfter is_after) {
   while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (is_after(middle)) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
+    const int64_t step = (high - low + kWarp - 1) / kWarp, probe = low + lane_index() * step;
+    const int count = count_bits(ballot(probe < high && !is_after(probe < high ? probe : low)));  // before it
+    const int64_t end = low + count * step;
+    high = count == 0 ? low : high < end ? high : end;
+    low = count == 0 ? low : end - step + 1;
   }
   return low;
 }

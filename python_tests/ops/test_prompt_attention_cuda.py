@@ -56,6 +56,15 @@ def test_one_short_prefix_of_every_head_width(dim, dtype, cuda):
     compare(make([5, 40, 0, 70, 2], [16 if dim % 32 else 9], [0, 0, 0, 0, -1], dim=dim, dtype=dtype), cuda)
 
 
+def test_many_histories_find_their_prefixes(cuda):
+    generator = torch.Generator().manual_seed(0)
+    lengths, index = (
+        torch.randint(0, 4, (1500,), generator=generator),
+        torch.randint(-1, 5, (1500,), generator=generator),
+    )
+    compare(make(lengths.tolist(), [3, 18, 0, 1, 7], index.tolist(), dim=16, heads=1, dtype=torch.bfloat16), cuda)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_prefix_longer_than_fits(dtype, cuda):
     compare(make([3, 9, 20], [70, 5], [0, 1, 0], dtype=dtype), cuda)
