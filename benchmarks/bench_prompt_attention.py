@@ -119,8 +119,8 @@ def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
         times = medians_ms({"ours": forward, "flex": flex, **theirs, **products, "copy": copy_of(4 * moved)})
     row("forward", flops, times, times[len(lengths)], times["flex"])
     theirs = {groups: ways[groups].backward for groups in [1, *BUCKETS]}
-    ways = {"ours": both, **theirs, **products, "copy": copy_of(12 * moved)}
-    times = medians_ms(ways, least=4)  # seconds a call where padded
+    timed = {"ours": both, **theirs, **products, "copy": copy_of(12 * moved)}
+    times = medians_ms(timed, least=4)  # seconds a call where padded
     row("forward and backward", 3.5 * flops, times)
     full, alone = medians_ms({"full": backward(*range(5)), "alone": backward(3, 4)}).values()
     report.row(f"{name}, backward: all against prefix only", full / alone, alone, *[""] * 7)

@@ -88,6 +88,8 @@ class Checkpoint:
         groups = {"weight": {}, "best": {}, "average": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
+            if kind in ("best", "average"):
+                tensor = tensor.to(self.trained[rest].device)
             if kind in groups:
                 groups[kind][rest] = tensor
         with torch.no_grad():

@@ -66,9 +66,9 @@ def _log_to_stderr() -> Iterator[None]:
 
 def _near(message: str, subparsers: dict) -> str:
     """A known setting that is spelt like the one that an error is about."""
-    wrong = re.search(r"option '([^']+)'", message)
-    known = [action.dest for parser in subparsers.values() for action in parser._actions]
-    found = difflib.get_close_matches(wrong[1], known, 1) if wrong else []
+    wrong = re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", message)
+    known = [action.dest for action in subparsers[wrong[1]]._actions] if wrong else []
+    found = difflib.get_close_matches(wrong[2], known, 1) if wrong else []
     return f"did you mean {found[0]}? " if found else ""
 
 

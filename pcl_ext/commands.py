@@ -112,6 +112,8 @@ def predict(args) -> int:
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, got {args.k}")
     predictor, ids = Predictor(args.run, args.task), ItemIds(args.item_ids) if args.item_ids else None
+    if ids is not None:
+        ids.check(predictor.model.backbone.config.num_items)
     for histories in _read_histories(sys.stdin.buffer, (int,) if ids is None else (int, str)):
         if ids is not None:
             histories = [ids.known(history) for history in histories]

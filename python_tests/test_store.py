@@ -202,7 +202,14 @@ def test_a_task_that_was_learned_since_is_not_lost(run):
     add(newer, "age")
     save_pretrained(newer, run)
     before = files(run)
-    with pytest.raises(StoreError, match="holds age, which this model never had"):
+    with pytest.raises(StoreError, match="holds age, which this model does not hold closed"):
+        save_pretrained(older, run)
+    older.add_task(SPECS["age"])
+    lost = pytest.raises(StoreError, match="holds age, which this model does not hold closed")
+    with pytest.warns(UserWarning, match="as they are open: age"), lost:
+        save_pretrained(older, run)
+    older.remove_task("age")  # as learning does that fails
+    with pytest.raises(StoreError, match="holds age, which this model does not hold closed"):
         save_pretrained(older, run)
     assert files(run) == before
     newer.remove_task("age")

@@ -125,8 +125,9 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
     null = values.is_null().to_numpy(zero_copy_only=False)
     if task.positive is not None:
         positive = task.positive if isinstance(task.positive, list) else [task.positive]
-        _tell_missing(_cast(positive, values, f"{label}: positive"), values, f"{label}: positive")
-        hit = _is_in(values, positive, f"{label}: positive").to_numpy(zero_copy_only=False)
+        wanted = _cast(positive, values, f"{label}: positive")
+        _tell_missing(wanted, values, f"{label}: positive")
+        hit = pc.is_in(values, value_set=wanted).to_numpy(zero_copy_only=False)
         return np.where(null, np.nan, hit), ["other", ", ".join(str(value) for value in positive)]
     if task.labels is not None:
         order = _cast(task.labels, values, f"{label}: labels")
@@ -142,7 +143,9 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
     target = pc.index_in(values, value_set=order).to_numpy(zero_copy_only=False).astype(np.float64)
     if (others := np.isnan(target) & ~null).any():
         found = ", ".join(repr(value) for value in pc.unique(values.filter(pa.array(others))).to_pylist()[:5])
-        _LOG.info("%s: left out: %d users, with a value that is not among its labels: %s", label, others.sum(), found)
+        _LOG.info(
+            "%s: users left out, with a value that is not among its labels: %d, with %s", label, others.sum(), found
+        )
     return np.where(null | np.isnan(target), np.nan, target), [str(value) for value in order.to_pylist()]
 
 

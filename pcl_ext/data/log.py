@@ -12,6 +12,7 @@ from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.conditions import Condition, holds
 from pcl_ext.data.config import EventsConfig, LogConfig, SubsetConfig
 from pcl_ext.data.split import hash_modulo
+from pcl_ext.data.tablefile import NULLS
 from pcl_ext.data.times import TimeColumn
 
 _LOG = logging.getLogger(__name__)
@@ -194,6 +195,8 @@ class EventLog:
 def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
     """Events with a user, an item and a time. Raises ValueError where some have none and are not to be skipped."""
     keys = [names.user, names.item, *([names.time] if names.time else [])]
+    for name in keys:
+        events = _null_words_as_null(events, name)
     empty = {name: events[name].null_count for name in keys if events[name].null_count}
     if empty and not names.skip_empty:
         counts = ", ".join(f"{name!r} in {count:,}" for name, count in empty.items())
@@ -209,6 +212,17 @@ def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
     if not len(events):
         raise ValueError(f"[events]: {names.file} holds no events")
     return events
+
+
+def _null_words_as_null(events: pa.Table, name: str) -> pa.Table:
+    """A key that is written as a missing value is none, though another text may read so."""
+    column = events[name]
+    if not pa.types.is_string(column.type):
+        return events
+    none = pa.scalar(None, column.type)
+    return events.set_column(
+        events.column_names.index(name), name, pc.if_else(pc.is_in(column, pa.array(NULLS)), none, column)
+    )
 
 
 def first_of_pairs(a: np.ndarray, b: np.ndarray, width: int) -> np.ndarray:

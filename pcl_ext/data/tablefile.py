@@ -10,7 +10,13 @@ from pcl_ext.data._arrow import csv, pa, pc, pq
 from pcl_ext.data.config import TableConfig
 
 _SEPARATOR = "\x1f"
-_NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and times; a text is missing where its cell is empty
+NULLS = [
+    "",
+    "NA",
+    "NaN",
+    "nan",
+    "null",
+]  # numbers, and keys of events; another text is missing where it is empty
 
 
 def read_table(
@@ -52,7 +58,7 @@ def _read_csv(config: TableConfig, path: Path, where: str) -> pa.Table:
             read_options=csv.ReadOptions(column_names=config.columns, encoding=encoding),
             parse_options=csv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == _SEPARATOR else '"'),
             convert_options=csv.ConvertOptions(
-                column_types=dict.fromkeys(config.text, pa.string()), strings_can_be_null=False, null_values=_NULLS
+                column_types=dict.fromkeys(config.text, pa.string()), strings_can_be_null=False, null_values=NULLS
             ),
         )
         return _empty_texts_are_null(table)

@@ -28,20 +28,21 @@ def answer(
     return _label_answer(task, model(batch, name).float().cpu())
 
 
-def as_rows(answer: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def as_rows(arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Arrays of predictions as a plain dict a history; ranks without an item are left out."""
-    if "items" in answer:
-        counts = (answer["items"] > 0).sum(1).tolist()
-        pairs = zip(answer["items"].tolist(), answer["scores"].tolist(), counts)
+    if "items" in arrays:
+        counts = (arrays["items"] > 0).sum(1).tolist()
+        pairs = zip(arrays["items"].tolist(), arrays["scores"].tolist(), counts)
         return [{"items": items[:n], "scores": scores[:n]} for items, scores, n in pairs]
-    columns = {name: values.tolist() for name, values in answer.items() if name != "unknown"}
+    columns = {name: values.tolist() for name, values in arrays.items() if name != "unknown"}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def check_k(k: int) -> int:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+    """How many items are asked for; ValueError where it is no whole number from 1 up."""
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k must be at least 1, got {k!r}")
-    return k
+    return int(k)
 
 
 def _label_answer(task: Task, output: Tensor) -> dict[str, np.ndarray]:

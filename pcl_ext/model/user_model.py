@@ -28,7 +28,8 @@ class UserModel(nn.Module):
 
     Tasks are numbered in the order in which they were added: `task_names`.
 
-    removed  names of the tasks that `remove_task` has taken out: `save_pretrained` drops these of a run, and no others
+    removed  names of the closed tasks that `remove_task` has taken out: the next `save_pretrained` drops these of a
+             run, and no others
     """
 
     def __init__(self, backbone: Backbone):
@@ -132,8 +133,9 @@ class UserModel(nn.Module):
             raise ValueError(f"task {name!r} is read by: {', '.join(readers)}; remove them first")
         if learners := [other for other, task in users.items() if not task.closed]:
             raise ValueError(f"task {name!r} is read by open tasks: {', '.join(learners)}; close them first")
+        if self.task(name).closed:
+            self.removed.add(name)
         del self.tasks[name]
-        self.removed.add(name)
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:

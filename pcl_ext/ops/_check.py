@@ -101,9 +101,9 @@ def reads_values(tensor: Tensor) -> bool:
 
 
 def autocast(*tensors):
-    """Cast float32 tensors to the autocast dtype, as torch does for its own attention."""
+    """Cast tensors of floats, but float64, to the autocast dtype, as torch does for its own attention."""
     first = tensors[0]
-    kind = "cuda" if isinstance(first, Tensor) and first.is_cuda else "cpu"
+    kind = "cpu" if not isinstance(first, Tensor) or first.is_cpu or first.is_meta else first.device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

@@ -37,11 +37,9 @@ def cuda_status() -> str:
     return f"{name}, on {gpu} (sm_{major}{minor})"
 
 
-# What a device can do, as constants of a compiled graph.
-
-
 @torch.compiler.assume_constant_result
 def _is_new_enough(device: int) -> bool:
+    """A constant of compiled graphs, as all that a device can do."""
     return _capability(device)[0] >= 8
 
 

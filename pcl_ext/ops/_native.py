@@ -113,18 +113,19 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def once_only(backward):
-    """Decorates the backward of an autograd.Function: to differentiate it again is an error.
+    """Decorates backward(ctx, saved tensors, *grads) of an autograd.Function: to differentiate it again is an error.
 
     That of torch's own once_differentiable lies on no path to the inputs, so that autograd.grad skips it and gives 0.
     """
 
     @wraps(backward)
     def wrapper(ctx, *grads):
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks them once
         with torch.no_grad():
-            outputs = backward(ctx, *grads)
+            outputs = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():
             return outputs
-        return _NoSecondDerivative.apply(len(outputs), *outputs, *grads, *ctx.saved_tensors)
+        return _NoSecondDerivative.apply(len(outputs), *outputs, *grads, *saved)
 
     return wrapper
 

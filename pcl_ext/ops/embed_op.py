@@ -102,9 +102,9 @@ class _Embed(torch.autograd.Function):
 
     @staticmethod
     @once_only
-    def backward(ctx, grad_out):
+    def backward(ctx, saved, grad_out):
         needs = ctx.needs_input_grad[2:5]
-        grads = torch.ops.pcl_ext.embed_backward.default(grad_out, *ctx.saved_tensors, needs)
+        grads = torch.ops.pcl_ext.embed_backward.default(grad_out, *saved, needs)
         return None, None, *(g if need else None for g, need in zip(grads, needs)), None
 
 

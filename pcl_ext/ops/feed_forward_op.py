@@ -61,8 +61,8 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_only
-    def backward(ctx, grad_out):
-        grad_x = torch.ops.pcl_ext.feed_forward_backward.default(grad_out, *ctx.saved_tensors, ctx.eps)
+    def backward(ctx, saved, grad_out):
+        grad_x = torch.ops.pcl_ext.feed_forward_backward.default(grad_out, *saved, ctx.eps)
         return grad_x, *(None,) * 7
 
 

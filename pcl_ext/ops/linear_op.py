@@ -95,12 +95,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_only
-    def backward(ctx, grad_out):
+    def backward(ctx, saved, grad_out):
         if grad_out is None:
             return (None,) * 7
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.pcl_ext.linear_backward.default(grad_out, *ctx.saved_tensors, ctx.eps)
+            grad_x = torch.ops.pcl_ext.linear_backward.default(grad_out, *saved, ctx.eps)
         return grad_x, None, None, None, None, grad_out if ctx.needs_input_grad[5] else None, None
 
 

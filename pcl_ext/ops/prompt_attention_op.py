@@ -150,12 +150,12 @@ class _PromptAttention(torch.autograd.Function):
 
     @staticmethod
     @once_only
-    def backward(ctx, grad_out, _):
+    def backward(ctx, saved, grad_out, _):
         needs = ctx.needs_input_grad[:5]
         rest = (None,) * (len(ctx.needs_input_grad) - 5)
         if grad_out is None:
             return (None,) * 5 + rest
-        grads = torch.ops.pcl_ext.prompt_attention_backward.default(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
+        grads = torch.ops.pcl_ext.prompt_attention_backward.default(grad_out, *saved, *ctx.numbers, needs)
         return tuple(g if need else None for g, need in zip(grads, needs)) + rest
 
 

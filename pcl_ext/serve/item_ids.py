@@ -16,7 +16,7 @@ class ItemIds:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        self.path = path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; it must be the items.parquet of a dataset")
         try:
@@ -26,6 +26,12 @@ class ItemIds:
         ids, originals = table["item_id"].to_pylist(), [str(text) for text in table["original_id"].to_pylist()]
         self._ids = dict(zip(originals, ids))
         self._originals = dict(zip(ids, map(int, originals) if all(map(_is_number, originals)) else originals))
+
+    def check(self, num_items: int) -> None:
+        """ValueError unless these are items 1..num_items: the table of another dataset would name others."""
+        if self._originals.keys() != set(range(1, num_items + 1)):
+            named = len(self._originals)
+            raise ValueError(f"{self.path} must name the items 1..{num_items} of the run's dataset, it names {named}")
 
     def known(self, history: Sequence[int | str]) -> list[int]:
         """The dataset's ids of a history in the log's; 0, which a Predictor drops and counts, for unknown ones."""

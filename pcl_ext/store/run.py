@@ -41,8 +41,8 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
     record  JSON values kept with them; None keeps the record that is there, but for what it says of tasks that were
             removed from the model, or learned anew
     StoreError, with what was saved before untouched: a tensor that is not finite, a run of another backbone that has
-    tasks, a run with a task that the model never had, say one learned since it was loaded, a damaged file in the way, a
-    second process saving to the same run. OSError where the disk refuses.
+    tasks, a run with a task that is neither closed in the model nor was removed from it, say one learned since it was
+    loaded, a damaged file in the way, a second process saving to the same run. OSError where the disk refuses.
     """
     path = Path(path)
     if still_open := [name for name, task in model.tasks.items() if not task.closed]:
@@ -55,10 +55,10 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
         if old["tasks"] and old["backbone"]["hash"] != backbone["hash"]:
             raise StoreError(f"{path} holds tasks of another backbone; save to another folder")
         kept, new = ({entry["name"]: entry for entry in entries} for entries in (old["tasks"], tasks))
-        if lost := [name for name in kept if name not in model.tasks and name not in model.removed]:
+        if lost := [name for name in kept if name not in new and name not in model.removed]:
             raise StoreError(
-                f"{path} holds {', '.join(lost)}, which this model never had and which would be lost; load the run "
-                "again, or save to another folder"
+                f"{path} holds {', '.join(lost)}, which this model does not hold closed, and which would be lost; load "
+                "the run again, or save to another folder"
             )
         _sweep(path, old)
         if record is None:
@@ -71,6 +71,7 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
         for folder in (path / "tasks", path, path.absolute().parent):
             fsync_folder(folder)
         write_manifest(path, values)
+        model.removed.clear()
 
 
 def from_pretrained(path: str | Path) -> UserModel:

@@ -140,6 +140,12 @@ def test_predict_takes_and_answers_the_logs_own_ids(made, pcl, tmp_path, own):
     assert [json.loads(line)["items"] for line in out] == [[own(item) for item in row["items"]] for row in want]
 
 
+def test_the_ids_of_another_dataset_are_refused(made, refused, tmp_path):
+    pq.write_table(pa.table({"item_id": [1, 2], "original_id": ["a", "b"]}), tmp_path / "items.parquet")
+    line = refused("predict", made.run, "--task", "next", "--item-ids", tmp_path / "items.parquet", stdin='["a"]\n')
+    assert f"must name the items 1..{Dataset(made.data).num_items} of the run's dataset, it names 2" in line
+
+
 def test_predict_keeps_the_order_of_many_lines(made, pcl):
     histories = [[1 + n % 50] * (n % 3) + [1 + n % 7] for n in range(1100)]
     status, out, err = pcl("predict", made.run, "--task", "spend", stdin="\n".join(map(json.dumps, histories)))

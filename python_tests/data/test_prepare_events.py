@@ -280,12 +280,18 @@ def test_labels(prepare, keys, want, labels):
         assert dataset.task("t").spec.labels == labels
 
 
+def test_a_key_that_reads_like_a_missing_value_is_none(prepare):
+    log = LOG + "NA,x,6,buy,1\nann,null,6,buy,1\n"
+    with pytest.raises(ValueError, match="'user_id' in 1, 'item_id' in 1; skip_empty = true"):
+        prepare(BASE, log)
+
+
 def test_misspelt_labels_are_told(prepare, caplog):
     keys = 'kind = "binary"\ncolumn = "city"\nlabels = ["Rome", "oslo"]'
     with caplog.at_level("INFO", "pcl_ext"):
         assert rows(prepare(task(keys)), "t") == [("bob", 0, 3)]
     assert "task 't': labels: no user has 'oslo'; there are 'Oslo', 'Rome'" in caplog.text
-    assert "task 't': left out: 1 users, with a value that is not among its labels: 'Oslo'" in caplog.text
+    assert "task 't': users left out, with a value that is not among its labels: 1, with 'Oslo'" in caplog.text
 
 
 @pytest.mark.parametrize("extra", ["", 'time_format = "%Y-%m-%d %H:%M:%S"\n'])

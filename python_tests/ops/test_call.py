@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import make, to_offsets
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from pcl_ext import ops
 
@@ -121,10 +122,17 @@ def test_a_second_derivative_is_refused_not_zero(name):
         _second_derivative(ONCE[name][0], *ONCE[name][1])
 
 
-def test_layout_changes_have_a_second_derivative():
-    for run, shape in (
-        (lambda x: ops.to_padded(x, HISTORIES, 5), (9, 2)),
-        (lambda x: ops.to_packed(x, HISTORIES, 9), (3, 5, 2)),
-    ):
-        x = torch.randn(*shape, dtype=torch.double, requires_grad=True)
-        assert torch.autograd.gradgradcheck(run, x)
+@pytest.mark.parametrize(
+    ("run", "shape"),
+    [(lambda x: ops.to_padded(x, HISTORIES, 5), (9, 2)), (lambda x: ops.to_packed(x, HISTORIES, 9), (3, 5, 2))],
+    ids=["to_padded", "to_packed"],
+)
+def test_layout_changes_have_a_second_derivative(run, shape):
+    assert torch.autograd.gradgradcheck(run, torch.randn(*shape, dtype=torch.double, requires_grad=True))
+
+
+def test_a_checkpoint_around_an_op_takes_a_first_derivative_for_more():
+    x = torch.randn(9, 2, 16, requires_grad=True)
+    run = ONCE["prompt_attention"][0]
+    (got,) = torch.autograd.grad(checkpoint(run, x, use_reentrant=False).sum(), x, create_graph=True)
+    assert torch.equal(got, torch.autograd.grad(run(x).sum(), x)[0])

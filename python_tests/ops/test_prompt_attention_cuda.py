@@ -231,19 +231,27 @@ def _small_blocks():
     emulated.set_shared_bytes(163 * 1024)
 
 
+FIT = [
+    (dim, dtype) for dtype in DTYPES for dim in (64, 80, 96, 112, 128) if dim <= (80 if dtype.itemsize == 4 else 112)
+]
+
+
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128])
-def test_what_fits_runs_where_blocks_have_less_shared_memory(dim, dtype):
-    cases = [make([5, 40], [7, 70], [0, 1], dim=dim, heads=1, dtype=dtype), make([5, 40], [9], dim=dim, dtype=dtype)]
+@pytest.mark.parametrize("prefix", [([7, 70], [0, 1]), ([9], None)], ids=["two long prefixes", "one short"])
+@pytest.mark.parametrize(("dim", "dtype"), FIT, ids=str)
+def test_what_fits_runs_where_blocks_have_less_shared_memory(dim, dtype, prefix):
     with _gpu.emulated():
-        for case in cases:
-            if dim <= (80 if dtype == torch.float32 else 112):
-                compare(case, "cpu")
-            else:
-                assert torch.equal(case.run(), case.run(impl="reference"))
-                with pytest.raises(ValueError, match=f"takes a head width d of {dim} in .* more shared memory"):
-                    case.run(impl="fused")
+        compare(make([5, 40], *prefix, dim=dim, heads=1, dtype=dtype), "cpu")
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (128, torch.float16), (96, torch.float32)], ids=str)
+def test_what_does_not_fit_takes_the_twin_there(dim, dtype):
+    with _gpu.emulated():
+        case = make([5, 40], [9], dim=dim, dtype=dtype)
+        assert torch.equal(case.run(), case.run(impl="reference"))
+        with pytest.raises(ValueError, match=f"takes a head width d of {dim} in .* more shared memory"):
+            case.run(impl="fused")
 
 
 def test_a_plan_of_another_device_is_refused():
