@@ -43,7 +43,7 @@ def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any,
 
 
 class Checkpoint:
-    """Everything a run needs to go on with the same bits: weights, optimiser, generator, place in the data.
+    """Everything a run needs to go on, on the CPU with the same bits: weights, optimiser, generator, place in the data.
 
     One safetensors file, written atomically; no path, no checkpoints.
     """
