@@ -81,8 +81,8 @@ def learn_all(
         metric = record["matrix"]["metric"][name]
         value = ResultMatrix.from_json(record["matrix"]).value(-1, name)
         earlier = len(record["outputs"]) - 1
-        what = f"outputs of {earlier} earlier tasks unchanged, bit for bit"
-        what = "learned before, left as it is" if name in known else what
+        unchanged = f"outputs of {earlier} earlier tasks unchanged, bit for bit"
+        what = "learned before, left as it is" if name in known else unchanged
         print(f"{name}: {metric} {value:.4f}; {what}", flush=True)
 
 

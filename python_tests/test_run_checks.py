@@ -183,8 +183,7 @@ def test_several_labels_of_a_user_are_learned(write, tmp_path):
     assert learn(dataset, tmp_path / "run", "label")["references"]["label"]["cheap"]["metrics"]
 
 
-def test_a_table_that_the_references_cannot_use_costs_no_training(write, tmp_path, monkeypatch, no_step):
-    monkeypatch.undo()
+def test_a_table_that_the_references_cannot_use_costs_no_training(write, tmp_path, monkeypatch):
     dataset = write({"label": ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)])})
     pretrain(dataset, tmp_path / "run")
     monkeypatch.setattr(run.baselines, "cheap", lambda *args: 1 / 0)

@@ -127,15 +127,15 @@ class UserModel(nn.Module):
 
     def remove_task(self, name: str) -> None:
         """Forget a task. Raises where an open task is being made from it, or where one reads it for good."""
-        self.task(name)
+        closed = self.task(name).closed
         users = {other: task for other, task in self.tasks.items() if name in task.depends_on}
         if readers := [other for other, task in users.items() if "earlier" in task.memories]:
             raise ValueError(f"task {name!r} is read by: {', '.join(readers)}; remove them first")
         if learners := [other for other, task in users.items() if not task.closed]:
             raise ValueError(f"task {name!r} is read by open tasks: {', '.join(learners)}; close them first")
-        if self.task(name).closed:
-            self.removed.add(name)
         del self.tasks[name]
+        if closed:
+            self.removed.add(name)
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from shop_log import LOG, USERS
 
-from pcl_ext.data import Dataset, DatasetWriter
+from pcl_ext.data import Dataset, DatasetWriter, prepare_events
 from pcl_ext.task import TaskSpec
 
 HISTORIES = [[3, 1, 2], [5, 4], [], [7, 1, 2, 3, 4, 5], [6]]
@@ -48,3 +49,18 @@ def toy(tmp_path):
         writer.task(TaskSpec("more", "items", catalogue=(6, 7)), [13, 10, 13, 13], [6, 7, 6, 6], [3, 3, 3, 6])
         writer.task(TaskSpec("value", "regression"), [14, 10], [0.5, -1.0], [1, 3])
     return Dataset(tmp_path / "toy")
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Write log.csv, users.csv and the TOML; prepare; return the dataset."""
+
+    def run(toml, log=LOG, users=USERS, **arguments):
+        (tmp_path / "log.csv").write_text(log)
+        (tmp_path / "users.csv").write_text(users)
+        (tmp_path / "shop.toml").write_text(toml)
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        prepare_events(tmp_path / "shop.toml", out, **arguments)
+        return Dataset(out)
+
+    return run

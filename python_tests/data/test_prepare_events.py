@@ -8,65 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from shop_log import BASE, LOG, histories, originals, rows, task
 
 from pcl_ext.data import Dataset, fold_of, prepare_events
 from pcl_ext.data.split import stable_hash
-
-LOG = """\
-user_id,item_id,time,kind,rating
-ann,x,2,buy,5
-bob,y,1,buy,3
-ann,z,1,buy,1
-ann,x,4,buy,2
-ann,w,3,back,5
-bob,x,5,buy,4
-cat,y,9,buy,5
-bob,w,7,buy,
-"""
-USERS = "user_id,age,city\nbob,31,Rome\nann,25,Oslo\ndan,70,Bern\n"
-BASE = 'name = "shop"\n[events]\nfile = "log.csv"\ntime = "time"\n'
-USERS_TOML = '[users]\nfile = "users.csv"\n'
-
-
-@pytest.fixture
-def prepare(tmp_path):
-    """Write log.csv, users.csv and the TOML; prepare; return the dataset."""
-
-    def run(toml, log=LOG, users=USERS, **arguments):
-        (tmp_path / "log.csv").write_text(log)
-        (tmp_path / "users.csv").write_text(users)
-        (tmp_path / "shop.toml").write_text(toml)
-        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-        prepare_events(tmp_path / "shop.toml", out, **arguments)
-        return Dataset(out)
-
-    return run
-
-
-def originals(dataset, file, key):
-    table = pq.read_table(dataset.path / file)
-    return dict(zip(table[key].to_pylist(), table["original_id"].to_pylist(), strict=True))
-
-
-def histories(dataset):
-    """{user: items} in the log's own ids."""
-    items = originals(dataset, "items.parquet", "item_id")
-    users = [str(user) for user in dataset.user_id.tolist()]
-    if (dataset.path / "users.parquet").exists():
-        names = originals(dataset, "users.parquet", "user_id")
-        users = [names[int(user)] for user in users]
-    rows = zip(users, dataset.offsets[:-1], dataset.offsets[1:], strict=True)
-    return {user: [items[i] for i in dataset.items[a:b].tolist()] for user, a, b in rows}
-
-
-def rows(dataset, name):
-    """[(user, target, cut)] of a task in the log's own ids."""
-    items = originals(dataset, "items.parquet", "item_id")
-    users = originals(dataset, "users.parquet", "user_id")
-    table = dataset.task(name)
-    targets = [items[t] if table.spec.kind == "items" else t for t in table.target.tolist()]
-    names = [users[int(dataset.user_id[row])] for row in table.user]
-    return sorted(zip(names, targets, table.cut.tolist(), strict=True))
 
 
 def test_events_in_any_order_become_histories_in_time_order(prepare):
@@ -95,21 +40,6 @@ def test_events_in_any_order_become_histories_in_time_order(prepare):
 )
 def test_what_a_history_holds(prepare, keys, want):
     assert histories(prepare(BASE + keys)) == want
-
-
-def test_events_without_user_item_or_time_are_skipped_on_request(prepare, caplog):
-    log = LOG + ",x,6,buy,1\nann,,6,buy,1\nann,y,,buy,1\n"
-    with pytest.raises(ValueError, match="'user_id' in 1, 'item_id' in 1, 'time' in 1; skip_empty = true"):
-        prepare(BASE, log)
-    with caplog.at_level("INFO", "pcl_ext"):
-        assert histories(prepare(BASE + "skip_empty = true\nmin_length = 2\n", log)) == {
-            "ann": ["z", "x", "w", "x"],
-            "bob": ["y", "x", "w"],
-        }
-    assert "left out: 3 of 11 events, with an empty 'user_id' or 'item_id' or 'time'" in caplog.text
-    assert "left out: 1 of 3 users, whose histories have fewer than 2 of the events that count" in caplog.text
-    with pytest.raises(ValueError, match=r"log\.csv holds no events"):
-        prepare(BASE, LOG.splitlines()[0] + "\n")
 
 
 def test_targets_that_are_all_visible_are_named_so(prepare):
@@ -143,10 +73,6 @@ def test_integer_ids_stay_and_are_hashed_as_written(prepare):
 def test_fold_by_date_of_the_first_event(prepare):
     dataset = prepare(BASE + '[fold]\nby = "date"\nvalid = 2\ntest = 9\n', log=LOG.replace("bob,y,1", "bob,y,3"))
     assert dataset.fold.tolist() == [0, 1, 2]
-
-
-def task(text):
-    return BASE + USERS_TOML + '[[task]]\nname = "t"\n' + text
 
 
 ITEMS = 'kind = "items"\nsource = "events"\n'
@@ -278,39 +204,6 @@ def test_labels(prepare, keys, want, labels):
     assert rows(dataset, "t") == want
     if labels is not None:
         assert dataset.task("t").spec.labels == labels
-
-
-def test_a_key_that_reads_like_a_missing_value_is_none(prepare):
-    log = LOG + "NA,x,6,buy,1\nann,null,6,buy,1\n"
-    with pytest.raises(ValueError, match="'user_id' in 1, 'item_id' in 1; skip_empty = true"):
-        prepare(BASE, log)
-
-
-def test_misspelt_labels_are_told(prepare, caplog):
-    keys = 'kind = "binary"\ncolumn = "city"\nlabels = ["Rome", "oslo"]'
-    with caplog.at_level("INFO", "pcl_ext"):
-        assert rows(prepare(task(keys)), "t") == [("bob", 0, 3)]
-    assert "task 't': labels: no user has 'oslo'; there are 'Oslo', 'Rome'" in caplog.text
-    assert "task 't': users left out, with a value that is not among its labels: 1, with 'Oslo'" in caplog.text
-
-
-@pytest.mark.parametrize("extra", ["", 'time_format = "%Y-%m-%d %H:%M:%S"\n'])
-@pytest.mark.parametrize("place", [0, 1, 6])
-def test_the_time_that_is_none_is_named(prepare, extra, place):
-    times = [f"2023-03-{day:02} 00:00:00" for day in range(1, 9)]
-    times[place] = "2023-13-01 00:00:00"
-    lines = [f"ann,x,{time},buy,1" for time in times]
-    log = "\n".join(["user_id,item_id,time,kind,rating", *lines]) + "\n"
-    with pytest.raises(ValueError, match=r"\[events\] time must be .* got '2023-13-01 00:00:00'"):
-        prepare('name = "shop"\n[events]\nfile = "log.csv"\ntime = "time"\ntext = ["time"]\n' + extra, log)
-
-
-def test_a_text_that_reads_like_a_missing_number_is_a_text(prepare):
-    users = "user_id,age,city\nbob,NA,NA\nann,25,null\ncat,NaN,\ndan,70,Bern\n"
-    dataset = prepare(task('kind = "binary"\ncolumn = "city"'), users=users)
-    assert rows(dataset, "t") == [("ann", 1, 4), ("bob", 0, 3)]
-    assert dataset.task("t").spec.labels == ("NA", "null")
-    assert rows(prepare(task('kind = "regression"\ncolumn = "age"'), users=users), "t") == [("ann", 25, 4)]
 
 
 @pytest.mark.parametrize(
