@@ -32,7 +32,7 @@ LABELS = (10, 50, 200)
 WIDTHS = (64, 128, 256)
 SHARES = (0.1, 0.3, 1.0)
 PERMUTATIONS = 6
-COMPARED = ("probe", "pooled-probe", "copy", "pcl-eq1", "pcl")
+COMPARED = ("probe", "pooled-probe", "copy", "mtl", "dualprompt", "pcl-eq1", "pcl")
 
 
 @dataclass(frozen=True)

@@ -191,12 +191,28 @@ inline void multiply_rows(const Product<typename S::A>& product, const Factor<ty
   if (column < columns) multiply_tile<S, R, 1>(product, factors, count, row, column, c);
 }
 
-// rows <= kTileRows rows of a product, columns a multiple of the vector.
+constexpr int64_t kLongestSum = 256;  // terms of one running sum: its error grows with their number
+
+// A product, columns a multiple of the vector. Sums of more than kLongestSum terms are sums of shorter ones.
 template <class S>
 __attribute__((noinline)) void multiply(const Product<typename S::A>& product, const Factor<typename S::A>* factors,
                                         int count, int64_t rows, int64_t columns, typename S::A* c) {
   constexpr int R = S::kTileRows;
   static_assert(R == 4 || R == 6);
+  int64_t terms = 0;
+  for (int f = 0; f < count; ++f) terms += factors[f].depth;
+  if (terms > kLongestSum) {
+    Product<typename S::A> part = product;
+    for (int f = 0; f < count; ++f) {
+      const Factor<typename S::A>& all = factors[f];
+      for (int64_t k = 0; k < all.depth; k += kLongestSum, part.add = true) {
+        const int64_t depth = all.depth - k < kLongestSum ? all.depth - k : kLongestSum;
+        const Factor<typename S::A> piece{all.a + k * product.a_k, all.b + k * all.b_k, all.b_k, depth};
+        multiply<S>(part, &piece, 1, rows, columns, c);
+      }
+    }
+    return;
+  }
   int64_t row = 0;
   if (columns == S::kLanes) {  // few sums a row: more rows at once hide how long one takes
     for (; row + 2 * R <= rows; row += 2 * R) multiply_tile<S, 2 * R, 1>(product, factors, count, row, 0, c);

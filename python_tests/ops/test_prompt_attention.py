@@ -69,6 +69,16 @@ def test_large_scores_do_not_overflow():
     compare(case)
 
 
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("lengths", [([3000], None), ([2, 2], [3000])], ids=["own rows", "prefix"])
+def test_rounding_does_not_grow_with_the_rows(lengths):
+    case = make(*lengths, heads=1)
+    with torch.no_grad():
+        for rows in case.rows.values():
+            _ = None if rows is None else rows.abs_()  # sums that grow, where those of mixed signs hide it
+    compare(case)
+
+
 @pytest.mark.parametrize("impl", ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)])
 def test_equals_the_definition(impl, device):
     case = make([3, 2], [2], dtype=torch.float64, heads=1)
