@@ -12,10 +12,13 @@ CUDA ?= 0
 DATA ?=
 # Of pyproject.toml; make test-all EXTRAS=cli,test,export,ray runs the tests of what is exported and of Ray Data too.
 EXTRAS ?= cli,test
+# ON: a warning of the compiler fails the build.
+WERROR ?= OFF
 # More for pip, such as the index to take torch from.
 PIP_FLAGS ?=
 
 BIN := $(VENV)/bin
+STRICT := --config-settings=cmake.define.PCL_WERROR=$(WERROR)
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
 INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find cmake csrc pcl_ext -type f ! -name '*.so' ! -name '*.pyc')
@@ -50,7 +53,7 @@ sanitize: $(SANITIZE)/.installed
 $(SANITIZE)/.installed: $(SOURCES) $(INSTALLED)
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site \
 		--config-settings=build-dir=$(SANITIZE)/objects --config-settings=cmake.build-type=RelWithDebInfo \
-		--config-settings=cmake.define.PCL_SANITIZE=ON --config-settings=cmake.define.PCL_CUDA=OFF .
+		--config-settings=cmake.define.PCL_SANITIZE=ON --config-settings=cmake.define.PCL_CUDA=OFF $(STRICT) .
 	touch $@
 
 lint: $(VENV)/.lint
@@ -92,6 +95,6 @@ $(VENV)/.build: $(VENV)/.torch
 	touch $@
 
 $(INSTALLED): $(SOURCES) $(VENV)/.build
-	$(PIP) --no-build-isolation --config-settings=cmake.define.PCL_CUDA=$(if $(filter 1,$(CUDA)),ON,OFF) ".[$(EXTRAS)]"
+	$(PIP) --no-build-isolation $(STRICT) --config-settings=cmake.define.PCL_CUDA=$(if $(filter 1,$(CUDA)),ON,OFF) ".[$(EXTRAS)]"
 	rm -f $(VENV)/.installed-cuda-*
 	touch $@

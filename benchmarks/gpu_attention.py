@@ -94,7 +94,6 @@ class Shape:
 
     def __init__(self, bench: Bench, mean: int, dim: int, dtype: torch.dtype):
         self.bench, self.dtype = bench, dtype
-        self.is_first = (mean, dim) == SHAPES[0] and (dtype == torch.bfloat16 or bench.dry)
         lengths, self.offsets, self.longest = bench.users(USERS, mean, MOST)
         total = int(lengths.sum())
         self.rows = [bench.random(total, HEADS, dim, dtype=dtype) for _ in range(3)]
@@ -117,14 +116,19 @@ class Shape:
         rows, prefix, offsets = self.rows, self.prefix, self.offsets
         ways = {
             "varlen": lambda: wrap(*varlen_way(self.bench, rows, prefix, offsets, self.longest)),
-            "flex": lambda: wrap(*flex_attention_way(rows, prefix, offsets)),
             "padded": lambda: wrap(*padded_way(rows, prefix, offsets, self.longest)),
         }
         if self.dtype == torch.float32 and not self.bench.dry:
             del ways["varlen"]  # takes two-byte numbers alone
-        if not self.is_first or (self.bench.dry and wrap is with_backward):
-            del ways["flex"]  # compiles for many seconds a shape; has no backward on the CPU
         return ways
+
+    def forward_work(self) -> Work:
+        """q, k and v in, the output out."""
+        return Work(4 * self.element_bytes, self.flops_a_pair * self.pairs, self.dtype)
+
+    def both_work(self) -> Work:
+        """With the backward pass: q, k, v, the output and its gradient in, three gradients out."""
+        return Work((4 + 8) * self.element_bytes, 3.5 * self.flops_a_pair * self.pairs, self.dtype)
 
     def check(self) -> None:
         """A few histories against float64, and against PyTorch in the same dtype."""
@@ -140,6 +144,17 @@ class Shape:
         assert_as_right_as(ours[:end], reference(inputs), reference([x.double() for x in inputs]))
 
 
+def ours_forward(shape: Shape) -> Callable[[], Tensor]:
+    """prompt_attention, without gradients."""
+    return without_grad(lambda: shape.fused(*shape.rows, *shape.prefix))
+
+
+def ours_both(shape: Shape) -> Callable[[], object]:
+    """prompt_attention and all its gradients."""
+    inputs = [x.detach().requires_grad_() for x in [*shape.rows, *shape.prefix]]
+    return with_backward(lambda: shape.fused(*inputs), inputs)
+
+
 def bench_shape(bench: Bench, mean: int, dim: int, dtype: torch.dtype) -> None:
     """Forward, forward and backward, the gradients of the prefix alone."""
     shape = Shape(bench, mean, dim, dtype)
@@ -147,14 +162,10 @@ def bench_shape(bench: Bench, mean: int, dim: int, dtype: torch.dtype) -> None:
 
     def forward():
         shape.check()
-        work = Work(4 * shape.element_bytes, shape.flops_a_pair * shape.pairs, dtype)
-        ours = without_grad(lambda: shape.fused(*shape.rows, *shape.prefix))
-        return ours, shape.peers(lambda forward, _: without_grad(forward)), work
+        return ours_forward(shape), shape.peers(lambda forward, _: without_grad(forward)), shape.forward_work()
 
     def both():
-        inputs = [x.detach().requires_grad_() for x in [*shape.rows, *shape.prefix]]
-        work = Work((4 + 8) * shape.element_bytes, 3.5 * shape.flops_a_pair * shape.pairs, dtype)
-        return with_backward(lambda: shape.fused(*inputs), inputs), shape.peers(with_backward), work
+        return ours_both(shape), shape.peers(with_backward), shape.both_work()
 
     def prefix_only():
         prefix = [x.detach().requires_grad_() for x in shape.prefix]
@@ -167,9 +178,29 @@ def bench_shape(bench: Bench, mean: int, dim: int, dtype: torch.dtype) -> None:
     bench.case(f"{name}, backward of the prefix alone", prefix_only)
 
 
+def bench_flex(bench: Bench) -> None:
+    """Against FlexAttention, which compiles for many seconds; it has no backward on the CPU."""
+    shape = Shape(bench, *SHAPES[0], torch.float32 if bench.dry else torch.bfloat16)
+    name = f"prompt_attention against FlexAttention, mean {SHAPES[0][0]}, d {SHAPES[0][1]}"
+
+    def way() -> tuple:
+        return flex_attention_way(shape.rows, shape.prefix, shape.offsets)
+
+    def forward():
+        return ours_forward(shape), {"flex": lambda: without_grad(way()[0])}, shape.forward_work()
+
+    def both():
+        return ours_both(shape), {"flex": lambda: with_backward(*way())}, shape.both_work()
+
+    bench.case(f"{name}, forward", forward)
+    if not bench.dry:
+        bench.case(f"{name}, forward and backward", both)
+
+
 def run(bench: Bench) -> None:
-    """All shapes in bfloat16, the first in the other types."""
+    """All shapes in bfloat16, the first in the other types; last what takes longest to be ready."""
     for mean, dim in SHAPES[:1] if bench.dry else SHAPES:
         bench_shape(bench, mean, dim, torch.bfloat16)
     for dtype in (torch.float32,) if bench.dry else (torch.float16, torch.float32):
         bench_shape(bench, *SHAPES[0], dtype)
+    bench_flex(bench)

@@ -47,6 +47,14 @@ def test_a_part_that_takes_too_long_is_stopped(modules):
     assert gpu_check.call(["/no/such/program"], 1)["exit code"] != 0
 
 
+@pytest.mark.needs_ext
+def test_tests_that_are_all_skipped_have_not_passed(modules):
+    gpu_check, _ = modules
+    tests = ["ops/test_to_packed.py"]
+    assert gpu_check.run_tests([], tests, ["-k", "undoes and not cuda"], 60)["exit code"] == 0
+    assert gpu_check.run_tests([], tests, ["-k", "undoes", "-m", "gpu"], 60)["exit code"] == "nothing ran"
+
+
 def test_the_report_shows_what_failed(modules):
     gpu_check, _ = modules
     row = {
@@ -66,7 +74,7 @@ def test_the_report_shows_what_failed(modules):
         "failures": ["b: E\nmore"],
     }
     ran = {"exit code": 0, "seconds": 1, "output": "9 passed\n"}
-    report = {"machine": {"GPU": "G"}, "tests": ran, "compute-sanitizer": ran, "benchmarks": {"gpu_layout": part}}
+    report = {"machine": {"GPU": "G"}, "tests": ran, "sanitizer": {"memcheck": ran}, "benchmarks": {"gpu_layout": part}}
     text = gpu_check.markdown(report)
     assert "# CUDA kernels on G" in text
     assert "- tests: exit code 0, 1 s. 9 passed" in text
@@ -90,5 +98,5 @@ def test_it_runs_from_end_to_end(tmp_path):
     assert result.returncode == 0, result.stdout[-6000:]
     report = json.loads((tmp_path / "gpu-dry.json").read_text())
     rows = {name: len(part["rows"]) for name, part in report["benchmarks"].items()}
-    assert rows == {"gpu_layout": 12, "gpu_attention": 6, "gpu_step": 2}
+    assert rows == {"gpu_layout": 12, "gpu_attention": 7, "gpu_step": 2}
     assert "prompt-tuning step" in (tmp_path / "gpu-dry.md").read_text()
