@@ -37,7 +37,7 @@ struct Queries {
   int64_t count, padded;
   uint32_t *query_panels, *grad_panels;  // as columns
   uint32_t *query_pairs, *grad_pairs;    // pairs of rows
-  float *largest, *inverse, *dot;        // of the forward pass, in units of log2; D
+  float *largest, *inverse, *dot;        // of the forward pass; D
 };
 
 // Keys as rows and, for grad_q, as pairs of rows.
@@ -53,7 +53,7 @@ struct BlockMemory {
   uint32_t *p, *ds, *ds_pairs;
   int64_t stride;  // of ds_pairs, in pairs; of p and ds in elements
   float *scores, *grad_scores;
-  float factor;  // turns scores into units of log2
+  float scale;  // of the scores
 };
 
 template <class E>
@@ -105,7 +105,7 @@ inline void load_facts(const AttentionArgs& args, const AttentionGrads& grads, c
   for (int64_t i = 0; i < num_runs; ++i) {
     for (int64_t r = 0; r < runs[i].count; ++r, ++at) {
       const float* stats = static_cast<const float*>(grads.stats) + 2 * ((runs[i].begin + r) * args.num_heads + head);
-      to.largest[at] = stats[0] * kLog2E;
+      to.largest[at] = stats[0];
       to.inverse[at] = stats[1];
     }
   }
@@ -179,23 +179,28 @@ struct StoreRows {
 };
 
 // One vector of a pair of key rows: scores to P, grad_out v^T to dS / scale. The queries see the first of the keys from
-// lane `first` on, the second from the next; `odd`: there is no second.
+// lane `first` on, the second from the next; `odd`: there is no second. Lanes past the queries, whose inverse is 0, give
+// 0 whatever the keys hold.
 template <bool kMasked, bool kDs>
 inline __attribute__((always_inline)) void probabilities(const Queries& queries, const BlockMemory& memory, int64_t row,
                                                          int64_t pair_row, int64_t column, int64_t q, int64_t first,
                                                          bool odd) {
   const Floats largest = Wide::load(queries.largest + q), inverse = Wide::load(queries.inverse + q);
-  const Floats factor = Wide::fill(memory.factor);
+  const Floats scale = Wide::fill(memory.scale), per_ln2 = Wide::fill(kLog2E);
+  const auto inside = inverse != Floats{};
   Floats ds[2] = {};
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r) {
     if (r == 1 && odd) break;
     const int64_t at = (row + r) * kQueryBlock + column, unseen = first + r;
     const auto mask = [&](Floats x) {
+      x = inside ? x : Floats{};
       if (!kMasked || unseen <= 0) return x;
       return unseen < kLanes ? (Wide::keep(unseen) ? Floats{} : x) : Floats{};
     };
-    const Floats p = mask(exp2_v(factor * Wide::load(memory.scores + at) - largest) * inverse);
+    Floats score = scale * Wide::load(memory.scores + at);
+    Wide::hold(score);  // rounded, as the largest was: their difference is 0 where it is the largest
+    const Floats p = mask(exp2_v((score - largest) * per_ln2) * inverse);
     store_halves(reinterpret_cast<uint16_t*>(memory.p) + (row + r) * memory.stride + q, narrow(p));
     if constexpr (kDs) {
       ds[r] = mask(p * (Wide::load(memory.grad_scores + at) - Wide::load(queries.dot + q)));
@@ -364,7 +369,7 @@ class Bf16Backward {
  private:
   void take_memory(int64_t most) {
     memory_.stride = most + kLanes;
-    memory_.factor = static_cast<float>(args_.scale) * kLog2E;
+    memory_.scale = static_cast<float>(args_.scale);
     memory_.p = pieces_.take(E::kRows * memory_.stride / 2);
     memory_.ds = pieces_.take(E::kRows * memory_.stride / 2);
     memory_.ds_pairs = pieces_.take(kKeyBlock / 2 * memory_.stride);

@@ -12,7 +12,7 @@ namespace pcl {
 namespace {
 
 constexpr int64_t kSoftmaxRows = 4;
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLog2E = 1.44269504f;
 
 // Elements of 4 bytes for histories of at most `length` rows that see at most `shared` prefix rows.
 inline int64_t bf16_fwd_scratch(int64_t length, int64_t shared, int64_t dim, int64_t heads) {
@@ -74,15 +74,16 @@ struct StoreOut {
   }
 };
 
-// Scores of neighbouring rows and where their weights go, rounded. With the factor, scores are in units of log2.
+// Scores of neighbouring rows, not yet scaled, and where their weights go, rounded. The factor, which is not negative,
+// brings what they are below the largest to units of log2: so that the largest has weight 1, however large it is.
 struct ScorePairs {
   const float* scores;
   uint16_t* weights;
   int64_t stride;
   Floats factor;
 
-  Floats load(int r, int64_t c) const { return factor * Wide::load(scores + r * stride + c); }
-  Floats weight(Floats score, Floats largest) const { return exp2_v(score - largest); }
+  Floats load(int r, int64_t c) const { return Wide::load(scores + r * stride + c); }
+  Floats weight(Floats score, Floats largest) const { return exp2_v(factor * (score - largest)); }
   void store(int r, int64_t c, Floats weight) const { store_halves(weights + r * stride + c, narrow(weight)); }
 };
 
@@ -95,18 +96,19 @@ void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t
   const int64_t score_row = round_up(keys.own_begin + length, kRowPad);
   float* scores = reinterpret_cast<float*>(pieces.take(E::kRows * score_row));
   uint32_t* weights = pieces.take(E::kRows * score_row / 2);
-  const Floats factor = Wide::fill(static_cast<float>(args.scale) * kLog2E);
+  const float scale = static_cast<float>(args.scale), size = scale < 0 ? -scale : scale;
   for (int64_t i = 0; i < length; i += E::kRows) {
     const int64_t rows = least(E::kRows, length - i), seen = args.causal ? i + rows : length;
     const int64_t columns = keys.own_begin + seen, depth = round_up(columns, 2 * E::kDepth) / 2;
     E::multiply({query.data + i * query.stride, query.stride, 1}, {keys.key_panels, kLanes, wide / 2 * kLanes},
                 round_up(dim, 2 * E::kDepth) / 2, rows, round_up(columns, kLanes) / kLanes,
                 StoreScores{scores, score_row});
+    for (int64_t c = 0; scale < 0 && c < rows * score_row; ++c) scores[c] = -scores[c];
     float largest[E::kRows], inverse[E::kRows];
     for (int64_t r = 0; r < rows; r += kSoftmaxRows) {
       ahead.step();
       const ScorePairs some{scores + r * score_row, reinterpret_cast<uint16_t*>(weights) + r * score_row, score_row,
-                            factor};
+                            Wide::fill(size * kLog2E)};
       const Columns seen_columns{keys.prefix, args.causal ? i + r + 1 : length, keys.own_begin, 2 * depth};
       with_rows<kSoftmaxRows>(rows - r, [&](auto count) {
         softmax_rows<Wide, decltype(count)::value>(some, seen_columns, args.causal ? 1 : 0, largest + r, inverse + r);
@@ -114,7 +116,7 @@ void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + head);
-      row_stats[0] = largest[r] * kLn2;
+      row_stats[0] = largest[r] * size;
       row_stats[1] = inverse[r];
     }
     E::multiply({weights, score_row / 2, 1}, {keys.value_pairs, wide, kLanes}, depth, rows,

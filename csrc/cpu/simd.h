@@ -13,6 +13,14 @@
 namespace pcl {
 namespace {
 
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
 // A: element; kBytes: vector width; kTileRows x kTileVecs accumulators fit the registers.
 template <class A_, int kBytes, int kTileRows_, int kTileVecs_>
 struct Simd {
@@ -28,15 +36,17 @@ struct Simd {
   static V load(const A* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(A* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
   static V fill(A x) { return x - V{}; }
-  // Keeps a loaded vector in a register; compilers would load it again for each of its uses.
+  // Makes a register of v, where one is large enough: compilers would load it again for each of its uses, or make one
+  // rounding of the product it is and the sum it becomes part of.
   static void hold(V& v) {
+    if constexpr (kBytes <= kRegisterBytes) {
 #if defined(__x86_64__)
-    asm("" : "+v"(v));
+      asm("" : "+v"(v));
 #elif defined(__aarch64__)
-    asm("" : "+w"(v));
-#else
-    static_cast<void>(v);
+      asm("" : "+w"(v));
 #endif
+    }
+    static_cast<void>(v);
   }
   // keep(n): all ones in lanes below n, which is at least 1 and at most kLanes; select by it with ?:.
   static I keep(int64_t n) { return lane_numbers() < (static_cast<Index>(n) - I{}); }
