@@ -95,6 +95,12 @@ def check_count(name: str, value, low: int = 0) -> int:
     return int(value) if isinstance(value, np.integer) else value
 
 
+def check_number(name: str, value) -> None:
+    """value is a number, not a tensor."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def reads_values(tensor: Tensor) -> bool:
     """Whether checks may read values here: on a GPU that would stall it, and while compiling there are none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from pcl_ext.ops import _gpu
@@ -132,7 +133,7 @@ def once_only(backward):
 
 def call(op, kernel, *args):
     """op(*args), or kernel(*args) where the dispatcher would do nothing else: it costs more than a small op."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # a dual tensor asks for no gradient
         return op(*args)
     grad, ordinary = torch.is_grad_enabled(), not _is_watched()
     for a in args:
@@ -140,7 +141,8 @@ def call(op, kernel, *args):
         if kind is Tensor or kind is Parameter or isinstance(a, Tensor):
             if grad and a.requires_grad:
                 return op(*args)
-            ordinary = ordinary and (kind is Tensor or kind is Parameter)
+            # what lies in memory may still be to be conjugated or negated, which the dispatcher does
+            ordinary = ordinary and (kind is Tensor or kind is Parameter) and not (a.is_neg() or a.is_conj())
     return kernel(*args) if ordinary else below_autograd(op, *args)
 
 

@@ -22,7 +22,7 @@ from pcl_ext.ops._native import C, address, define
 class AttentionPlan:
     """Who attends to what in a batch, checked: reused by all layers and by backward.
 
-    It keeps its own copy of the offsets; changing them in place afterwards changes nothing.
+    It holds for the numbers that it was made from: tensors that were given are not to be changed in place afterwards.
     """
 
     offsets: Tensor
@@ -31,6 +31,8 @@ class AttentionPlan:
     """[R + 1] int64, None without a prefix."""
     prefix_index: Tensor | None
     """[B] int64, filled in where it was left out, None without a prefix."""
+    index_left_out: bool
+    """Whether it was."""
     work: Tensor
     """int64 work list, laid out as csrc/attention_plan.h says; on CUDA what `cuda_list` gives."""
     batch: int
@@ -48,10 +50,10 @@ class AttentionPlan:
         moved = [None if x is None else x.to(device) for x in layout]
         here, there = self.total is None or runs_cuda(self.offsets), runs_cuda(moved[0])
         if here and not there:
-            return attention_plan(*moved)
+            return attention_plan(*moved[:2], None if self.index_left_out else moved[2])
         work = cuda_list(*layout) if there and not here else self.work
         numbers = (self.batch, self.num_prefixes, self.total, self.prefix_total)
-        return AttentionPlan(*moved, work.to(device), *numbers)
+        return AttentionPlan(*moved, self.index_left_out, work.to(device), *numbers)
 
 
 def attention_plan(
@@ -69,6 +71,7 @@ def attention_plan(
         offsets=offsets,
         prefix_offsets=prefix_offsets,
         prefix_index=resolve_prefix_index(offsets, prefix_offsets, prefix_index),
+        index_left_out=prefix_index is None,
         work=(cuda_list if unread else work_list)(offsets, prefix_offsets, prefix_index),
         batch=offsets.shape[0] - 1,
         num_prefixes=0 if prefix_offsets is None else prefix_offsets.shape[0] - 1,
@@ -82,7 +85,7 @@ def work_list(offsets, prefix_offsets, prefix_index, total: int = -1, prefix_tot
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     if C is not None and offsets.device.type == "cpu":
         return torch.ops.pcl_ext.attention_plan(offsets, prefix_offsets, index, total, prefix_total)
-    _check_values(offsets, prefix_offsets, index, total, prefix_total)
+    check_values(offsets, prefix_offsets, index, total, prefix_total)
     return reference.attention_plan(offsets, prefix_offsets, index)
 
 
@@ -101,8 +104,11 @@ def prefix_members(offsets: Tensor, prefix_index: Tensor) -> tuple[Tensor, Tenso
     return members, runs[members].cumsum(0)
 
 
-def _check_values(offsets, prefix_offsets, prefix_index, total: int, prefix_total: int) -> None:
-    check_offset_values("offsets", offsets, None if total < 0 else total, "len(q)")
+def check_values(
+    offsets, prefix_offsets, prefix_index, total: int, prefix_total: int, total_name: str = "len(q)"
+) -> None:
+    """What offsets and prefix_index hold; totals of -1 are any."""
+    check_offset_values("offsets", offsets, None if total < 0 else total, total_name)
     if prefix_offsets is not None:
         end = None if prefix_total < 0 else prefix_total
         check_offset_values("prefix_offsets", prefix_offsets, end, "len(prefix_k)")
@@ -118,7 +124,7 @@ def kernel(offsets, prefix_offsets, prefix_index, total, prefix_total):
     num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
     pointers = map(address, (offsets, prefix_offsets, prefix_index, work))
     if not C.attention_plan(*pointers, offsets.shape[0] - 1, num_prefixes, total, prefix_total):
-        _check_values(offsets, prefix_offsets, prefix_index, total, prefix_total)
+        check_values(offsets, prefix_offsets, prefix_index, total, prefix_total)
         raise AssertionError("the kernel refused what its rules allow")
     return work
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import feed_forward_op, reference
-from pcl_ext.ops._check import FLOATS, check_tensor
+from pcl_ext.ops._check import FLOATS, check_number, check_tensor
 from pcl_ext.ops._native import call
 from pcl_ext.ops.linear import check_weights, norm_parts, product_dtype, use_frozen
 
@@ -27,6 +27,8 @@ def feed_forward(
     x; dtypes, autocast and errors are those of `linear`.
     """
     check_tensor("x", x, 2, FLOATS)
+    check_tensor("weight_in", weight_in, 2, FLOATS)
+    check_number("eps", eps)
     parts = norm_parts(norm) | {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out}
     parts |= {"bias_out": bias_out}
     hidden, dim = weight_in.shape[0], x.shape[1]

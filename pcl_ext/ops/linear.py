@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import linear_op, reference
-from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, is_plain
-from pcl_ext.ops._native import CPU_FLOATS, call, use_fused
+from pcl_ext.ops._check import FLOATS, check_like, check_number, check_shape, check_tensor, is_plain
+from pcl_ext.ops._native import call, use_fused
+
+_ONE_SUM = (torch.float32, torch.bfloat16)  # dtypes that are summed in float32
 
 
 def linear(
@@ -27,15 +29,17 @@ def linear(
     TypeError naming what is wrong.
     """
     check_tensor("x", x, 2, FLOATS)
-    parts = {"weight": weight, "bias": bias} | norm_parts(norm)
+    check_tensor("weight", weight, 2, FLOATS)
+    check_number("eps", eps)
+    parts = {"weight": weight} | ({} if bias is None else {"bias": bias}) | ({} if norm is None else norm_parts(norm))
     shapes = {"weight": ((weight.shape[0], x.shape[1]), "[N, D]"), "bias": (weight.shape[:1], "[N]")}
     check_weights(x, parts, shapes)
     if residual is not None:
         check_tensor("residual", residual, 2, FLOATS)
         check_shape("residual", residual, (x.shape[0], weight.shape[0]), "[T, N]")
-        check_like("residual", residual, "x", x, dtype=not torch.is_autocast_enabled(x.device.type))
+        check_like("residual", residual, "x", x, dtype=not is_autocast(x))
     norm_weight, norm_bias = norm or (None, None)
-    if use_frozen(impl, x, parts):
+    if use_frozen(impl, x, parts, residual):
         weight = product_dtype(weight)
         args = (x, weight, bias, norm_weight, norm_bias, residual, eps)
         return call(torch.ops.pcl_ext.linear.default, linear_op.forward, *args)
@@ -43,37 +47,50 @@ def linear(
 
 
 def norm_parts(norm) -> dict[str, Tensor]:
-    """A norm's tensors by name; none for None."""
-    if norm is None:
-        return {}
+    """A norm's tensors by name."""
     if not isinstance(norm, (tuple, list)) or len(norm) != 2:
         raise TypeError(f"norm must be the pair (weight, bias) of a layer norm, got {type(norm).__name__}")
     return dict(zip(("norm weight", "norm bias"), norm))
 
 
-def check_weights(x: Tensor, parts: dict[str, Tensor | None], shapes: dict[str, tuple]) -> None:
+def check_weights(x: Tensor, parts: dict[str, Tensor], shapes: dict[str, tuple]) -> None:
     """Shapes (a norm's are [D]), dtypes and devices of what rows x [T, D] are multiplied with."""
-    autocast, dtypes, on_cpu = torch.is_autocast_enabled(x.device.type), (x.dtype,), x.is_cpu
+    autocast, dtypes, on_cpu = is_autocast(x), (x.dtype,), x.is_cpu
     for name, value in parts.items():
         shape, meaning = shapes.get(name, (x.shape[1:], "[D]"))
-        if value is None or (on_cpu and is_plain(value, None, dtypes) and value.shape == shape):
+        if on_cpu and is_plain(value, None, dtypes) and value.shape == shape:
             continue
         check_tensor(name, value, None, FLOATS)
         check_shape(name, value, shape, meaning)
         check_like(name, value, "x", x, dtype=not autocast)
 
 
-def use_frozen(impl: str, x: Tensor, parts: dict[str, Tensor | None]) -> bool:
-    """Whether the fused path runs: where it can, and none of parts asks for a gradient."""
-    trained = [name for name, t in parts.items() if t is not None and t.requires_grad and torch.is_grad_enabled()]
+def use_frozen(impl: str, x: Tensor, parts: dict[str, Tensor], residual: Tensor | None = None) -> bool:
+    """Whether the fused path runs: where it can, where none of parts asks for a gradient, and where all dtypes, the
+    product's own under autocast too, are summed in one."""
+    trained = [name for name, t in parts.items() if t.requires_grad and torch.is_grad_enabled()]
     if impl == "fused" and trained:
         raise ValueError(f"impl='fused' takes frozen weights, got {trained[0]} that asks for a gradient")
-    return use_fused(impl, x) and not trained and all(t is None or t.dtype in CPU_FLOATS for t in parts.values())
+    if trained or not use_fused(impl, x):
+        return False
+    dtypes = [t.dtype for t in (x, residual, *parts.values()) if t is not None]
+    if is_autocast(x):
+        dtypes.append(torch.get_autocast_dtype(x.device.type))
+    if all(d in _ONE_SUM for d in dtypes) or all(d == torch.float64 for d in dtypes):
+        return True
+    if impl == "fused":
+        found = ", ".join(sorted({str(d)[6:] for d in dtypes}))
+        raise TypeError(f"impl='fused' takes float32 and bfloat16 together, or float64 throughout, got {found}")
+    return False
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def product_dtype(weight: Tensor) -> Tensor:
     """weight in the dtype of its product: autocast's inside autocast."""
-    kind = weight.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype == torch.float32:
-        return weight.to(torch.get_autocast_dtype(kind))
+    if is_autocast(weight) and weight.dtype == torch.float32:
+        return weight.to(torch.get_autocast_dtype(weight.device.type))
     return weight

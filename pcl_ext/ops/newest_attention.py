@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import prompt_attention_op, reference
-from pcl_ext.ops._check import FLOATS, autocast, check_like, check_shape, check_tensor
+from pcl_ext.ops._check import FLOATS, autocast, check_like, check_shape, check_tensor, reads_values
 from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import call
-from pcl_ext.ops.attention_plan import check_layout, resolve_prefix_index, work_list
-from pcl_ext.ops.prompt_attention import prompt_attention, use_fused_width
+from pcl_ext.ops.attention_plan import check_layout, check_values, resolve_prefix_index, work_list
+from pcl_ext.ops.prompt_attention import check_prefix, prompt_attention, use_fused_width
 
 
 def newest_attention(
@@ -37,13 +37,16 @@ def newest_attention(
         check_like(name, value, "q", q)
         check_shape(name, value, (k.shape[0], *q.shape[1:]), "[T, H, d]")
     check_layout(offsets, prefix_offsets, prefix_index, "q", q)
+    check_prefix(q, prefix_k, prefix_v, prefix_offsets, prefix_index)
+    index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
+    if reads_values(offsets) and not runs_cuda(q):
+        check_values(offsets, prefix_offsets, index, len(k), 0 if prefix_k is None else len(prefix_k), "len(k)")
     filled, starts, newest = _filled(q, k, offsets)
     fused = use_fused_width(impl, q)
     if prefix_k is None:
         if not fused:
             return reference.newest_attention(q, k, v, offsets)
         return _own_history(q, k, v, starts, newest)
-    index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, prefix_k, prefix_v))
     if not fused:
         return reference.newest_attention(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, index)

@@ -102,9 +102,9 @@ def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_inde
         return False
     if prefix_offsets is None:
         return prefix_k is None and prefix_v is None and prefix_index is None
-    left_out = prefix_index is None and plan.num_prefixes in (1, plan.batch)
+    same_index = plan.index_left_out if prefix_index is None else prefix_index is plan.prefix_index
     return (
-        (left_out or prefix_index is plan.prefix_index)
+        same_index
         and is_plain(prefix_k, 3, dtypes)
         and is_plain(prefix_v, 3, dtypes)
         and prefix_k.shape == prefix_v.shape == (plan.prefix_total, num_heads, dim)
@@ -119,6 +119,11 @@ def _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index) -> No
         check_tensor(name, value, 3)
         check_like(name, value, "q", q)
         check_shape(name, value, q.shape, "[T, H, d]")
+    check_prefix(q, prefix_k, prefix_v, prefix_offsets, prefix_index)
+
+
+def check_prefix(q, prefix_k, prefix_v, prefix_offsets, prefix_index) -> None:
+    """All of a prefix or nothing, and its rows like those of q [T, H, d]."""
     parts = {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_offsets": prefix_offsets}
     missing = [name for name, value in parts.items() if value is None]
     if len(missing) == 3:
@@ -140,8 +145,9 @@ def _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k) -> Non
         raise TypeError(f"plan must be an AttentionPlan, got {type(plan).__name__}")
     check_like("plan", plan.work, "q", q, dtype=False)
     pairs = [("offsets", offsets, plan.offsets), ("prefix_offsets", prefix_offsets, plan.prefix_offsets)]
-    if prefix_index is not None:
-        pairs.append(("prefix_index", prefix_index, plan.prefix_index))
+    if prefix_offsets is not None and not (prefix_index is None and plan.index_left_out):
+        index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
+        pairs.append(("prefix_index", index, plan.prefix_index))
     for name, given, planned in pairs:
         if given is planned:
             continue

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import make, to_offsets
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -136,3 +137,18 @@ def test_a_checkpoint_around_an_op_takes_a_first_derivative_for_more():
     run = ONCE["prompt_attention"][0]
     (got,) = torch.autograd.grad(checkpoint(run, x, use_reentrant=False).sum(), x, create_graph=True)
     assert torch.equal(got, torch.autograd.grad(run(x).sum(), x)[0])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_still_to_be_negated_or_conjugated(name):
+    rows = torch.randn(8, 8)
+    assert torch.equal(CALLS[name](torch._neg_view(rows)), CALLS[name](-rows))
+    if name in ("to_padded", "to_packed"):
+        rows = torch.randn(8, 8, dtype=torch.complex64)
+        assert torch.equal(CALLS[name](rows.conj()), CALLS[name](rows.conj().resolve_conj()))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_tangent_is_not_dropped_in_silence(name):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        CALLS[name](forward_ad.make_dual(torch.randn(8, 8), torch.randn(8, 8)))

@@ -167,6 +167,52 @@ def test_trained_weights_take_the_twin(name):
             trained.run(impl="fused")
 
 
+MIXED = {
+    "float16 autocast": (torch.float16, {}),
+    "float64 residual": (torch.bfloat16, {"residual": torch.float64}),
+    "float16 residual": (torch.bfloat16, {"residual": torch.float16}),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_dtypes_that_kernels_do_not_take_together_take_the_twin(name):
+    dtype, others = MIXED[name]
+    case = to(CASES["wide"](), torch.float32)
+    case = replace(case, **{n: getattr(case, n).detach().to(d) for n, d in others.items()})
+    with torch.autocast("cpu", dtype):
+        got, want = case.run(), case.run(impl="reference")
+        if ops.has_fused():
+            with pytest.raises(TypeError, match="impl='fused' takes float32 and bfloat16 together"):
+                case.run(impl="fused")
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias", "norm"])
+def test_float64_among_others_under_autocast_is_an_error(part):
+    case = to(CASES["wide"](), torch.float32)
+    value = getattr(case, part)
+    wrong = tuple(x.double() for x in value) if part == "norm" else value.double()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):  # torch's own, of the twin
+        replace(case, **{part: wrong}).run()
+
+
+def test_what_is_left_out_where_it_must_not_be():
+    linear, block = to(CASES["wide"](), torch.float32), to(CASES["feed-forward"](), torch.float32)
+    for case in (linear, block):
+        with pytest.raises(TypeError, match="norm bias must be a Tensor, got NoneType"):
+            replace(case, norm=(case.norm[0], None)).run()
+    for name in ("bias_in", "bias_out"):
+        with pytest.raises(TypeError, match=f"{name} must be a Tensor, got NoneType"):
+            replace(block, **{name: None}).run()
+    with pytest.raises(TypeError, match="norm must be the pair"):
+        replace(block, norm=()).run()
+    with pytest.raises(TypeError, match="weight must be a Tensor, got list"):
+        ops.linear(linear.x, [[1.0]])
+    with pytest.raises(TypeError, match="eps must be a number"):
+        ops.linear(linear.x, linear.weight, eps=None)
+
+
 WRONG = {
     "x must have 2 dimensions": {"x": torch.zeros(3)},
     r"weight must be \[N, D\]": {"weight": torch.zeros(100, 7)},

@@ -119,3 +119,26 @@ def test_the_number_of_queries_must_fit():
     q, k, v = rows_of(case, ("q", "k", "v"))
     with pytest.raises(ValueError, match="q must"):
         ops.newest_attention(q, k, v, case.offsets)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prefix_k": torch.zeros(3, 1, 16)}, r"prefix_k must be \[M, H, d\]"),
+        ({"prefix_v": torch.zeros(2, 2, 16)}, r"prefix_v must be \[M, H, d\]"),
+        ({"prefix_v": torch.zeros(3, 2, 16, dtype=torch.float64)}, "prefix_v must have the dtype of q"),
+        ({"prefix_v": None}, "come together or not at all"),
+        ({"prefix_k": None}, "come together or not at all"),
+        ({"offsets": torch.tensor([0, 4, 2, 5])}, "offsets must never decrease"),
+        ({"offsets": torch.tensor([0, 2, 3, 4])}, r"offsets must end at len\(k\) = 5"),
+        ({"prefix_offsets": torch.tensor([0, 4])}, r"prefix_offsets must end at len\(prefix_k\) = 3"),
+        ({"prefix_index": torch.tensor([0, 1, 0])}, r"prefix_index must lie in -1\.\.0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mistakes_are_named(change, message, impl):
+    call = {"q": torch.randn(3, 2, 16), "offsets": torch.tensor([0, 2, 3, 5]), "prefix_offsets": torch.tensor([0, 3])}
+    call |= {n: torch.randn(5, 2, 16) for n in "kv"} | {n: torch.randn(3, 2, 16) for n in ("prefix_k", "prefix_v")}
+    with pytest.raises((ValueError, TypeError), match=message):
+        ops.newest_attention(**(call | change), impl=impl)

@@ -55,11 +55,25 @@ def test_any_scale(scale, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_large_scores_do_not_overflow(isa):
+@pytest.mark.parametrize("size", [20, 1e3, 1e5])
+@pytest.mark.parametrize("scale", [None, -0.25])
+def test_large_scores_do_not_overflow(size, scale, isa):
     case = make([9, 30], [4], dtype=torch.bfloat16)
     with torch.no_grad():
-        case.rows["q"] *= 300
-    compare(case, isa)
+        case.rows["q"] *= size
+        case.rows["k"] *= size
+    compare(case, isa, scale=scale)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_key_that_nobody_can_see_has_no_gradient(isa):
+    case = make([40], heads=1, dtype=torch.bfloat16)
+    with torch.no_grad():
+        case.rows["q"].abs_()
+        case.rows["k"][3, 0, 5] = -float("inf")
+    grads = case.run_isa(torch.randn(40, 1, 16).bfloat16(), isa, asked=("k", "v"))
+    for name in ("k", "v"):
+        assert grads[name][3].abs().max() < 1e-30  # weights end at 2^-126
 
 
 @pytest.mark.parametrize("isa", ISAS)

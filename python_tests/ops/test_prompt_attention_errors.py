@@ -92,6 +92,21 @@ def test_plan_of_another_batch(offsets, prefix_offsets, message):
         ops.prompt_attention(**right_call(), plan=ops.attention_plan(offsets, prefix_offsets))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_plan_of_another_index(impl):
+    own = right_call()
+    shared = own | {"prefix_offsets": ids(0, len(own["prefix_k"]))}
+    for call, index in ((own, ids(1, 0)), (shared, ids(-1, 0))):
+        plan = ops.attention_plan(call["offsets"], call["prefix_offsets"], index)
+        ops.prompt_attention(**call, prefix_index=index, plan=plan, impl=impl)
+        with pytest.raises(ValueError, match="the same prefix_index"):
+            ops.prompt_attention(**call, plan=plan, impl=impl)
+        left_out = ops.attention_plan(call["offsets"], call["prefix_offsets"])
+        want = ops.prompt_attention(**call, impl=impl)
+        assert torch.equal(ops.prompt_attention(**call, plan=left_out, impl=impl), want)
+        assert torch.equal(ops.prompt_attention(**call, plan=left_out.to("cpu"), impl=impl), want)
+
+
 def test_plan_of_other_totals():
     call = right_call()
     plan = ops.attention_plan(call["offsets"], call["prefix_offsets"])
