@@ -69,10 +69,12 @@ class Learner(nn.Module):
     model     the pretrained model: a frozen backbone and T1, "next", closed
     joint     whether all tasks are learned at once (`learn_all`), not one after another (`learn`)
     adapts    whether the method trains a backbone of its own, a copy of the pretrained one
+    scratch   whether that backbone starts at random instead
     """
 
     joint = False
     adapts = False
+    scratch = False
 
     def __init__(self, model: UserModel, world: World):
         super().__init__()
@@ -193,8 +195,9 @@ class Learner(nn.Module):
         groups = [group for task, factor in factors.items() for group in task_rates(task, learn, factor)]
         optimizer = adamw(groups, learn, steps) if groups else None
         optimizer = self._with_method(optimizer, config.epochs, steps)
-        keep_start, score = any(factor < 1 for factor in factors.values()), lambda: self.epoch_score(names)
-        train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, keep_start))
+        ready = [task.spec.name for task, factor in factors.items() if factor < 1]  # their start has learned something
+        start, score = (lambda: self.epoch_score(ready)) if ready else None, lambda: self.epoch_score(names)
+        train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, start))
 
     def _with_method(self, optimizer, epochs: int, steps: int) -> torch.optim.Optimizer:
         parameters, decay = self.trained(), BACKBONE_DECAY * (1000 / steps) ** 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,27 +19,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """batches: epoch -> (steps, batches); loss of a batch; score of the valid users, the larger the better."""
+    """batches: epoch -> (steps, batches); loss of a batch; score of the valid users, the larger the better.
+
+    start  the score of the weights as they are, where they may be kept: those that no epoch beats
+    """
 
     batches: Callable[[int], tuple[int, Any]]
     loss: Callable[[Any], Tensor]
     score: Callable[[], float]
     epochs: int
     patience: int
-    keep_start: bool = False  # the weights are good as they are: kept where no epoch beats them
+    start: Callable[[], float] | None = None
 
 
 def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
     """Train until the score stops rising; the best epoch's weights stay. -> the number of epochs that were run.
 
-    What is scored and kept is the average over the epochs so far, as in `learn_task`.
+    What is scored and kept is the average over the epochs so far, as in `learn_task`; for a method that starts from
+    scratch, where an average stays far behind, the weights themselves.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     schedule, best, best_epoch, kept = CosineSchedule(optimizer), -math.inf, -1, []
     average = Average({str(place): parameter for place, parameter in enumerate(trained)})
-    if run.keep_start:
+    if run.start is not None:
         learner.eval()
-        best, kept = run.score(), [p.detach().clone() for p in trained]
+        best, kept = run.start(), [p.detach().clone() for p in trained]
     for epoch in range(run.epochs):
         steps, batches = run.batches(epoch)
         learner.train()
@@ -55,7 +60,7 @@ def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
             learner.after_step()
         learner.eval()
         average.add(epoch)
-        with average.in_place():
+        with nullcontext() if learner.scratch else average.in_place():
             score = run.score()
             if score > best:
                 best, best_epoch = score, epoch

@@ -17,7 +17,7 @@ def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str =
     check_tensor("lengths", lengths, 1, (torch.int64,))
     if lengths.device.type != "cpu":
         raise ValueError(f"lengths must be on the cpu, got {lengths.device}")
-    max_tokens = check_count("max_tokens", max_tokens, 1)
+    max_tokens = min(check_count("max_tokens", max_tokens, 1), 2**62)  # more would not fit int64
     seed = check_count("seed", seed)
     if len(lengths) == 0:
         return []

@@ -58,6 +58,18 @@ def test_joint_training_keeps_the_best_epoch_of_each_task(method, learner):
     assert made.parameters_of("segment") > made.parameters_of("next")
 
 
+def test_joint_training_keeps_the_start_of_no_task_that_starts_untrained(learner):
+    made, scored = learner("mtl"), []
+    made.valid_score = lambda name: scored.append(name) or 0.0  # no epoch beats the start
+    made.learn_all()
+    cold = [name for name in made.world.tasks if made.model.task(name).cold]
+    rest = [name for name in ("next", *made.world.tasks) if name not in cold]
+    assert cold
+    first = scored.index("next")  # the first epoch scores all
+    assert set(scored[:first]) == set(cold)
+    assert rest
+
+
 def test_mmoe_starts_as_the_shared_bottom(learner, outputs):
     plain, mixed = learner("mtl"), learner("mmoe")
     assert torch.equal(outputs(plain, "next"), outputs(mixed, "next"))

@@ -267,9 +267,17 @@ def test_teracon_gates_know_the_other_tasks(learner):
     assert not torch.equal(alone, made.gates("next")["stream"])
     own = made.gates("segment")["stream"].clone()
     with torch.no_grad():
-        made.relations.embedding[0] += 1
+        made.relations.embedding[0] -= 2  # tanh takes its sign
     assert not torch.equal(own, made.gates("segment")["stream"])
-    assert all(((gate > 0) & (gate < 1)).any() for gate in made.gates("next").values())
+    assert all((gate < 1).any() for gate in made.gates("next").values())
+
+
+def test_teracon_begins_with_the_pretrained_backbone_whichever_tasks_are_met(learner):
+    made = learner("teracon")
+    made.eval()
+    for _ in range(2):
+        assert all((gate > 0.5).all() for gate in made.gates("next").values())
+        made.relations.met += made.world.tasks
 
 
 def test_teracon_retains_the_previous_outputs(learner):

@@ -44,5 +44,7 @@ class Copy(Learner):
 class Single(Copy):
     """Nothing is shared. T1 from scratch is pretraining itself."""
 
+    scratch = True
+
     def start(self) -> Backbone:
         return Backbone(self.model.backbone.config)

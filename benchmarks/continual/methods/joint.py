@@ -33,7 +33,6 @@ class Joint(Learner):
 
     joint = True
     adapts = True
-    scratch = False
 
     def __init__(self, model, world):
         super().__init__(model, world)
@@ -70,7 +69,7 @@ class Joint(Learner):
         self.seconds = dict.fromkeys(names, (time.process_time() - started) / len(names))
 
     def epoch_score(self, names: list[str]) -> float:
-        """How many epochs have been the best so far of some task."""
+        """How many epochs, the start included where it was scored, have been the best so far of some of these tasks."""
         scores = {name: self.valid_score(name) for name in names}
         better = [name for name, value in scores.items() if name not in self.best or value > self.best[name][0]]
         for name in better:

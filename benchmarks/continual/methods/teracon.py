@@ -24,11 +24,13 @@ class Relations(nn.Module):
     def __init__(self, names: list[str], units: dict[str, int]):
         super().__init__()
         self.names, self.units, self.met = names, units, []
-        self.embedding = nn.ParameterList(torch.randn(EMBEDDING) for _ in names)
+        self.embedding = nn.ParameterList(2 * torch.rand(EMBEDDING) for _ in names)
         inputs, total = (2 * len(names) - 1) * EMBEDDING, sum(units.values())
         self.mlp = nn.ModuleList(nn.Linear(inputs, total) for _ in names)
         for mlp in self.mlp:
-            nn.init.constant_(mlp.bias, 0.1)  # open at S_MAX: the backbone is pretrained
+            # Open at S_MAX, whichever tasks are met: the backbone is pretrained. The authors' spread of the logits.
+            nn.init.normal_(mlp.weight, 0.0, 0.01 * EMBEDDING**-0.5)
+            nn.init.constant_(mlp.bias, 0.1)
 
     def forward(self, name: str, s: float) -> Gates:
         place, parts = self.names.index(name), [self.embedding[self.names.index(name)]]
