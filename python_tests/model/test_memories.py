@@ -1,5 +1,8 @@
 """Each kind of memory: what it starts from, what it computes, and that closing it is for good."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,6 +134,35 @@ def test_low_rank_prompts_are_a_backbone_with_other_weights(model, placement):
         states = changed(pack(histories()), None if placement == "none" else task.tail()[None])[-1]
     want = states[pack(histories()).last_rows] * (torch.tensor(LENGTHS) > 0)[:, None]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def hasty_threads():
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frozen", [True, False])
+def test_low_rank_prompts_leave_other_threads_their_backbone(hasty_threads, frozen):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = UserModel(Backbone(BackboneConfig(V, dim=16, num_heads=2, max_len=20))).eval()
+    if frozen:
+        model.freeze_backbone()
+    add(model, "click", "none", **KINDS["low_rank"])
+    add(model, "age", "tail", low_rank=2)
+    add(model, "value", "none")
+    batch, state = pack(histories()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    want = {name: model(batch, name) for name in model.task_names}
+    names = model.task_names * 60
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(torch.no_grad()(lambda name: model(batch, name)), names))
+    assert [name for name, output in zip(names, got) if not torch.equal(output, want[name])] == []
+    assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])] == []
 
 
 def test_the_pooled_readout_is_a_mean_over_time(model):

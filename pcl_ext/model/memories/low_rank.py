@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from pcl_ext.model.backbone import Backbone
+from pcl_ext.model.backbone import Backbone, Layer
 from pcl_ext.model.encoded import Encoded, newest_of
 from pcl_ext.model.layout import Layout
 from pcl_ext.model.memories.base import Memory
@@ -37,11 +37,25 @@ class LowRankPrompts(Memory):
         backbone, offsets = self._shared[0], encoded.offsets
         rows = encoded.rows(len(backbone.layers) - 1)
         layout = Layout.of(offsets, len(rows), on_host=encoded.on_host)
-        states, _ = functional_call(backbone.layers[-1], self._weights(), (rows, layout, None, "newest"))
+        states, _ = _with_weights(backbone.layers[-1], self._weights())(rows, layout, None, "newest")
         return replace(encoded, newest=newest_of(backbone.norm(states), offsets, encoded.on_host))
 
     def _weights(self) -> dict[str, Tensor]:
-        """The top layer's weights as the task would have them."""
+        """The top layer's weights as the task would have them, by part."""
         frozen = {name: getattr(self._shared[0].layers[-1], name).weight for name in _PARTS}
         changes = {name: (self.up[name] @ self.down[name]).to(frozen[name]) for name in _PARTS}
-        return {f"{name}.weight": frozen[name] + changes[name] for name in _PARTS}
+        return {name: frozen[name] + changes[name] for name in _PARTS}
+
+
+def _with_weights(layer: Layer, weights: dict[str, Tensor]) -> Layer:
+    """A layer of this call's own with these weights by part; all else is shared with `layer`.
+
+    Nothing is written to `layer`, as torch.func.functional_call would for a moment: other threads may be reading it.
+    """
+    changed = copy(layer)
+    changed._modules = dict(layer._modules)
+    for name, weight in weights.items():
+        part = changed._modules[name] = copy(layer._modules[name])
+        part._parameters = {key: value for key, value in part._parameters.items() if key != "weight"}
+        part._buffers = part._buffers | {"weight": weight}
+    return changed
