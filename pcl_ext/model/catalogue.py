@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.task import TaskSpec
 
-SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible
+SEEN_SCORE = -1e9  # finite, so that a ranking of everything stays possible; float16 has its lowest number instead
 
 
 class Catalogue(nn.Module):
@@ -57,4 +57,6 @@ class Catalogue(nn.Module):
         columns = self.among(items, first, scores.shape[1])
         seen = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
         seen.index_put_((users, columns), seen.new_ones(()))  # column -1: what is not in the catalogue
+        if score != -torch.inf:
+            score = max(score, torch.finfo(scores.dtype).min)
         return scores.masked_fill(seen[:, :-1], score)

@@ -92,3 +92,15 @@ def test_measured_on_a_dataset(tmp_path, placement):
     scores = infer.evaluate(made, dataset, ["next"])["next"]
     assert scores.count == 10
     assert scores.metrics["mrr@5"] == 1.0
+
+
+def test_in_float16_what_is_seen_has_its_lowest_number(model):  # noqa: F811
+    add(model, "rank", "none", tied=True)
+    model.half()
+    with torch.no_grad():
+        output = model(pack(histories()), "rank")
+    lowest = torch.finfo(torch.float16).min
+    for history, row in zip(histories(), output):
+        seen = torch.isin(model.task("rank").catalogue, torch.tensor(history))
+        assert torch.equal(row == lowest, seen)
+        assert row.isfinite().all()
