@@ -34,7 +34,7 @@ def fold(shared: Mapping[str, Memory], members: list[Member], build: Callable[[s
     """One member whose output is the mean of the members' outputs, up to rounding.
 
     shared  memories with features, in the head's order; those named in OWN are replaced by each member's
-    build   makes an empty folded readout
+    build   makes an empty folded readout, on the members' device and in their dtype
 
     All that follows an item memory is linear: its table times the head's weights, averaged, is a table again, with one
     number an item and output. What a learned pooling reads is not, so its units are put side by side.
@@ -51,7 +51,7 @@ def fold(shared: Mapping[str, Memory], members: list[Member], build: Callable[[s
             continue
         own[name] = build(name)
         columns.append(_fold_readout(own[name], [member.memories[name] for member in members], weights))
-    head = LabelHead(sum(part.shape[1] for part in columns), len(heads[0].weight))
+    head = LabelHead(sum(part.shape[1] for part in columns), len(heads[0].weight)).to(heads[0].weight)
     head.linear.weight.copy_(torch.cat(columns, 1))
     head.linear.bias.copy_(sum(one.bias for one in heads) * share)
     head.unit.copy_(members[0].head.unit)
@@ -67,6 +67,6 @@ def _fold_readout(folded: Memory, parts: list[Memory], weights: list[Tensor]) ->
     assert isinstance(folded, ItemMemory)
     if folded.num_features < sum(part.num_features for part in parts):
         folded.table.copy_(sum(part.table @ weight.T for part, weight in zip(parts, weights)))
-        return torch.eye(len(weights[0]), device=folded.table.device)
+        return torch.eye(len(weights[0]), device=folded.table.device, dtype=folded.table.dtype)
     folded.table.copy_(torch.cat([part.table for part in parts], 1))
     return torch.cat(weights, 1)

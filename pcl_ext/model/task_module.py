@@ -330,12 +330,12 @@ class Task(nn.Module):
         one = fold(
             shared,
             [Member(self.memories, self.head), *self.others],
-            lambda name: self._readout(name, self.shape, (), True),
+            lambda name: self._readout(name, self.shape, (), True).to(self.shift),
         )
         for name, memory in one.memories.items():
-            self.memories[name] = memory.to(self.shift.device)
+            self.memories[name] = memory
             kept[name] = (self.shift.new_zeros(memory.num_features), self.scale.new_ones(memory.num_features))
-        self.head, self.others = one.head.to(self.shift.device), nn.ModuleList()
+        self.head, self.others = one.head, nn.ModuleList()
         self.fixed = self._list_fixed().to(self.shift.device)
         self.shift, self.scale = (torch.cat(parts) for parts in zip(*kept.values()))
 

@@ -63,7 +63,7 @@ class UserModel(nn.Module):
         depends_on: Sequence[str] = (),
         text: Tensor | None = None,
     ) -> Task:
-        """Start a task. With `closed` it is built empty, to be filled from a file.
+        """Start a task, of the backbone's dtype. With `closed` it is built empty, to be filled from a file.
 
         text [256] replaces the hashed vector of the task's description where its contextual prompt reads texts.
         """
@@ -79,7 +79,7 @@ class UserModel(nn.Module):
         if closed:
             task.depends_on = list(depends_on)
             task.freeze()
-        self.tasks[spec.name] = task.to(self.device).train(self.training and not closed)
+        self.tasks[spec.name] = task.to(self.backbone.table).train(self.training and not closed)
         return task
 
     def _earlier(self, name: str, config: MemoryConfig, names: Sequence[str] | None) -> list[Task]:
@@ -104,7 +104,7 @@ class UserModel(nn.Module):
         """None where there is nothing to attend to: every parameter of an open task has its part in the loss."""
         config, shape = task.config, self.backbone.config
         sources = [self.tasks[name] for name in self._context_sources(config)]
-        texts = torch.stack([source.text for source in sources] + [task.text.to(self.device)])
+        texts = torch.stack([source.text for source in sources] + [task.text.to(self.backbone.table)])
         prompts = None
         if config.contextual == "prompts":
             kind = "prefix" if config.placement == "prefix" else "tail"
@@ -122,8 +122,9 @@ class UserModel(nn.Module):
         task = self.task(name)
         if not self.backbone_frozen:
             raise ValueError(f"task {name!r} cannot be closed while the backbone learns: call freeze_backbone() first")
-        task.close()
-        task.keep_prefix(self.backbone)
+        with torch.autocast(self.device.type, enabled=False):  # what is kept is of the model's own dtype
+            task.close()
+            task.keep_prefix(self.backbone)
 
     def remove_task(self, name: str) -> None:
         """Forget a task. Raises where an open task is being made from it, or where one reads it for good."""

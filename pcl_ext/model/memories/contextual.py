@@ -49,7 +49,7 @@ class ContextualPrompt(nn.Module):
 def hashed_text_vector(text: str) -> Tensor:
     """[TEXT_DIM] float32 of length 1: signed counts of a text's words and word pairs, hashed; always the same bits."""
     words = re.findall(r"\w+", text.lower())
-    vector = torch.zeros(TEXT_DIM)
+    vector = torch.zeros(TEXT_DIM, dtype=torch.float32)
     for feature in words + [" ".join(pair) for pair in zip(words, words[1:])]:
         digest = hashlib.sha256(feature.encode()).digest()
         vector[int.from_bytes(digest[:4], "big") % TEXT_DIM] += 1.0 if digest[4] % 2 else -1.0
