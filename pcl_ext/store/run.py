@@ -40,15 +40,17 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
 
     record  JSON values kept with them; None keeps the record that is there, but for what it says of tasks that were
             removed from the model, or learned anew
-    StoreError, with what was saved before untouched: a tensor that is not finite, a run of another backbone that has
-    tasks, a run with a task that is neither closed in the model nor was removed from it, say one learned since it was
-    loaded, a damaged file in the way, a second process saving to the same run. OSError where the disk refuses.
+    StoreError, with what was saved before untouched: a tensor that is not finite, or of another floating dtype than
+    the backbone's item table, a run of another backbone that has tasks, a run with a task that is neither closed in
+    the model nor was removed from it, say one learned since it was loaded, a damaged file in the way, a second process
+    saving to the same run. OSError where the disk refuses.
     """
     path = Path(path)
     if still_open := [name for name, task in model.tasks.items() if not task.closed]:
         warnings.warn(f"not saved, as they are open: {', '.join(still_open)}; freeze_task closes a task", stacklevel=2)
     backbone = _backbone_entry(model)
-    tasks = [_task_entry(name, task, backbone["hash"]) for name, task in model.tasks.items() if task.closed]
+    closed = {name: task for name, task in model.tasks.items() if task.closed}
+    tasks = [_task_entry(name, task, backbone["hash"], model.backbone.table.dtype) for name, task in closed.items()]
     (path / "tasks").mkdir(parents=True, exist_ok=True)
     with locked(path / ".save.lock", "being saved to", "try again when it is done"):
         old = read_manifest(path) if (path / NAME).exists() else {"backbone": None, "tasks": [], "record": {}}
@@ -77,16 +79,13 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
 def from_pretrained(path: str | Path) -> UserModel:
     """The model of a run, on the CPU and in evaluation mode: backbone and tasks frozen, every hash checked.
 
-    StoreError names the file and the tensor that is wrong. Draws no random numbers.
+    It is of the dtype in which it was saved, whatever torch's default. StoreError names the file and the tensor that is
+    wrong. Draws no random numbers.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    with torch.random.fork_rng(devices=[]):
-        entry = manifest["backbone"]
-        config = _build(path / NAME, "backbone.config", BackboneConfig, **entry["config"])
-        model = UserModel(_build(path / NAME, "backbone.config", Backbone, config))
-        _fill(model.backbone, _read(path, entry, manifest), path / entry["file"])
-        model.freeze_backbone()
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        model = _read_backbone(path, manifest)
         for place, entry in enumerate(manifest["tasks"]):
             where = f"tasks[{place}]"
             spec = _build(path / NAME, f"{where}.spec", TaskSpec.from_json, entry["spec"])
@@ -101,6 +100,19 @@ def from_pretrained(path: str | Path) -> UserModel:
             if not kept:  # saved before tasks kept them, or on a backbone that was not frozen
                 task.keep_prefix(model.backbone)
     return model.eval()
+
+
+def _read_backbone(path: Path, manifest: Mapping[str, Any]) -> UserModel:
+    """A model without tasks, of the dtype of the stored item table; its tasks will be of that too."""
+    entry = manifest["backbone"]
+    config = _build(path / NAME, "backbone.config", BackboneConfig, **entry["config"])
+    model = UserModel(_build(path / NAME, "backbone.config", Backbone, config))
+    tensors = _read(path, entry, manifest)
+    if "table" in tensors and tensors["table"].is_floating_point():
+        model.to(tensors["table"].dtype)
+    _fill(model.backbone, tensors, path / entry["file"])
+    model.freeze_backbone()
+    return model
 
 
 def verify(path: str | Path) -> dict[str, Any]:
@@ -134,16 +146,16 @@ def lock(path: str | Path) -> Iterator[None]:
 
 
 def _backbone_entry(model: UserModel) -> dict[str, Any]:
-    state = _finite(model.backbone.state_dict(), "the backbone")
+    state = _checked(model.backbone.state_dict(), "the backbone", model.backbone.table.dtype)
     entry = {"config": _json(model.backbone.config.to_json()), "tensors": describe(state), "state": state}
     entry["hash"] = backbone_hash(entry["config"], entry["tensors"])
     entry["metadata"] = _metadata(entry, entry["hash"])
     return entry
 
 
-def _task_entry(name: str, task: nn.Module, backbone: str) -> dict[str, Any]:
+def _task_entry(name: str, task: nn.Module, backbone: str, dtype: torch.dtype) -> dict[str, Any]:
     check_task_name(name)
-    state = _finite(task.state_dict(), f"task {name!r}")
+    state = _checked(task.state_dict(), f"task {name!r}", dtype)
     entry = {"name": name, "spec": _json(task.spec.to_json()), "config": _json(asdict(task.config))}
     entry |= {"depends_on": list(task.depends_on), "tensors": describe(state), "state": state}
     entry["metadata"] = _metadata(entry, backbone)
@@ -156,12 +168,18 @@ def _metadata(entry: Mapping[str, Any], backbone: str) -> dict[str, Any]:
     return {"kind": "task" if "name" in entry else "backbone", "backbone": backbone, **said}
 
 
-def _finite(state: Mapping[str, Any], whose: str) -> dict[str, Tensor]:
+def _checked(state: Mapping[str, Any], whose: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state, all of it finite tensors, those of numbers with a fraction of the one dtype a run has."""
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise StoreError(f"{name!r} of {whose} must be a tensor, got {type(tensor).__name__}; nothing was saved")
         if not _is_finite(tensor):
             raise StoreError(f"tensor {name!r} of {whose} must be finite, it holds NaN or infinity; nothing was saved")
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            raise StoreError(
+                f"tensor {name!r} of {whose} is {tensor.dtype}, the backbone's item table {dtype}, and a run has one "
+                "dtype: call model.float() and save again; nothing was saved"
+            )
     return dict(state)
 
 
