@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator, KeysView
 from dataclasses import replace
 
 import torch
@@ -180,8 +181,37 @@ def freeze(module: nn.Module) -> None:
     module.eval()
 
 
+_TAKEN = frozenset(dir(nn.ModuleDict()))
+
+
 class NamedModules(nn.ModuleDict):
-    """A ModuleDict that takes any name: a task may be called "items" or "train", as methods of a module are."""
+    """A ModuleDict that takes any name: a task may be called "items" or "training", as attributes of a module are.
+
+    Such a module lies under ":items", and is `tasks.:items` in names of parameters; as a mapping it has its own name.
+    """
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
-        self._modules[name] = module
+        super().__setitem__(_attribute(name), module)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return super().__getitem__(_attribute(name))
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(_attribute(name))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> KeysView[str]:
+        return {key.removeprefix(":"): None for key in self._modules}.keys()
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        return {key.removeprefix(":"): module for key, module in self._modules.items()}.items()
+
+
+def _attribute(name: str) -> str:
+    """What a module of this name is called among the attributes of its parent."""
+    return f":{name}" if name in _TAKEN or name.startswith("_") else name

@@ -238,12 +238,3 @@ def test_unknown_tasks_and_doubled_names_are_refused(model):
         model.add_task(SPECS["click"])
     with pytest.raises(ValueError, match="names item 41"):
         model.add_task(TaskSpec("far", "items", catalogue=(1, 41)))
-
-
-@pytest.mark.parametrize("name", ["items", "train", "keys", "type", "pop"])
-def test_a_task_may_have_the_name_of_a_method(model, name):
-    model.add_task(TaskSpec(name, "binary"))
-    model.train().eval()
-    assert model.task_names == [name]
-    assert model.predict([[1]], name)[0]["probability"] == 0.5
-    assert any(key.startswith(f"tasks.{name}.") for key in model.state_dict())
