@@ -158,6 +158,15 @@ class Backbone(nn.Module):
         """
         return replace(self.run(rows, offsets)[1], index=index)
 
+    def check_lengths(self, batch: PackedBatch) -> None:
+        """ValueError for a history longer than max_len; the batch knows its lengths, nothing is read from a GPU."""
+        most = self.config.max_len
+        if batch.max_seqlen > most:
+            raise ValueError(
+                f"histories must be at most max_len = {most} long, got one of {batch.max_seqlen} (history "
+                f"{int(batch.on_host.argmax())}); PackedBatch.from_lists(..., max_len={most}) reads the newest events"
+            )
+
     def forward(
         self,
         batch: PackedBatch,
@@ -167,6 +176,7 @@ class Backbone(nn.Module):
         read: str = "every",
     ) -> list[Tensor]:
         """States of every layer, num_layers + 1 tensors [T, D]; the last one is normalised, of the rows `run` says."""
+        self.check_lengths(batch)
         rows = self.embed(batch.items, batch.offsets, prompt, prompt_index)
         return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix, read, batch.on_host)[0]
 
