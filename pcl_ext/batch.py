@@ -12,7 +12,7 @@ from torch import Tensor
 from pcl_ext import ops
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two of them are equal where they are one
 class Older:
     """What histories of B users held before the events that are read: seen, and otherwise of no account.
 
@@ -29,7 +29,7 @@ class Older:
         return Older(self.items.to(device), self.offsets.to(device), self.on_host)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """Histories of B users without padding.
 
@@ -52,9 +52,10 @@ class PackedBatch:
 
     @classmethod
     def from_packed(cls, items: Tensor, offsets: Tensor, dropped: int = 0, older: Older | None = None) -> PackedBatch:
-        """items [T], offsets [B + 1] int64, best on the CPU, where values are checked: those of a GPU are fetched.
+        """items [T], offsets [B + 1] int64, best on the CPU, where values are checked: offsets of a GPU are fetched,
+        items of a GPU are taken as they are.
 
-        Raises ValueError where the offsets do not fit the items.
+        Raises ValueError where the offsets do not fit the items, or an item is no id: these begin at 1.
         """
         if items.dim() != 1 or items.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"items must be [T] int32 or int64, got {list(items.shape)} {items.dtype}")
@@ -62,6 +63,9 @@ class PackedBatch:
         plan = ops.attention_plan(host)
         if int(host[-1]) != items.numel():
             raise ValueError(f"offsets must end at the number of items, got {int(host[-1])} and {items.numel()}")
+        if items.is_cpu and len(items) and int(items.min()) < 1:
+            row = int((items < 1).nonzero()[0])
+            raise ValueError(f"items must be ids from 1 up, got {int(items[row])} in row {row}: leave padding out")
         lengths = host.diff()
         longest = int(lengths.max()) if len(lengths) else 0
         return cls(items, offsets, longest, plan.to(offsets.device), lengths, dropped, older)

@@ -108,3 +108,18 @@ def test_what_is_no_history_is_named(history, message):
 def test_offsets_must_fit_the_items(items, offsets, message):
     with pytest.raises(ValueError, match=message):
         PackedBatch.from_packed(items, offsets)
+
+
+@pytest.mark.parametrize(("ids", "message"), [([3, 0, 4], "got 0 in row 1"), ([3, 4, -7], "got -7 in row 2")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_items_that_are_no_ids_are_refused(ids, message, dtype):
+    with pytest.raises(ValueError, match=f"items must be ids from 1 up, {message}"):
+        PackedBatch.from_packed(torch.tensor(ids, dtype=dtype), torch.tensor([0, 3]))
+
+
+def test_batches_are_compared_as_objects():
+    one, other = (PackedBatch.from_lists([[1, 2, 3], [4]], num_items=5, max_len=2) for _ in range(2))
+    assert one in [other, one]
+    assert one != other
+    assert one.older != other.older
+    assert len({one, other, one}) == 2
