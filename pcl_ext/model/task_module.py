@@ -317,6 +317,10 @@ class Task(nn.Module):
             self._fold_members()
         self.freeze()
 
+    def train(self, mode: bool = True) -> Task:
+        """As nn.Module.train, but a closed task stays in evaluation mode: no dropout, whoever asks."""
+        return super().train(mode and not self.closed)
+
     def freeze(self) -> None:
         """Make everything buffers: what `close` ends with, and all that a task loaded from a file needs."""
         freeze(self)

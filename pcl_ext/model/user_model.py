@@ -146,9 +146,8 @@ class UserModel(nn.Module):
     def train(self, mode: bool = True) -> UserModel:
         """As nn.Module.train, but what is frozen stays in evaluation mode: no dropout in a closed task."""
         super().train(mode)
-        for part in [self.backbone, *self.tasks.values()]:
-            if not any(True for _ in part.parameters()):
-                part.eval()
+        if self.backbone_frozen:
+            self.backbone.eval()
         return self
 
     def forward(
@@ -290,7 +289,7 @@ class UserModel(nn.Module):
         are read, older ones count as seen; unknown ids are dropped, with a warning that counts. All histories are one
         pass: for many of them, `Predictor` works in chunks.
         """
-        config, training = self.backbone.config, self.training
+        config, modes = self.backbone.config, [(part, part.training) for part in self.modules()]
         batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)
         if batch.dropped:
             warnings.warn(f"{batch.dropped} unknown item ids were dropped from {len(batch)} histories", stacklevel=3)
@@ -298,7 +297,8 @@ class UserModel(nn.Module):
         try:
             return as_rows(answer(self, batch.to(self.device), task, check_k(k)))
         finally:
-            self.train(training)
+            for part, training in modes:
+                part.training = training
 
 
 def _check_state(state: UserState, tasks: dict[str, Task], shared: dict[str, Task], every_state: bool) -> None:

@@ -1,0 +1,32 @@
+"""Training and evaluation mode: what is closed stays in evaluation, and predicting leaves every mode as it was."""
+
+import pytest
+from test_user_model import add, histories, model  # noqa: F401 (a fixture)
+from torch import nn
+
+
+@pytest.mark.parametrize("ask", ["model", "tasks", "task", "other", "whole"])
+def test_a_closed_task_stays_in_evaluation_mode(model, ask):  # noqa: F811
+    task = add(model, "click", "none", readout=("item_memory",))
+    add(model, "age")
+    model.freeze_task("click")
+    whole = nn.ModuleList([model])
+    asked = {"model": model, "tasks": model.tasks, "task": task, "other": model.task("age"), "whole": whole}[ask]
+    asked.train()
+    assert not any(part.training for part in task.modules())
+    assert all(part.training for part in model.task("age").modules()) == (ask != "task")
+    assert not any(part.training for part in model.backbone.modules())
+
+
+def test_predicting_leaves_every_mode_as_it_was(model):  # noqa: F811
+    add(model, "click")
+    add(model, "age")
+    model.train()
+    model.task("age").eval()
+    model.task("click").dropout.eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    model.predict(histories(), "click")
+    assert {name: part.training for name, part in model.named_modules()} == before
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        model.predict(histories(), "click", k=0)
+    assert {name: part.training for name, part in model.named_modules()} == before
