@@ -37,8 +37,11 @@ class Catalogue(nn.Module):
         return len(self.items)
 
     def columns(self, target: Tensor) -> Tensor:
-        """Item ids [m] -> their columns, -1 for what is not listed: on the CPU that raises ValueError, on CUDA, where
-        nobody looks, `task_loss` is NaN."""
+        """Item ids [m] of any integer dtype -> their columns int64, -1 for what is not listed: on the CPU that raises
+        ValueError, on CUDA, where nobody looks, `task_loss` is NaN."""
+        if target.is_floating_point():
+            raise TypeError(f"targets of task {self.name!r} must be item ids, integers, got {target.dtype}")
+        target = target.long()
         known = (target >= 1) & (target < len(self.column_of))
         columns = self.column_of[torch.where(known, target, 0)]  # an index below 0 would count from the end
         if columns.is_cpu and bool((columns < 0).any()):

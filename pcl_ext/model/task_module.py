@@ -285,17 +285,36 @@ class Task(nn.Module):
     def fit_head(self, features: Tensor, target: Tensor, target_row: Tensor) -> None:
         """Start the head at the training data's own base rates, on standardised features.
 
-        features [n, F] of some training histories, target [m], target_row [m].
+        features [n, F] of some training histories, target [m], target_row [m]. The base rate of a binary task is the
+        mean of its targets, which may lie between 0 and 1. ValueError where there are none, or one is not finite.
         """
+        self._check_fit(features, target)
         deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
         self.shift.copy_(torch.where(self.fixed, mean, 0.0))
         self.scale.copy_(torch.where(self.fixed, 1.0 / deviation.clamp_min(1e-3), 1.0))
         if self.spec.kind == "items":
-            counts = torch.bincount(target, minlength=self.head.bias.numel()).double() + 1.0
+            counts = torch.bincount(target.long(), minlength=self.head.bias.numel()).double() + 1.0
             self.head.bias.copy_((counts / counts.mean()).log())
             return
         for part in (self, *self.others):
-            part.head.fit(self.spec.kind, target)
+            if self.spec.kind == "binary":
+                part.head.linear.bias.fill_(_log_odds(target))
+            else:
+                part.head.fit(self.spec.kind, target)
+
+    def _check_fit(self, features: Tensor, target: Tensor) -> None:
+        name = self.spec.name
+        if not len(features) or not len(target):
+            raise ValueError(
+                f"task {name!r} must be fitted to at least one history and one target, got {len(features)} and "
+                f"{len(target)}; leave fit_head out to start at zero"
+            )
+        for what, values in (("features", features), ("targets", target)):
+            if values.is_floating_point() and not bool(values.isfinite().all()):
+                raise ValueError(f"{what} of task {name!r} must be finite, got NaN or infinity; leave such rows out")
+        low, high = (float(value) for value in target.aminmax())
+        if self.spec.kind == "binary" and not 0 <= low <= high <= 1:
+            raise ValueError(f"targets of task {name!r} must be in 0..1, got {low:g} to {high:g}")
 
     @torch.no_grad()
     def start_items(self, table: Tensor, rows: Tensor, bias: Tensor) -> None:
@@ -346,3 +365,11 @@ class Task(nn.Module):
     def _blocks(self, features: Tensor) -> tuple[Tensor, ...]:
         """features [F] memory by memory."""
         return features.split([memory.num_features for memory in self.memories.values() if memory.num_features])
+
+
+def _log_odds(target: Tensor) -> float:
+    """Of binary targets [m] between 0 and 1, with one more of either kind."""
+    ones = target.double().sum()
+    logs = (torch.stack([len(target) - ones, ones]) + 1.0).log()
+    prior = logs - logs.mean()
+    return float(prior[1] - prior[0])
