@@ -279,3 +279,10 @@ def test_each_member_learns_from_a_loss_of_its_own(model):
     outputs[1].square().sum().backward()
     assert task.others[0].memories["item_memory"].table.grad.any()
     assert task.memories["item_memory"].table.grad is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_and_head_parameters_are_all_of_a_task(model, kind):
+    task = add(model, "click", "none", **KINDS[kind])
+    parts = [*task.memory_parameters(), *task.head_parameters()]
+    assert sorted(map(id, parts)) == sorted(map(id, task.parameters()))
