@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from pcl_ext import store
 
+_PAUSE = 20  # times what a save took, until the next: at most a twentieth of a run is spent on them
+
 
 @dataclass
 class Progress:
@@ -59,11 +61,13 @@ class Checkpoint:
         if path is not None and not Path(path).parent.is_dir():
             raise FileNotFoundError(f"the folder of the checkpoint {path} is missing")
         self.path, self.seconds, self.identity = path, seconds, json.loads(json.dumps(identity))
-        self.trained, self.optimizer, self.written = trained, optimizer, time.monotonic()
+        self.trained, self.optimizer, self.written, self.took = trained, optimizer, time.monotonic(), 0.0
 
     def save(self, progress: Progress, best: dict[str, Tensor], average: dict[str, Tensor], now: bool = False) -> None:
-        """Write where `seconds` have passed since the last time, or `now`."""
-        if self.path is None or (not now and time.monotonic() - self.written < self.seconds):
+        """Write where `seconds` have passed since the last time, or `now`; but not before 20 times what that save took:
+        a large model is written seldom."""
+        started = time.monotonic()
+        if self.path is None or started - self.written < max(0.0 if now else self.seconds, _PAUSE * self.took):
             return
         state = self.optimizer.state_dict()
         tensors = {f"weight/{name}": p.detach() for name, p in self.trained.items()}
@@ -73,6 +77,7 @@ class Checkpoint:
         tensors["generator"] = torch.get_rng_state()
         store.save_tensors(self.path, tensors, {"identity": self.identity, "progress": asdict(progress)})
         self.written = time.monotonic()
+        self.took = self.written - started
 
     def load(self) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
         """Where to go on, the best weights and the average: the start, where there is no file. Raises ValueError for a

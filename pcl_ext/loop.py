@@ -37,7 +37,8 @@ class LoopConfig:
         weight_decay: of AdamW, for a run of 1,000 steps; longer ones have less, by the root of their length
         precision: float32, or bfloat16 (mixed: weights and optimiser stay float32)
         seed: of everything random
-        checkpoint_seconds: how often a step is followed by a checkpoint, where there is a place for one
+        checkpoint_seconds: how often a step is followed by a checkpoint, where there is a place for one; less often
+            where that would take more than a twentieth of the time
     """
 
     epochs: int = 60

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import LEARN, MEMORY, PRETRAIN, TASKS, contents, learn, pretrain, write_dataset
 
-from pcl_ext import loop, run, store
+from pcl_ext import checkpoint, loop, run, store
 from pcl_ext.data import Dataset
 
 PHASES = {"pretrain": pretrain, "learn": learn}
@@ -80,6 +80,26 @@ def test_a_sampled_pretraining_resumes_with_the_same_bits(whole, tmp_path, monke
     monkeypatch.undo()
     run.pretrain(settings[0], tmp_path / "run", settings[1], config)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_save_that_takes_long_is_seldom(tmp_path, monkeypatch, now):
+    """Every second by its settings, but one that takes 3 s has cost enough for a minute; so have those of epochs."""
+    clock, saved = [100.0], []
+
+    def save(*args):
+        saved.append(clock[0])
+        clock[0] += 3
+
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(store, "save_tensors", save)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight])
+    keeper = checkpoint.Checkpoint(tmp_path / "a.safetensors", 1.0, {"weight": weight}, optimizer, {})
+    for _ in range(130):
+        clock[0] += 1
+        keeper.save(checkpoint.Progress(), {}, {}, now=now)
+    assert saved == [101, 164, 227]
 
 
 @pytest.mark.slow
