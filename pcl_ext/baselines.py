@@ -2,11 +2,12 @@
 
 Both are measured like any model: every example of the fold, full ranking over the catalogue, seen items not filtered,
 ties by expected rank. Hyperparameters are picked on the valid fold. Where a dataset is large the cheap models learn
-from a part of the train users, and nearest users are measured on a part of the fold: their name says so.
+from a part of the train users, and those that rank items are measured on a part of the fold: their name says so.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from pcl_ext import ops
 from pcl_ext.data import Dataset, Examples
 from pcl_ext.data.progress import progress
-from pcl_ext.metrics import TaskMetrics
+from pcl_ext.metrics import METRICS, TaskMetrics
 from pcl_ext.task import TaskSpec
 
 NEIGHBOURS = (50, 100, 200, 500)
@@ -25,12 +26,13 @@ STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # C, the inverse weight of the L2 
 _MOST_NEIGHBOURS = 10_000  # train users a kNN looks at
 _MOST_REGRESSION = 20_000  # train users a regression learns from
 _MOST_VALID = 1_000
-_MOST_MEASURED = 2_000  # examples of the fold that nearest users are measured on: all of online-retail and ml-1m
+_MOST_MEASURED = 2_000  # examples of the fold that items are ranked for: all of online-retail and ml-1m
 _MOST_PAIRS = 20_000_000  # transitions a Markov chain counts
 _MOST_ITEMS = 2048  # of a history, the newest
 _SCORES = 1 << 22  # of a batch
 _MOST_SHARED = 1 << 22  # pairs of an item and a train user who has it that are held at a time
 _SILENT = 1e-6  # popularity only orders what a model gives the same score
+_LOWEST_RANK = max(int(metric.partition("@")[2]) for metric in METRICS["items"])  # that a metric tells from lower ones
 
 
 def trivial(dataset: Dataset, task: str, fold: str = "test") -> dict[str, Any]:
@@ -41,8 +43,9 @@ def trivial(dataset: Dataset, task: str, fold: str = "test") -> dict[str, Any]:
     spec, examples = dataset.task(task).spec, dataset.examples(task, fold)
     train = dataset.examples(task, "train").target
     if spec.kind == "items":
-        name, constant = "popularity", _popularity(dataset, spec, train)
-    elif spec.kind == "regression":
+        popularity = _popularity(dataset, spec, train)
+        return {"name": "popularity", "metrics": _measure_order(_by_column(dataset, spec, examples), spec, popularity)}
+    if spec.kind == "regression":
         name, constant = "mean", train.double().mean()
     else:
         name = "majority"
@@ -66,7 +69,7 @@ def cheap(dataset: Dataset, task: str, fold: str = "test") -> dict[str, Any]:
     else:
         model = BagOfItems(dataset, spec)
     examples, name = dataset.examples(task, fold), model.name
-    if isinstance(model, NearestUsers) and len(examples) > _MOST_MEASURED:
+    if spec.kind == "items" and len(examples) > _MOST_MEASURED:
         name += f", measured on {_MOST_MEASURED:,} of {len(examples):,} {fold} examples"
         examples = _some(examples, _MOST_MEASURED)
     return {"name": name, "metrics": _measure(dataset, spec, examples, lambda rows: model(examples.select(rows)))}
@@ -74,16 +77,37 @@ def cheap(dataset: Dataset, task: str, fold: str = "test") -> dict[str, Any]:
 
 def _measure(dataset: Dataset, spec: TaskSpec, examples: Examples, outputs) -> dict[str, float]:
     """Metrics of `outputs`: positions [b] in examples -> [b, C] or [b]."""
+    return _measure_columns(_by_column(dataset, spec, examples), spec, outputs, spec.num_outputs(dataset.num_items))
+
+
+def _measure_order(examples: Examples, spec: TaskSpec, scores: Tensor) -> dict[str, float]:
+    """Metrics of the same scores [C] for everyone; targets are columns.
+
+    A rank metric asks how many items score higher, down to the lowest rank that it knows, and how many the same. The
+    items at the top say that, with one that stands for all below them: no row of scores is as wide as the catalogue.
+    """
+    top = scores >= scores.topk(min(_LOWEST_RANK, len(scores))).values[-1]
+    column = torch.where(top, top.cumsum(0) - 1, top.sum())
+    short = torch.cat([scores[top], scores.min()[None] - 1])
+    examples, spec = replace(examples, target=column[examples.target]), replace(spec, catalogue=None)
+    return _measure_columns(examples, spec, lambda rows: short.expand(len(rows), -1), len(short))
+
+
+def _measure_columns(examples: Examples, spec: TaskSpec, outputs, width: int) -> dict[str, float]:
+    """Metrics of `outputs` [b, width] or [b], some rows at a time; targets of items are columns."""
     metrics = TaskMetrics(spec)
-    columns = _columns(dataset, spec)
-    size = max(1, _SCORES // spec.num_outputs(dataset.num_items))
     with progress(f"reference models of {spec.name}", len(examples), " examples") as bar:
-        for rows in torch.arange(len(examples)).split(size):
+        for rows in torch.arange(len(examples)).split(max(1, _SCORES // width)):
             part = examples.select(rows)
-            target = part.target if columns is None else columns[part.target]
-            metrics.update(outputs(rows), target, _rows_of_targets(part))
+            metrics.update(outputs(rows), part.target, _rows_of_targets(part))
             bar.update(len(rows))
     return metrics.compute()
+
+
+def _by_column(dataset: Dataset, spec: TaskSpec, examples: Examples) -> Examples:
+    """The examples, an item as its column in the task's catalogue; values and classes are what they are."""
+    columns = _columns(dataset, spec)
+    return examples if columns is None else replace(examples, target=columns[examples.target])
 
 
 def _columns(dataset: Dataset, spec: TaskSpec) -> Tensor | None:

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from pcl_ext import baselines
-from pcl_ext.data import Dataset, DatasetWriter, fold_of
+from pcl_ext.data import Dataset, DatasetWriter, Examples, fold_of
+from pcl_ext.metrics import TaskMetrics
 from pcl_ext.task import TaskSpec
 
 USERS = 300
@@ -28,6 +30,41 @@ def dataset(tmp_path_factory):
         writer.task(TaskSpec("kinds", "classes", num_classes=3), user, 2 * kind, cut)
         writer.task(TaskSpec("value", "regression"), user, 5.0 + 100 * kind, cut)
     return Dataset(out)
+
+
+TIES = {
+    "few": [9, 9, 4, 4, 4, 0, 0],
+    "none": list(range(40)),
+    "at the lowest rank": [5, 4, 3, 3] + [2] * 15 + [1] * 9,
+    "all": [3] * 30,
+    "nobody": [0] * 30,
+}
+
+
+@pytest.mark.parametrize("counts", TIES.values(), ids=TIES)
+def test_popularity_is_measured_as_a_row_of_scores_for_each_user_would_be(counts):
+    scores = torch.tensor(counts).double()[torch.randperm(len(counts))]
+    target = torch.arange(len(counts)).repeat(3)
+    users = torch.arange(len(target) // 2 + 1)
+    offsets = (2 * torch.arange(len(users) + 1)).clamp(max=len(target))
+    examples, spec = Examples(users, users, offsets, target), TaskSpec("any", "items")
+    rows = torch.repeat_interleave(users, offsets.diff())
+    whole = TaskMetrics(spec)
+    whole.update(scores.expand(len(users), -1), target, rows)
+    assert baselines._measure_order(examples, spec, scores) == whole.compute()
+
+
+def test_popularity_of_a_wide_catalogue_holds_no_row_of_scores(tmp_path):
+    """A million items, 3,000 users: rows of scores would be 24 GB."""
+    user, items = np.arange(3_000), np.random.default_rng(0).geometric(1e-4, 6_000).clip(max=1_000_000)
+    with DatasetWriter(tmp_path / "data", "wide", 1_000_000) as writer:
+        writer.histories(user, items, np.arange(3_001) * 2, fold_of("wide", user))
+    seen, update = [], TaskMetrics.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskMetrics, "update", lambda self, *args: (seen.append(args[0].shape[1]), update(self, *args)))
+        got = baselines.trivial(Dataset(tmp_path / "data"), "next")
+    assert got["name"] == "popularity"
+    assert 0 < max(seen) < 1000
 
 
 def test_markov_knows_the_circle(dataset):
@@ -92,14 +129,15 @@ def test_cosines_are_counted_in_blocks_of_bounded_memory(dataset, monkeypatch):
     assert max(counted) <= 500 + np.diff(model.begin).max()
 
 
-def test_nearest_users_of_a_large_fold_are_measured_on_a_part_that_is_named(dataset, monkeypatch):
-    whole = baselines.cheap(dataset, "likes")
+@pytest.mark.parametrize("task", ["next", "likes"])
+def test_a_large_fold_is_ranked_for_a_part_that_is_named(dataset, monkeypatch, task):
+    whole = baselines.cheap(dataset, task)
     monkeypatch.setattr(baselines, "_MOST_MEASURED", 20)
-    got = baselines.cheap(dataset, "likes")
-    count = len(dataset.examples("likes", "test"))
+    got = baselines.cheap(dataset, task)
+    count = len(dataset.examples(task, "test"))
     assert got["name"] == f"{whole['name']}, measured on 20 of {count} test examples"
-    assert got["metrics"] != whole["metrics"]
-    assert got == baselines.cheap(dataset, "likes")
+    assert (got["metrics"] != whole["metrics"]) == (task == "likes")  # the chain ranks every target first
+    assert got == baselines.cheap(dataset, task)
 
 
 def test_no_valid_users_and_empty_histories(tmp_path):
