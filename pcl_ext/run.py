@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pcl_ext.checkpoint import differences
 from pcl_ext.data import FOLDS, Dataset, check_task
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.store.atomic import write_file
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
 from pcl_ext.train import pretrain as pretrain_model
 
@@ -61,11 +63,11 @@ def pretrain(
                 _same(key, record["config"].get(key), value, out)
             return store.from_pretrained(out)
         record = _new_record(dataset, settings)
-        record["references"]["next"] = _references(dataset, "next")
+        record["references"]["next"] = _references(dataset, "next", checkpoint)
         model, curve = pretrain_model(dataset, shape, config, checkpoint)
         _measure(model, dataset, record, "next", curve)
         store.save_pretrained(model, out, record)
-        checkpoint.unlink(missing_ok=True)
+        _remove(checkpoint)
     return model
 
 
@@ -130,15 +132,15 @@ def learn(
         checkpoint = run / "checkpoints" / f"{name}.safetensors"
         if name not in model.task_names:
             compared = _compared(model, dataset, record)
-            record["references"][name] = _references(dataset, name)
             checkpoint.parent.mkdir(exist_ok=True)
+            record["references"][name] = _references(dataset, name, checkpoint)
             config, memory = config or LearnConfig(), memory or MemoryConfig()
             curve = learn_task(model, dataset, name, config, memory, checkpoint)
             settings = json.loads(json.dumps({"memory": asdict(memory), "learn": asdict(config)}))
             record["config"].setdefault("tasks", {})[name] = settings
             _measure(model, dataset, record, name, curve, compared)
             store.save_pretrained(model, run, record)
-        checkpoint.unlink(missing_ok=True)
+        _remove(checkpoint)
     return record
 
 
@@ -184,9 +186,27 @@ def _measure(
     record["standard_error"][name] = scores[name].standard_error
 
 
-def _references(dataset: Dataset, name: str) -> dict[str, Any]:
-    """What trivial and cheap models reach; before training, so that a table they cannot use costs none."""
-    return {"trivial": baselines.trivial(dataset, name), "cheap": baselines.cheap(dataset, name)}
+def _references(dataset: Dataset, name: str, checkpoint: Path) -> dict[str, Any]:
+    """What trivial and cheap models reach; before training, so that a table they cannot use costs none. They are kept
+    beside the checkpoint: a run that goes on reads them, unless its dataset is another by now."""
+    kept, facts = _beside(checkpoint), {"dataset": dataset.sha256, "table": dataset.task_sha256(name)}
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):  # a file that is not ours is written anew
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["of"] == facts:
+            return found["references"]
+    references = {"trivial": baselines.trivial(dataset, name), "cheap": baselines.cheap(dataset, name)}
+    write_file(kept, json.dumps({"of": facts, "references": references}).encode())
+    return references
+
+
+def _beside(checkpoint: Path) -> Path:
+    """Where the references of a checkpoint's task are kept until it is learned."""
+    return checkpoint.with_suffix(".references.json")
+
+
+def _remove(checkpoint: Path) -> None:
+    for path in (checkpoint, _beside(checkpoint)):
+        path.unlink(missing_ok=True)
 
 
 def _take_outputs_again(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from runs import LEARN, MEMORY, PRETRAIN, TASKS, contents, learn, pretrain, write_dataset
 
-from pcl_ext import checkpoint, loop, run, store
-from pcl_ext.data import Dataset
+from pcl_ext import baselines, checkpoint, loop, run, store
+from pcl_ext.data import Dataset, synthetic
 
 PHASES = {"pretrain": pretrain, "learn": learn}
 KILLS = 50
@@ -80,6 +80,37 @@ def test_a_sampled_pretraining_resumes_with_the_same_bits(whole, tmp_path, monke
     monkeypatch.undo()
     run.pretrain(settings[0], tmp_path / "run", settings[1], config)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_that_goes_on_reads_its_references(whole, tmp_path, monkeypatch, phase):
+    start(phase, whole, tmp_path / "run")
+    monkeypatch.setattr(loop, "_end_epoch", lambda *args: (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        PHASES[phase](whole[0], tmp_path / "run")
+    monkeypatch.undo()
+    computed, cheap = [], baselines.cheap
+    monkeypatch.setattr(baselines, "cheap", lambda dataset, name: (computed.append(name), cheap(dataset, name))[1])
+    PHASES[phase](whole[0], tmp_path / "run")
+    assert computed == {"pretrain": [], "learn": TASKS[1:]}[phase]
+
+
+@pytest.mark.parametrize("broken", [None, "not JSON", "[]"])
+def test_references_of_another_dataset_are_computed_anew(whole, tmp_path, broken):
+    """So are those of another table of the same users, and those in a file that was damaged."""
+    synthetic.prepare(tmp_path / "shop", num_users=100, num_items=50, seed=1)
+    one, shop = Dataset(whole[0]), Dataset(tmp_path / "shop")
+    checkpoint = tmp_path / "segment.safetensors"
+    want = run._references(one, "segment", checkpoint)
+    (kept,) = tmp_path.glob("segment.*")
+    assert run._references(one, "segment", checkpoint) == want
+    if broken:
+        kept.write_text(broken)
+    got = run._references(shop, "segment", checkpoint)
+    assert got != want
+    assert got == run._references(shop, "segment", tmp_path / "other.safetensors")
+    shutil.copyfile(shop.path / "tasks" / "click.parquet", shop.path / "tasks" / "segment.parquet")
+    assert run._references(Dataset(shop.path), "segment", checkpoint) != got
 
 
 @pytest.mark.parametrize("now", [False, True])
