@@ -14,6 +14,7 @@ from pcl_ext.model.encoded import Encoded, Piece, Trunk, pool
 from pcl_ext.model.layout import LayerPrefix, to_offsets
 
 ROOM = 32  # rows that a history is given ahead
+SPARE = 16  # with fewer rows left than these a history is given more, where all are moved anyway
 
 
 class UserState:
@@ -84,16 +85,25 @@ class UserState:
         config, items, offsets = self.backbone.config, batch.items.long(), batch.offsets
         if len(items) and not 1 <= int(items.min()) <= int(items.max()) <= config.num_items:
             raise ValueError(f"items must be in 1..{config.num_items}, got {int(items.min())}..{int(items.max())}")
-        over = (self.lengths + batch.lengths > config.max_len).nonzero()[:, 0]
-        if len(over):
-            events = list(items.split(batch.lengths.tolist()))
-            for user, start, length in zip(over.tolist(), self.starts[over].tolist(), self.lengths[over].tolist()):
-                events[user] = torch.cat([self.items[start : start + length], events[user]])[-self.keep :]
-            items, offsets = torch.cat(events), to_offsets(offsets.new_tensor([len(part) for part in events]))
-            self.lengths[over] = 0
-            for total in self.totals:
-                total[over] = 0
+        over = self.lengths + batch.lengths > config.max_len
+        if bool(over.any()):
+            items, offsets = self._start_again(over, items, offsets)
         self._append(items, offsets)
+
+    def _start_again(self, over: Tensor, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Empty the histories that are `over` [B] bool the window; items and offsets to append: new events, after the
+        held ones that such a history begins with."""
+        new, none = offsets.diff(), self.lengths.new_zeros(())
+        new = torch.where(over, new.clamp_max(self.keep), new)
+        held = torch.where(over, torch.minimum(self.keep - new, self.lengths), none)
+        joined = to_offsets(held + new)
+        events = items.new_empty(int(joined[-1]))
+        events[_places(joined[:-1], held)] = self.items[_places(self.starts[:-1] + self.lengths - held, held)]
+        events[_places(joined[:-1] + held, new)] = items[_places(offsets[1:] - new, new)]
+        self.lengths = torch.where(over, none, self.lengths)
+        for total in self.totals:
+            total[over] = 0
+        return events, joined
 
     def _append(self, items: Tensor, offsets: Tensor) -> None:
         new = offsets.diff()
@@ -114,12 +124,13 @@ class UserState:
         self.lengths = self.lengths + new
 
     def _make_room(self, lengths: Tensor) -> None:
-        """Give users more rows where theirs do not hold so many; all are moved then, seldom."""
+        """Give users more rows where theirs do not hold so many. All are moved then, seldom: those who would be next
+        are given more too."""
         room = self.starts.diff()
         if not bool((lengths > room).any()):
             return
-        limit = self.backbone.config.max_len
-        room = torch.where(lengths > room, (lengths + torch.clamp_min(lengths // 4, ROOM)).clamp_max(limit), room)
+        more = (lengths + torch.clamp_min(lengths // 4, ROOM)).clamp_max(self.backbone.config.max_len)
+        room = torch.where(room - lengths < SPARE, more, room)
         self._move(to_offsets(room), torch.arange(len(self), device=room.device))
 
     def _move(self, starts: Tensor, users: Tensor) -> None:

@@ -79,6 +79,20 @@ def test_a_full_window_starts_again_from_its_newest_events(kind, keep):
         torch.testing.assert_close(model(state, "click"), model(batch, "click"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_users_who_run_out_of_room_one_after_the_other_are_moved_together(kind, monkeypatch):
+    """Sixty users with histories of 1 to 20, one event a round: three more need rows in every round."""
+    model, moves, move = make(kind, max_len=100), [], UserState._move
+    rows = [[1 + user % 20 for user in range(60)], *[[1] * 60] * 40]
+    monkeypatch.setattr(UserState, "_move", lambda self, *args: (moves.append(len(self.items)), move(self, *args)))
+    state, held = UserState(model.backbone, 60), [[] for _ in range(60)]
+    for new in rounds(rows):
+        held = [old + more for old, more in zip(held, new)]
+        state.extend(PackedBatch.from_lists(new, num_items=V, max_len=100))
+    assert len(moves) <= 3
+    assert torch.equal(state.batch().items, PackedBatch.from_lists(held, num_items=V, max_len=100).items)
+
+
 def test_there_and_back_and_some_users(model, tmp_path):
     add(model, "click", "tail", 3)
     state = grown(model, rounds())
