@@ -26,6 +26,7 @@ STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # C, the inverse weight of the L2 
 _MOST_NEIGHBOURS = 10_000  # train users a kNN looks at
 _MOST_REGRESSION = 20_000  # train users a regression learns from
 _MOST_VALID = 1_000
+_MOST_WEIGHTS = 65_536  # items that all have a weight in a regression; of more items, those that its users have
 _MOST_MEASURED = 2_000  # examples of the fold that items are ranked for: all of online-retail and ml-1m
 _MOST_PAIRS = 20_000_000  # transitions a Markov chain counts
 _MOST_ITEMS = 2048  # of a history, the newest
@@ -259,8 +260,13 @@ class BagOfItems:
             self.mean, self.scale = float(target.mean()), float(target.std(correction=0).clamp_min(1e-12))
             target = (target - self.mean) / self.scale
         columns = spec.num_outputs(dataset.num_items)
-        self.weight = [torch.zeros(dataset.num_items + 1, columns), torch.zeros(columns)]
-        sets, rows, best = _sets(dataset, train), _rows_of_targets(train), (float("inf"), 0.0, self.weight)
+        (items, offsets), rows = _sets(dataset, train), _rows_of_targets(train)
+        wide, all_items = dataset.num_items > _MOST_WEIGHTS, torch.arange(1, dataset.num_items + 1)
+        held = torch.unique(items) if wide else all_items
+        self.place = all_items.new_zeros(dataset.num_items + 1)  # of an item's weight; the first stays 0
+        self.place[held] = torch.arange(1, len(held) + 1)
+        self.weight = [torch.zeros(len(held) + 1, columns), torch.zeros(columns)]
+        sets, best = (self.place[items], offsets), (float("inf"), 0.0, self.weight)
         for c in STRENGTHS if len(valid) else STRENGTHS[3:4]:  # each fit starts from the one before
             self._fit(sets, rows, target, 1 / (2 * c * max(1, len(train))))
             loss = self._valid_loss(valid)
@@ -273,12 +279,17 @@ class BagOfItems:
 
     def __call__(self, examples: Examples) -> Tensor:
         with torch.no_grad():
-            output = self._output(*_sets(self.dataset, examples))
+            output = self._output(*self._places(examples))
         return output if self.spec.kind == "classes" else output[:, 0] * self.scale + self.mean
 
-    def _output(self, items: Tensor, offsets: Tensor) -> Tensor:
+    def _places(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        """Where the weights of each example's items are, packed: [t] and offsets [n + 1]."""
+        items, offsets = _sets(self.dataset, examples)
+        return self.place[items], offsets
+
+    def _output(self, places: Tensor, offsets: Tensor) -> Tensor:
         weight, bias = self.weight
-        total = F.embedding_bag(items, weight, offsets[:-1], mode="sum")
+        total = F.embedding_bag(places, weight, offsets[:-1], mode="sum")
         return total / offsets.diff().clamp_min(1).sqrt()[:, None] + bias
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
@@ -307,4 +318,4 @@ class BagOfItems:
             return 0.0
         with torch.no_grad():
             target = (valid.target - self.mean) / self.scale if self.spec.kind == "regression" else valid.target
-            return float(self._loss(self._output(*_sets(self.dataset, valid))[_rows_of_targets(valid)], target))
+            return float(self._loss(self._output(*self._places(valid))[_rows_of_targets(valid)], target))

@@ -89,6 +89,28 @@ def test_labels_are_separable(dataset):
     assert baselines.cheap(dataset, "value")["metrics"]["rmse"] < 0.1 * spread
 
 
+@pytest.mark.parametrize("task", ["kind", "value"])
+def test_a_regression_on_a_large_catalogue_fits_the_items_of_its_users_alone(dataset, task, monkeypatch):
+    """As if all items had a weight, which those that none of its users has keep at 0: items 21 to 24 are in no history,
+    and four users do not have all of the others."""
+    monkeypatch.setattr(baselines, "_MOST_REGRESSION", 4)
+    spec, test = dataset.task(task).spec, dataset.examples(task, "test")
+    train, models = baselines._some(dataset.examples(task, "train"), 4), []
+    target = train.target.double()
+    for most in (24, 23):
+        monkeypatch.setattr(baselines, "_MOST_WEIGHTS", most)
+        model = baselines.BagOfItems(dataset, spec)
+        model.weight = [torch.zeros_like(weight, dtype=torch.float64) for weight in model.weight]
+        model._fit(model._places(train), torch.arange(4), (target - model.mean) / model.scale, 0.01)
+        models.append(model)
+    whole, part = models
+    held = baselines._sets(dataset, train)[0].unique()
+    assert len(part.weight[0]) == len(held) + 1 < len(whole.weight[0]) == 25
+    assert set(part.place.tolist()) == set(range(len(held) + 1))
+    assert not part.weight[0][0].any()
+    torch.testing.assert_close(part(test), whole(test), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("fold", ["valid", "test"])
 @pytest.mark.parametrize("task", ["next", "likes", "kind", "kinds", "value"])
 def test_metrics_are_those_of_the_kind(dataset, task, fold):
