@@ -100,7 +100,7 @@ def _build_next(dataset: Dataset, out: Path) -> None:
 
 def _build_table(dataset: Dataset, path: Path, spec: TaskSpec, out: Path) -> None:
     file = open_parquet(path, ("user_id", "target", "cut"))
-    timed = "time" in file.schema_arrow.names
+    timed, ranked = "time" in file.schema_arrow.names, _ranked(dataset, spec)
     dtypes = {"user": np.int64, "cut": np.int32, "target": np.float32 if spec.kind == "regression" else np.int64}
     if timed:
         dtypes["time"] = np.int64
@@ -113,22 +113,32 @@ def _build_table(dataset: Dataset, path: Path, spec: TaskSpec, out: Path) -> Non
             length = dataset.offsets[user + 1] - dataset.offsets[user]
             good = (cut >= 0) & (cut <= length)
             Column(path, "cut").require(good, "in 0..the history's length", base, cut)
-            values = {"user": user, "cut": cut, "target": _targets(dataset, path, spec, batch["target"], base)}
+            values = {"user": user, "cut": cut, "target": _targets(ranked, path, spec, batch["target"], base)}
             if timed:
                 values["time"] = Column(path, "time").integers(batch["time"], base)
             arrays.append(**values)
 
 
-def _targets(dataset: Dataset, path: Path, spec: TaskSpec, array, base: int) -> np.ndarray:
+def _ranked(dataset: Dataset, spec: TaskSpec) -> np.ndarray | None:
+    """[V + 2] bool, which ids the task ranks: made once for all rows. None for other kinds."""
+    if spec.kind != "items":
+        return None
+    ranked = np.ones(dataset.num_items + 2, bool)
+    ranked[[0, -1]] = False
+    if spec.catalogue is not None:
+        ranked[:] = False
+        ranked[np.array(spec.catalogue)] = True
+    return ranked
+
+
+def _targets(ranked: np.ndarray | None, path: Path, spec: TaskSpec, array, base: int) -> np.ndarray:
     column = Column(path, "target")
     if spec.kind == "regression":
         return column.floats(array, base)
     target = column.integers(array, base)
-    if spec.kind == "items" and spec.catalogue is not None:
-        column.require(np.isin(target, spec.catalogue), "an item of the task's catalogue", base, target)
-    elif spec.kind == "items":
-        good = (target >= 1) & (target <= dataset.num_items)
-        column.require(good, f"an item id 1..{dataset.num_items}", base, target)
+    if ranked is not None:
+        what = f"an item id 1..{len(ranked) - 2}" if spec.catalogue is None else "an item of the task's catalogue"
+        column.require(ranked[target.clip(0, len(ranked) - 1)], what, base, target)
     else:
         top = (spec.num_classes or 2) - 1
         column.require((target >= 0) & (target <= top), f"in 0..{top}", base, target)
