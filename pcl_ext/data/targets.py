@@ -9,6 +9,8 @@ import numpy as np
 from pcl_ext.data.config import TaskConfig
 from pcl_ext.data.log import EventLog, first_of_pairs
 
+_EVENTS = 1 << 20  # of the histories that are looked through at a time
+
 
 class ItemTargets(NamedTuple):
     """One row per target: row of the user, code of the item, cut, and time (None where it may precede the cut)."""
@@ -58,10 +60,19 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
 
 
 def _visible(log: EventLog, user: np.ndarray, item: np.ndarray, cut: np.ndarray) -> np.ndarray:
-    """[m] bool: the item is among the first `cut` of the user's history."""
-    owner = log.row_of[log.user.codes[log.history]]
-    width = len(log.item)
-    keys, first = np.unique(owner * width + log.item.codes[log.history], return_index=True)
-    wanted = user * width + item
-    at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    return (keys[at] == wanted) & (first[at] - log.offsets[user] < cut)
+    """[m] bool: the item is among the first `cut` of the user's history; `user` never decreases. Some users at a time:
+    sorting all events at once would take several times their memory."""
+    found, users = np.zeros(len(user), bool), len(log.offsets) - 1
+    width, begin = len(log.item), 0
+    while begin < users:
+        end = np.searchsorted(log.offsets, log.offsets[begin] + _EVENTS, "right") - 1
+        end = min(max(end, begin + 1), users)
+        first, last = log.offsets[begin], log.offsets[end]
+        owner = np.repeat(np.arange(begin, end), np.diff(log.offsets[begin : end + 1]))
+        keys, place = np.unique(owner * width + log.item.codes[log.history[first:last]], return_index=True)
+        rows = slice(*np.searchsorted(user, [begin, end]))
+        wanted = user[rows] * width + item[rows]
+        at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+        found[rows] = (keys[at] == wanted) & (first + place[at] - log.offsets[user[rows]] < cut[rows])
+        begin = end
+    return found

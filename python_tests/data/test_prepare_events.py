@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from shop_log import BASE, LOG, histories, originals, rows, task
 
-from pcl_ext.data import Dataset, fold_of, prepare_events
+from pcl_ext.data import Dataset, fold_of, prepare_events, targets
 from pcl_ext.data.split import stable_hash
 
 
@@ -103,6 +103,14 @@ ITEMS = 'kind = "items"\nsource = "events"\n'
 )
 def test_items_tasks(prepare, keys, want):
     assert rows(prepare(task(ITEMS + keys)), "t") == want
+
+
+@pytest.mark.parametrize("events", [1, 4, 7])
+def test_what_is_visible_does_not_depend_on_how_many_users_are_looked_at(prepare, monkeypatch, events):
+    """Users have 4, 3 and 1 events: one user at a time, more than one, and all but the last."""
+    monkeypatch.setattr(targets, "_EVENTS", events)
+    want = [("ann", "w", 2), ("ann", "x", 1), ("bob", "w", 2), ("bob", "x", 1)]
+    assert rows(prepare(task(ITEMS + 'cut = "before"')), "t") == want
 
 
 @pytest.mark.parametrize("cut", ["end", "before"])
