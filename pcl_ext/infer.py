@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pcl_ext.data import Dataset, ExampleBatch, iterate, make_batch, plan
+from pcl_ext.data import Dataset, ExampleBatch, Examples, iterate, make_batch, plan
 from pcl_ext.data.progress import progress
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.model import UserModel
@@ -26,7 +26,8 @@ class Score:
     metrics, standard_error  by metric name
     loss                     mean of the task's training loss over the targets
     count                    targets that were ranked or predicted
-    outputs                  sha256 of all outputs, in a fixed order of batches: equal hashes mean equal bits
+    outputs                  sha256 of all outputs, in a fixed order of batches: equal hashes mean equal bits; "" where
+                             nobody asked for it
     """
 
     metrics: dict[str, float]
@@ -50,29 +51,54 @@ def evaluate(
         raise TypeError(f"tasks must be a list of names, got the str {tasks!r}")
     scores = {}
     for name in model.task_names if tasks is None else tasks:
-        task = model.task(name)
-        metrics, digest, loss = TaskMetrics(task.spec), hashlib.sha256(), 0.0
-        for batch, output in outputs(model, dataset, name, fold=fold, batch_tokens=batch_tokens):
-            digest.update(output.cpu().contiguous().numpy().tobytes())
-            columns = task.columns(batch.target)
-            metrics.update(output.cpu(), columns.cpu(), batch.target_row.cpu())
-            loss += float(task.loss(output, columns, batch.target_row)) * len(columns)
-        if not metrics.count:
+        model.task(name)  # an unknown name is refused before anything is read
+        examples = dataset.examples(name, fold)
+        if not len(examples.target):
             raise ValueError(f"{dataset.path} has no {fold} users with a target of task {name!r}: nothing to measure")
-        loss /= metrics.count
-        scores[name] = Score(metrics.compute(), metrics.standard_error(), loss, metrics.count, digest.hexdigest())
+        scores[name] = measure(model, dataset, name, examples, users=f"{fold} users", batch_tokens=batch_tokens)
     return scores
 
 
 @torch.no_grad()
+def measure(
+    model: UserModel,
+    dataset: Dataset,
+    name: str,
+    examples: Examples,
+    *,
+    users: str = "users",
+    batch_tokens: int = BATCH_TOKENS,
+    fingerprint: bool = True,
+) -> Score:
+    """One task on some examples of it, called `users` while it lasts; fingerprint: take the hash of the outputs too."""
+    task = model.task(name)
+    metrics, digest, loss = TaskMetrics(task.spec), hashlib.sha256(), 0.0
+    for batch, output in outputs(model, dataset, name, examples, users=users, batch_tokens=batch_tokens):
+        if fingerprint:
+            digest.update(output.cpu().contiguous().view(-1).numpy())  # the memory itself: no copy of it
+        columns = task.columns(batch.target)
+        metrics.update(output.cpu(), columns.cpu(), batch.target_row.cpu())
+        loss += float(task.loss(output, columns, batch.target_row)) * len(columns)
+    mean = loss / metrics.count
+    made = digest.hexdigest() if fingerprint else ""
+    return Score(metrics.compute(), metrics.standard_error(), mean, metrics.count, made)
+
+
+@torch.no_grad()
 def outputs(
-    model: UserModel, dataset: Dataset, name: str, *, fold: str, batch_tokens: int = BATCH_TOKENS
+    model: UserModel,
+    dataset: Dataset,
+    name: str,
+    examples: Examples,
+    *,
+    users: str = "users",
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[tuple[ExampleBatch, Tensor]]:
     """Batches of a task's examples in a fixed order, each with the model's output, on the model's device; in evaluation
     mode, float32."""
-    examples, config = dataset.examples(name, fold), model.backbone.config
+    config = model.backbone.config
     most = max(1, MOST_SCORES // model.task(name).spec.num_outputs(config.num_items))
-    with evaluating(model), progress(f"measuring {name}, {fold} users", len(examples), " examples") as bar:
+    with evaluating(model), progress(f"measuring {name}, {users}", len(examples), " examples") as bar:
         for rows in plan(examples, max_tokens=batch_tokens, max_len=config.max_len, seed=None):
             for part in rows.split(most):
                 batch = make_batch(dataset, examples, part, config.max_len).to(model.device)

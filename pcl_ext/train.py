@@ -25,7 +25,25 @@ NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
 
 
 @dataclass(frozen=True)
-class PretrainConfig(LoopConfig):
+class ValidatedConfig(LoopConfig):
+    """What `pretrain` and `learn_task` add to the loop alike.
+
+    Args:
+        valid_examples: of more valid examples than this, so many are drawn by seed, once, and decide which epoch is
+            kept; 0 takes all. The test users are always measured whole
+    """
+
+    valid_examples: int = 20_000
+
+    def __post_init__(self):
+        super().__post_init__()
+        count = self.valid_examples
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"valid_examples must be a whole number from 1 up, or 0 for all, got {count!r}")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(ValidatedConfig):
     """Settings of `pretrain`.
 
     Args:
@@ -40,7 +58,7 @@ class PretrainConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
-class LearnConfig(LoopConfig):
+class LearnConfig(ValidatedConfig):
     """Settings of `learn_task`; `learning_rate` is the one of prompts and other memories.
 
     Args:
@@ -84,12 +102,13 @@ def pretrain(
         sequences = dataset.sequences("train", backbone.max_len)
         examples = _some(sequences, f"{dataset.path} has no train users with two events or more")
         _some(dataset.examples("next", "valid"), f"{dataset.path} has no valid users with a target of 'next'")
+        judge = Judge(model, dataset, "next", config)
 
         def batches(epoch: int, start: int):
             return epoch_batches(dataset, examples, config, backbone.max_len + 1, epoch, start)
 
         identity = {"dataset": dataset.sha256, "backbone": backbone.to_json(), "config": asdict(config)}
-        problem = Problem("next", batches, loss, lambda: validate(model, dataset, "next"), task.spec.metric, identity)
+        problem = Problem("next", batches, loss, judge, task.spec.metric, identity)
         steps = config.epochs * batches(0, 0)[0]
         optimizer = adamw([(list(model.parameters()), config.learning_rate)], config, steps)
         curve = fit(model, optimizer, problem, config, checkpoint)
@@ -151,9 +170,10 @@ def _learn(
         return sum(task.loss(output, target, batch.target_row) for output in outputs) / len(outputs)
 
     infer.fit_head(model, dataset, name)
+    judge = Judge(model, dataset, name, config)
     if ridge := task.cold and bool(config.ridge):
         sign = 1 if higher_is_better(metric) else -1
-        start_items(model, dataset, name, config.ridge, lambda: sign * validate(model, dataset, name).metrics[metric])
+        start_items(model, dataset, name, config.ridge, lambda: sign * judge().metrics[metric])
     tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
     identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
     identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
@@ -161,7 +181,7 @@ def _learn(
         name,
         batches,
         loss,
-        lambda: validate(model, dataset, name),
+        judge,
         metric,
         identity,
         keep_start=ridge,
@@ -239,6 +259,21 @@ def _check_catalogue(dataset: Dataset, backbone: BackboneConfig) -> None:
         )
 
 
-def validate(model: UserModel, dataset: Dataset, name: str) -> infer.Score:
-    """One task on the valid users."""
-    return infer.evaluate(model, dataset, [name], fold="valid")[name]
+class Judge:
+    """How one task does on the valid users: the same examples at every call, at most `config.valid_examples` of them.
+
+    A sample without targets of both classes has no AUC: then all are taken.
+    """
+
+    def __init__(self, model: UserModel, dataset: Dataset, name: str, config: ValidatedConfig):
+        self.model, self.dataset, self.name = model, dataset, name
+        self.examples = dataset.examples(name, "valid")
+        if 0 < config.valid_examples < len(self.examples):
+            drawn = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(config.seed))
+            some = self.examples.select(drawn[: config.valid_examples].sort().values)
+            if model.task(name).spec.metric != "auc" or some.target.min() < some.target.max():
+                self.examples = some
+
+    def __call__(self) -> infer.Score:
+        measured = {"users": "valid users", "fingerprint": False}
+        return infer.measure(self.model, self.dataset, self.name, self.examples, **measured)
