@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from pcl_ext.task import TaskSpec
 
+_CACHED = 1 << 15  # columns summed at a time where no gradient is taken
+
 
 class TiedItemsHead(nn.Module):
     """Scores items with the frozen item table through a zero-start residual projection: (f + A f) . e_c + b_c."""
@@ -117,7 +119,7 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     if not len(target):
         return output[:0].float().sum()
     if spec.kind == "items":
-        normal = torch.logsumexp(output.float(), dim=1)
+        normal = _logsumexp(output)
         losses = normal[target_row] - output[target_row, target].float()
         return losses.masked_fill(target < 0, torch.nan).mean()
     if spec.kind == "classes":
@@ -125,6 +127,13 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     if spec.kind == "binary":
         return F.binary_cross_entropy_with_logits(output[target_row].float(), target.float())
     return F.mse_loss(output[target_row].float(), target.float())
+
+
+def _logsumexp(output: Tensor) -> Tensor:
+    """[b, C] -> [b] float32. More columns than a cache holds are summed in parts; a gradient takes them at once."""
+    if output.requires_grad or output.shape[1] <= _CACHED:
+        return torch.logsumexp(output.float(), dim=1)
+    return torch.stack([torch.logsumexp(part.float(), 1) for part in output.split(_CACHED, 1)]).logsumexp(0)
 
 
 def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> None:

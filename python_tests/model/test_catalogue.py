@@ -83,3 +83,17 @@ def test_the_loss_compiles_whole(spec):
     target, rows = torch.tensor([1, 0, 1, 0]), torch.arange(4)
     compiled = torch.compile(lambda *tensors: task_loss(spec, *tensors), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(output, target, rows), task_loss(spec, output, target, rows))
+
+
+@pytest.mark.parametrize("columns", [30_000, 70_000])
+def test_the_loss_without_a_gradient_is_that_with_one(columns):
+    """Many columns are summed in parts: equal to rounding, and of one bit where there are few."""
+    output, target, rows = torch.randn(3, columns) * 4, torch.tensor([5, columns - 1, 0]), torch.tensor([0, 2, 2])
+    output[1], output[2, 0] = -1e9, 80.0
+    spec = TaskSpec("all", "items")
+    want = (output.double().logsumexp(1)[rows] - output.double()[rows, target]).mean()
+    learned = task_loss(spec, output.clone().requires_grad_(), target, rows)
+    measured = task_loss(spec, output, target, rows)
+    torch.testing.assert_close(measured.double(), want, rtol=1e-6, atol=0)
+    if columns < 32_768:
+        assert torch.equal(measured, learned.detach())
