@@ -16,6 +16,7 @@ from pcl_ext.batch import PackedBatch
 from pcl_ext.data import FOLDS, Dataset
 from pcl_ext.model import Backbone, Task
 from pcl_ext.model.softmax import catalogue_cross_entropy
+from pcl_ext.sampled_items import ItemSampler, candidates, places_in
 
 if TYPE_CHECKING:
     from pcl_ext.train import PretrainConfig
@@ -60,38 +61,14 @@ class NextItemLoss:
         step costs the same for any number of items but for their biases, of which the optimiser moves all.
         """
         drawn, log_expected = self.sampler()
-        columns, at = torch.unique(torch.cat([target, drawn]), return_inverse=True)
+        columns, at, corrections = candidates(target, drawn, log_expected)
         ids, row = torch.unique(torch.cat([history.items.long(), columns]), return_inverse=True)
         items, scored = row.split([len(target), len(columns)])
         rows = F.embedding(ids, self.backbone.table, sparse=True)
         states = functional_call(self.backbone, {"table": rows}, (replace(history, items=items),))[-1]
-        corrections = states.new_full((len(columns),), torch.inf, dtype=torch.float32)
-        corrections[at[len(target) :]] = log_expected
-        head, seen = self.task.head, self._seen(history, lambda items: _places_in(columns, items.long()))
+        head, seen = self.task.head, self._seen(history, lambda items: places_in(columns, items.long()))
         scores = (head.queries(states, states), rows[scored], head.bias[columns - 1])
-        return catalogue_cross_entropy(*scores, at[: len(target)], log_expected=corrections, **seen)
-
-
-def _places_in(columns: Tensor, items: Tensor) -> Tensor:
-    """Where the items [n] are in columns [C], which increase; -1 where they are not."""
-    place = torch.searchsorted(columns, items).clamp_max(len(columns) - 1)
-    return torch.where(columns[place] == items, place, -1)
-
-
-class ItemSampler:
-    """Items drawn with replacement by smoothed frequency, (count + 1) ^ 0.75. counts [V + 1] int64."""
-
-    def __init__(self, counts: Tensor, draws: int):
-        weights = (counts[1:].double() + 1.0).pow(0.75)
-        self.draws, self.edges = draws, weights.cumsum(0)
-        self.log_expected = (weights / self.edges[-1] * draws).log().float()
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """Ids [n], increasing, n at most `draws`, and the log of how often each was expected, by how often it came."""
-        points = torch.rand(self.draws, dtype=torch.float64) * self.edges[-1]
-        drawn = torch.searchsorted(self.edges, points, right=True).clamp_max(len(self.edges) - 1)
-        drawn, times = torch.unique(drawn, return_counts=True)
-        return drawn + 1, self.log_expected[drawn] - times.log()
+        return catalogue_cross_entropy(*scores, at, log_expected=corrections, **seen)
 
 
 def shift(history: PackedBatch) -> tuple[PackedBatch, Tensor]:

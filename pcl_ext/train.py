@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pcl_ext.metrics import higher_is_better
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel
 from pcl_ext.next_item import NextItemLoss
 from pcl_ext.row_adamw import RowAdamW
+from pcl_ext.sampled_items import SampledItemsLoss
 from pcl_ext.store import hash_tensor
 
 RARE_EPS = 2e-4
@@ -25,40 +26,41 @@ NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
 
 
 @dataclass(frozen=True)
-class ValidatedConfig(LoopConfig):
+class TrainConfig(LoopConfig):
     """What `pretrain` and `learn_task` add to the loop alike.
 
     Args:
         valid_examples: of more valid examples than this, so many are drawn by seed, once, and decide which epoch is
             kept; 0 takes all. The test users are always measured whole
+        full_softmax: catalogues up to this size use the exact softmax; an items task with `repeats` always does
+        negatives: larger ones a sampled softmax with logQ correction, with so many items drawn for each step
     """
 
     valid_examples: int = 20_000
+    full_softmax: int = 20_000
+    negatives: int = 4096
 
     def __post_init__(self):
         super().__post_init__()
         count = self.valid_examples
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise ValueError(f"valid_examples must be a whole number from 1 up, or 0 for all, got {count!r}")
+        for name in ("full_softmax", "negatives"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 up, got {value!r}")
 
 
 @dataclass(frozen=True)
-class PretrainConfig(ValidatedConfig):
-    """Settings of `pretrain`.
-
-    Args:
-        full_softmax: catalogues up to this size use the exact softmax
-        negatives: larger ones a sampled softmax with logQ correction, with so many items drawn for each step
-    """
+class PretrainConfig(TrainConfig):
+    """Settings of `pretrain`."""
 
     epochs: int = 30
     learning_rate: float = 5e-3
-    full_softmax: int = 20_000
-    negatives: int = 4096
 
 
 @dataclass(frozen=True)
-class LearnConfig(ValidatedConfig):
+class LearnConfig(TrainConfig):
     """Settings of `learn_task`; `learning_rate` is the one of prompts and other memories.
 
     Args:
@@ -158,17 +160,6 @@ def _learn(
 ) -> list[dict]:
     """Start the open task, then train it."""
     name, metric = task.spec.name, task.spec.metric
-    shape = model.backbone.config
-    most = max(1, infer.MOST_SCORES // task.spec.num_outputs(shape.num_items))
-
-    def batches(epoch: int, start: int):
-        return epoch_batches(dataset, train, config, shape.max_len, epoch, start, most)
-
-    def loss(batch: ExampleBatch) -> Tensor:
-        batch = batch.to(model.device)
-        outputs, target = model.member_outputs(batch.history, name), task.columns(batch.target)
-        return sum(task.loss(output, target, batch.target_row) for output in outputs) / len(outputs)
-
     infer.fit_head(model, dataset, name)
     judge = Judge(model, dataset, name, config)
     if ridge := task.cold and bool(config.ridge):
@@ -177,6 +168,7 @@ def _learn(
     tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
     identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
     identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
+    batches, loss = _task_steps(model, dataset, task, train, config)
     problem = Problem(
         name,
         batches,
@@ -191,6 +183,26 @@ def _learn(
     groups = task_rates(task, config, config.ridge_rate if ridge else 1.0)
     optimizer = adamw(groups, config, config.epochs * batches(0, 0)[0])
     return fit(model, optimizer, problem, config, checkpoint)
+
+
+def _task_steps(
+    model: UserModel, dataset: Dataset, task: Task, train: Examples, config: LearnConfig
+) -> tuple[Callable, Callable]:
+    """`batches` and `loss` of a `Problem`. With all scores of a large catalogue a batch has few examples; with a sample
+    of them it need not."""
+    shape, kind = model.backbone.config, task.spec.kind
+    sampled = kind == "items" and len(task.catalogue) > config.full_softmax and not task.spec.repeats
+    most = None if sampled else max(1, infer.MOST_SCORES // task.spec.num_outputs(shape.num_items))
+
+    def batches(epoch: int, start: int) -> tuple[int, Iterator[ExampleBatch]]:
+        return epoch_batches(dataset, train, config, shape.max_len, epoch, start, most)
+
+    def loss(batch: ExampleBatch) -> Tensor:
+        batch = batch.to(model.device)
+        outputs, target = model.member_outputs(batch.history, task.spec.name), task.columns(batch.target)
+        return sum(task.loss(output, target, batch.target_row) for output in outputs) / len(outputs)
+
+    return batches, SampledItemsLoss(model, task, train, config.negatives) if sampled else loss
 
 
 def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> RowAdamW:
@@ -265,7 +277,7 @@ class Judge:
     A sample without targets of both classes has no AUC: then all are taken.
     """
 
-    def __init__(self, model: UserModel, dataset: Dataset, name: str, config: ValidatedConfig):
+    def __init__(self, model: UserModel, dataset: Dataset, name: str, config: TrainConfig):
         self.model, self.dataset, self.name = model, dataset, name
         self.examples = dataset.examples(name, "valid")
         if 0 < config.valid_examples < len(self.examples):
