@@ -210,7 +210,7 @@ class NamedModules(nn.ModuleDict):
         super().__delitem__(_attribute(name))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.keys()
+        return isinstance(name, str) and super().__contains__(_attribute(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
