@@ -126,7 +126,10 @@ __device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     part[i] = 0.f;
-    for (int chunk = half * 4 + i; chunk < R::kChunks; chunk += 8) {
+#pragma unroll  // a number of rounds that is known
+    for (int round = 0; round < (R::kChunks + 7) / 8; ++round) {
+      const int chunk = half * 4 + i + 8 * round;
+      if (R::kChunks % 8 != 0 && chunk >= R::kChunks) break;
       float a[kWidth], b[kWidth];
       widen<T>(load(reinterpret_cast<const Vec16*>(grad_out + R::place(row, chunk))), a);
       widen<T>(load(reinterpret_cast<const Vec16*>(out + R::place(row, chunk))), b);
