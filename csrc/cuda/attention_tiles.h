@@ -19,14 +19,12 @@ struct Rows {
   static constexpr int kBytes = kChunks * 16;
   static constexpr int kTileBytes = kTileRows * kBytes;
 
-  // Of the chunk `even + more`; even is known to the compiler and even, more is 0 or 1: what the swizzle leaves alone
-  // is part of an instruction, not of an address in a register.
-  __device__ __forceinline__ static int place(int row, int even, int more) {
-    const int inside = (even & (kAligned - 1)) + more, outside = even & ~(kAligned - 1);
-    return (row * kChunks + (inside ^ (row / (8 / kAligned) & (kAligned - 1)))) * 16 + outside * 16;
-  }
   __device__ __forceinline__ static int place(int row, int chunk) {
     return (row * kChunks + (chunk ^ (row / (8 / kAligned) & (kAligned - 1)))) * 16;
+  }
+  // From chunk 0 or 1 of a row to the one `even` chunks further on: what a lane holds of an address is the same for all.
+  __device__ __forceinline__ static const unsigned char* move(const unsigned char* chunk, int even) {
+    return flip(chunk, (even & (kAligned - 1)) * 16) + (even & ~(kAligned - 1)) * 16;
   }
 
   static constexpr int kAligned = (kChunks & -kChunks) < 8 ? (kChunks & -kChunks) : 8;
@@ -98,6 +96,7 @@ __device__ __forceinline__ float dot4(const Vec16& a, const Vec16& b, float sum)
 // take it, for products with many. at(k): columns 16 k to 16 k + 15.
 template <class T, int kDim>
 struct LeftTile {
+  using R = Rows<T, kDim>;
   const unsigned char* tile;
 
   struct Columns {
@@ -105,7 +104,7 @@ struct LeftTile {
   };
   __device__ __forceinline__ Columns at(int k) const {
     Columns columns;
-    ldmatrix<4>(columns.at, tile + Rows<T, kDim>::place(lane_index() % 16, 2 * k, lane_index() / 16));
+    ldmatrix<4>(columns.at, R::move(tile + R::place(lane_index() % 16, lane_index() / 16), 2 * k));
     return columns;
   }
 };
@@ -156,7 +155,7 @@ __device__ __forceinline__ Block product_with(const Left& a, const unsigned char
     for (int k = 0; k < kDim / 16; ++k) {
       const auto& left = a.at(k);
       uint32_t right[4];
-      ldmatrix<4>(right, b + R::place(lane / 16 * 8 + lane % 8, 2 * k, lane / 8 % 2));
+      ldmatrix<4>(right, R::move(b + R::place(lane / 16 * 8 + lane % 8, lane / 8 % 2), 2 * k));
       mma_m16n8k16<T>(low, left.at, {right[0], right[1]});
       mma_m16n8k16<T>(high, left.at, {right[2], right[3]});
     }
@@ -186,7 +185,8 @@ __device__ __forceinline__ void add_columns(float (&low)[4], float (&high)[4], c
                                             const unsigned char* tile, int j) {
   const int lane = lane_index();
   uint32_t right[4];
-  ldmatrix<4, true>(right, tile + Rows<T, kDim>::place(lane % 16, j, lane / 16));
+  using R = Rows<T, kDim>;
+  ldmatrix<4, true>(right, R::move(tile + R::place(lane % 16, lane / 16), j));
   mma_m16n8k16<T>(low, left.at, {right[0], right[1]});
   mma_m16n8k16<T>(high, left.at, {right[2], right[3]});
 }

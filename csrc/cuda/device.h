@@ -11,6 +11,7 @@
 //   of a thread; blocks are one-dimensional and whole warps
 //     thread_index(), num_threads(), block_x/y/z(), grid_x/y/z()
 //     shared_memory()                          unsigned char*, 128-byte aligned, as launch was asked for; uninitialised
+//     flip(shared, bits)                       an address in shared memory with these bits the other way round
 //     sync_threads(), sync_warp()              every thread of the block, of the warp, in the same place
 //     exp2_approx(x)                           2^x within 2 units in the last place; 0 for -infinity
 //     rounded_product(x, y)                    x y, which does not become part of a multiply-add

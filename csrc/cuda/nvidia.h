@@ -140,6 +140,11 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
+template <class Byte>
+__device__ __forceinline__ Byte* flip(Byte* shared, unsigned bits) {
+  return static_cast<Byte*>(__cvta_shared_to_generic(shared_address(shared) ^ bits));
+}
+
 template <int kMatrices, bool kTransposed = false>
 __device__ __forceinline__ void ldmatrix(uint32_t (&out)[kMatrices], const void* row) {
   static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);

@@ -59,6 +59,11 @@ inline int grid_z() { return static_cast<int>(emulated::place().grid_z); }
 
 inline unsigned char* shared_memory() { return emulated::shared(); }
 
+template <class Byte>
+Byte* flip(Byte* shared, unsigned bits) {
+  return reinterpret_cast<Byte*>(reinterpret_cast<uintptr_t>(shared) ^ bits);
+}
+
 // A collective knows the line it is called from, so that threads that meet in different places are found out.
 inline void sync_threads(int line = __builtin_LINE()) { emulated::meet_block(line); }
 inline void sync_warp(int line = __builtin_LINE()) { emulated::meet_warp("sync_warp", line, nullptr, nullptr); }
