@@ -55,28 +55,30 @@ struct KeyGrads {
 };
 
 // What 16 keys and queries have to do with each other, keys as rows: the softmax's weights, and the gradients of the
-// scores. diagonal: number of the first query less that of the first key, a key is seen from its own number on.
+// scores. diagonal: the same 16 rows are both, and a key is seen from its own number on.
 template <class T, int kDim>
 struct KeyBlocks {
   Block weights, grads;
 
   __device__ __forceinline__ KeyBlocks(const unsigned char* keys, const unsigned char* values, const unsigned char* q,
-                                       const unsigned char* grad_out, const RowNumbers* numbers, int diagonal,
+                                       const unsigned char* grad_out, const RowNumbers* numbers, bool diagonal,
                                        float scale)
       : weights(product<T, kDim>(keys, q)), grads(product<T, kDim>(values, grad_out)) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const RowNumbers row = numbers[Block::column(i)];
-      const bool seen = Block::row(i) <= Block::column(i) + diagonal;
-      const float weight = row.template weight<T>(weights.at[i], scale * kLog2E);
-      weights.at[i] = seen ? weight : 0.f;
-      grads.at[i] = seen ? weight * (grads.at[i] - row.delta) * scale : 0.f;
+      weights.at[i] = row.template weight<T>(weights.at[i], scale * kLog2E);
+      grads.at[i] = weights.at[i] * (grads.at[i] - row.delta) * scale;
+    }
+    if (!diagonal) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool seen = Block::row(i) <= Block::column(i);
+      weights.at[i] = seen ? weights.at[i] : 0.f;
+      grads.at[i] = seen ? grads.at[i] : 0.f;
     }
   }
 };
-
-// Sees all: a diagonal that no row is past.
-inline constexpr int kNoDiagonal = 1 << 30;
 
 // Gradients of 16 keys and their values, by a warp.
 template <class T, int kDim>

@@ -179,7 +179,7 @@ __device__ __forceinline__ void see_prefixes(const Attention<T>& attention, cons
       for (int tile = 0; own == r && tile < prefix_tiles; ++tile) {
         const int key = (piece * prefix_tiles + tile) * kTileRows;
         if (key >= length) break;
-        work.see(memory.prefix(prefix_tiles, 0, tile), memory.prefix(prefix_tiles, 1, tile), key, length, false);
+        work.see(memory.prefix(prefix_tiles, 0, tile), memory.prefix(prefix_tiles, 1, tile), {length - key, false});
       }
     }
   }
@@ -203,7 +203,8 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
     for (int tile = 0; tile < kWarps; ++tile) {
       if (slot + tile < own.first || slot + tile > last) continue;
       const int key = static_cast<int>(slot + tile - own.first) * kTileRows;
-      work.see(memory.others(stage, 0, tile), memory.others(stage, 1, tile), key, own.length, attention.causal);
+      work.see(memory.others(stage, 0, tile), memory.others(stage, 1, tile),
+               {own.length - key, attention.causal && key == own.row});
     }
     if (next > extent.last) return;
     if (Memory::kStages == 1) {
@@ -217,8 +218,7 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
 }
 
 // Work is what becomes of a warp's rows: rows[], the tensors it wants tiles of; begin(slot, head, memory);
-// see(keys, values, number of the first key, how many keys there are, whether only those up to the own row count);
-// end(memory).
+// see(keys, values, which of them its rows see); end(memory).
 template <class T, int kDim, class Memory, class Work>
 __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, const Memory& memory, int head, int group,
                                                int prefix_tiles, Resident& resident, Work& work) {

@@ -46,6 +46,17 @@ struct Block {
   __device__ __forceinline__ static int column(int i) { return lane_index() % 4 * 2 + (i & 1) + (i & 4) * 2; }
 };
 
+// Which columns of a block its rows see: the first `count`; on the diagonal, instead, those up to a row's own number.
+struct Seen {
+  int count;
+  bool diagonal;
+
+  __device__ __forceinline__ bool all() const { return !diagonal && count >= kTileRows; }
+  __device__ __forceinline__ bool at(int i) const {
+    return Block::column(i) < (diagonal ? Block::row(i) + 1 : count);
+  }
+};
+
 // A 16 x kDim block, rows as above: sums[j] are the columns 8 j + 2 (i % 4) and the next one of both rows.
 template <int kDim>
 struct Wide {

@@ -36,17 +36,17 @@ struct Forward {
     }
   }
 
-  __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, int key, int length,
-                                      bool causal) {
+  __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, const Seen& seen) {
     Block scores = product_with<T, kDim>(queries, keys);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores.at[i] = rounded_product(scores.at[i], scale);
+    if (!seen.all()) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scores.at[i] = seen.at(i) ? scores.at[i] : -INFINITY;
+    }
     float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int column = key + Block::column(i);
-      const bool seen = column < length && (!causal || column <= own.row + Block::row(i));
-      scores.at[i] = seen ? rounded_product(scores.at[i], scale) : -INFINITY;
-      most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores.at[i]);
-    }
+    for (int i = 0; i < 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores.at[i]);
     float factor[2], base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -74,17 +74,18 @@ struct GradQ {
     }
   }
 
-  __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, int key, int length,
-                                      bool causal) {
+  __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, const Seen& seen) {
     const Block scores = product_with<T, kDim>(queries, keys);
     Block grads = product<T, kDim>(grad_out, values);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int column = key + Block::column(i);
-      const bool seen = column < length && (!causal || column <= own.row + Block::row(i));
       const RowNumbers& numbers_of_row = row[i / 2 % 2];
       const float weight = numbers_of_row.weight<T>(scores.at[i], scale * kLog2E);
-      grads.at[i] = seen ? weight * (grads.at[i] - numbers_of_row.delta) * scale : 0.f;
+      grads.at[i] = weight * (grads.at[i] - numbers_of_row.delta) * scale;
+    }
+    if (!seen.all()) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) grads.at[i] = seen.at(i) ? grads.at[i] : 0.f;
     }
     add_product<T>(sums, grads, keys);
   }
@@ -158,10 +159,9 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
     if (Memory::kStages == 2 && next <= extent.last) stats = load_queries(backward, memory, head, other, next, extent);
     for (int tile = 0; tile < kWarps; ++tile) {
       if (slot + tile < first || slot + tile > last) continue;
-      const int row = static_cast<int>(slot + tile - own.first) * kTileRows;
       const unsigned char *q = memory.others(stage, 0, tile), *grad_out = memory.others(stage, 1, tile);
       const KeyBlocks<T, kDim> blocks(memory.rows(warp, 0), memory.rows(warp, 1), q, grad_out,
-                                      memory.numbers(stage, tile), causal ? row - own.row : kNoDiagonal,
+                                      memory.numbers(stage, tile), causal && slot + tile == first,
                                       backward.attention.scale);
       sums.see(blocks, q, grad_out, grads);
     }
