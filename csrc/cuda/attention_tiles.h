@@ -27,6 +27,13 @@ struct Rows {
     return flip(chunk, (even & (kAligned - 1)) * 16) + (even & ~(kAligned - 1)) * 16;
   }
 
+  // From a row below kDown to the one `rows` further on, a multiple of kDown.
+  template <class Byte>
+  __device__ __forceinline__ static Byte* move_down(Byte* chunk, int rows) {
+    return flip(chunk, (rows / (8 / kAligned) & (kAligned - 1)) * 16) + rows * kBytes;
+  }
+
+  static constexpr int kAcross = kChunks & -kChunks, kDown = kWarp / kAcross;
   static constexpr int kAligned = (kChunks & -kChunks) < 8 ? (kChunks & -kChunks) : 8;
 };
 
@@ -81,16 +88,23 @@ struct Wide {
   }
 };
 
-// A warp copies `count` rows of a tile from memory without waiting, and fills it up with zeros.
+// A warp copies `count` rows of a tile from memory without waiting, and fills it up with zeros. It copies kDown rows at
+// a time, of each kAcross chunks side by side: what a lane needs of its place it finds once.
 template <class T, int kDim>
 __device__ __forceinline__ void load_tile(unsigned char* tile, Head<T> from, int64_t first, int count) {
   using R = Rows<T, kDim>;
-#pragma unroll 1  // nobody waits here, and registers are few
-  for (int i = lane_index(); i < kTileRows * R::kChunks; i += kWarp) {
-    const int row = i / R::kChunks, chunk = i % R::kChunks;
-    const bool inside = row < count;
-    const T* at = from.data + (inside ? (first + row) * from.stride : 0);
-    cp_async<16>(tile + R::place(row, chunk), at + chunk * (16 / static_cast<int>(sizeof(T))), inside);
+  constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
+  const int row = lane_index() / R::kAcross, chunk = lane_index() % R::kAcross, left = count - row;
+  const int64_t offset = (first + row) * from.stride + chunk * kWidth;
+  const T* at = from.data + offset;
+  unsigned char* const to = tile + R::place(row, chunk);
+#pragma unroll
+  for (int i = 0; i < kTileRows; i += R::kDown) {
+#pragma unroll
+    for (int j = 0; j < R::kChunks; j += R::kAcross) {
+      cp_async<16>(R::move_down(to, i) + 16 * j, at + j * kWidth, left > i);
+    }
+    at += R::kDown * from.stride;
   }
 }
 
@@ -256,10 +270,18 @@ __device__ __forceinline__ void store_wide(const Wide<kDim>& wide, unsigned char
     }
   }
   sync_warp();
-  for (int i = lane; i < count * R::kChunks; i += kWarp) {
-    const int row = i / R::kChunks, chunk = i % R::kChunks;
-    T* at = to + row * stride + chunk * (16 / static_cast<int>(sizeof(T)));
-    store_once(reinterpret_cast<Vec16*>(at), load(reinterpret_cast<const Vec16*>(tile + R::place(row, chunk))));
+  constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
+  const int row = lane / R::kAcross, chunk = lane % R::kAcross;
+  const unsigned char* const from = tile + R::place(row, chunk);
+  T* at = to + row * stride + chunk * kWidth;
+#pragma unroll
+  for (int i = 0; i < kTileRows; i += R::kDown) {
+#pragma unroll
+    for (int j = 0; row + i < count && j < R::kChunks; j += R::kAcross) {
+      store_once(reinterpret_cast<Vec16*>(at + j * kWidth),
+                 load(reinterpret_cast<const Vec16*>(R::move_down(from, i) + 16 * j)));
+    }
+    at += R::kDown * stride;
   }
   sync_warp();
 }

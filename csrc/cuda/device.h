@@ -44,8 +44,9 @@ namespace pcl {
 
 inline constexpr int kWarp = 32;
 
-__device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
-__device__ __forceinline__ int warp_index() { return thread_index() / kWarp; }
+// Of unsigned numbers: what is found from them by dividing then takes shifts alone.
+__device__ __forceinline__ int lane_index() { return static_cast<unsigned>(thread_index()) % kWarp; }
+__device__ __forceinline__ int warp_index() { return static_cast<unsigned>(thread_index()) / kWarp; }
 
 // Sum over runs of kWidth neighbouring lanes, a power of two; every lane gets it. The order of adding is fixed.
 template <int kWidth = kWarp, class T>
