@@ -15,13 +15,13 @@ struct alignas(8) RowStats {
 // and sum(grad_out * out). For numbers of two bytes the denominator is part of top, as a logarithm: a multiplication
 // and a register less for every weight, and an error that such numbers do not see.
 struct alignas(16) RowNumbers {
-  float top, inverse, delta, unused;
+  float top, delta, inverse, unused;
 
   template <class T>
   __device__ __forceinline__ static RowNumbers of(const RowStats& stats, float delta) {
-    if constexpr (sizeof(T) == 4) return {stats.top, stats.inverse, delta, 0.f};
+    if constexpr (sizeof(T) == 4) return {stats.top, delta, stats.inverse, 0.f};
     // with nothing to attend to there are no weights: 2^(x - infinity)
-    return {stats.inverse == 0.f ? INFINITY : stats.top - log2f(stats.inverse), 1.f, delta, 0.f};
+    return {stats.inverse == 0.f ? INFINITY : stats.top - log2f(stats.inverse), delta, 1.f, 0.f};
   }
 
   // Of a float, scores are rounded as forward has rounded them.
@@ -60,10 +60,11 @@ template <class T, int kDim>
 struct KeyBlocks {
   Block weights, grads;
 
-  __device__ __forceinline__ KeyBlocks(const unsigned char* keys, const unsigned char* values, const unsigned char* q,
+  template <class Keys, class Values>
+  __device__ __forceinline__ KeyBlocks(const Keys& keys, const Values& values, const unsigned char* q,
                                        const unsigned char* grad_out, const RowNumbers* numbers, bool diagonal,
                                        float scale)
-      : weights(product<T, kDim>(keys, q)), grads(product<T, kDim>(values, grad_out)) {
+      : weights(product_with<T, kDim>(keys, q)), grads(product_with<T, kDim>(values, grad_out)) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const RowNumbers row = numbers[Block::column(i)];

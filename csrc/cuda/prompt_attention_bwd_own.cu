@@ -43,8 +43,8 @@ struct GradQ {
 
   Slot own;
   int head;
-  unsigned char *q, *grad_out;
-  HeldTile<T, kDim> queries;  // to hold grad_out too spills at d 64
+  unsigned char* q;
+  HeldTile<T, kDim> queries, grad_out;
   Wide<kDim> sums;
   RowNumbers row[2];
 
@@ -53,14 +53,14 @@ struct GradQ {
     own = slot;
     head = head_number;
     q = memory.rows(warp_index(), 0);
-    grad_out = memory.rows(warp_index(), 1);
     queries.hold(q);
+    grad_out.hold(memory.rows(warp_index(), 1));
     sums.clear();
     const int64_t first = own.begin + own.row;
     RowNumbers* const here = memory.numbers(0, warp_index());
     if constexpr (kMakesNumbers<T, kDim>) {
       const RowStats found = load_stats(stats, num_heads, head, first, own.count());
-      make_numbers<T, kDim>(here, grad_out, memory.rows(warp_index(), 2), found);
+      make_numbers<T, kDim>(here, memory.rows(warp_index(), 1), memory.rows(warp_index(), 2), found);
       sync_warp();
     }
 #pragma unroll
@@ -76,7 +76,7 @@ struct GradQ {
 
   __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, const Seen& seen) {
     const Block scores = product_with<T, kDim>(queries, keys);
-    Block grads = product<T, kDim>(grad_out, values);
+    Block grads = product_with<T, kDim>(grad_out, values);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const RowNumbers& numbers_of_row = row[i / 2 % 2];
@@ -151,6 +151,10 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
   const bool causal = backward.attention.causal;
   const int first = causal ? group * kWarps + warp : own.first;
   const int last = own.length == 0 ? -1 : own.first + own.tiles() - 1;
+  HeldTile<T, kDim> keys;
+  HeldTile<T, kDim> values;
+  keys.hold(memory.rows(warp, 0));
+  values.hold(memory.rows(warp, 1));
   int stage = 0;
   for (int slot = extent.first;; slot += kWarps) {
     const int next = slot + kWarps;
@@ -160,7 +164,7 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
     for (int tile = 0; tile < kWarps; ++tile) {
       if (slot + tile < first || slot + tile > last) continue;
       const unsigned char *q = memory.others(stage, 0, tile), *grad_out = memory.others(stage, 1, tile);
-      const KeyBlocks<T, kDim> blocks(memory.rows(warp, 0), memory.rows(warp, 1), q, grad_out,
+      const KeyBlocks<T, kDim> blocks(keys, values, q, grad_out,
                                       memory.numbers(stage, tile), causal && slot + tile == first,
                                       backward.attention.scale);
       sums.see(blocks, q, grad_out, grads);

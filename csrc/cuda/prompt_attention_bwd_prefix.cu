@@ -150,7 +150,7 @@ __device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, c
       sync_warp();
     }
     const unsigned char *q = memory.rows(stage, 0), *grad_out = memory.rows(stage, 1);
-    const KeyBlocks<T, kDim> blocks(memory.keys(0), memory.keys(1), q, grad_out, memory.numbers(stage), false,
+    const KeyBlocks<T, kDim> blocks(LeftTile<T, kDim>{memory.keys(0)}, LeftTile<T, kDim>{memory.keys(1)}, q, grad_out, memory.numbers(stage), false,
                                     backward.attention.scale);
     sums.see(blocks, q, grad_out, grads);
     sync_warp();
