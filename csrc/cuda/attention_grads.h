@@ -124,18 +124,17 @@ __device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char
                                              const RowStats& stats) {
   using R = Rows<T, kDim>;
   constexpr int kWidth = kNumbers<T, Vec16>;
-  const int row = lane_index() % kTileRows, half = lane_index() / kTileRows;
+  const int row = lane_index() % kTileRows, half = lane_index() / kTileRows, own = R::place(row, half * 4);
   float part[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     part[i] = 0.f;
 #pragma unroll  // a number of rounds that is known
     for (int round = 0; round < (R::kChunks + 7) / 8; ++round) {
-      const int chunk = half * 4 + i + 8 * round;
-      if (R::kChunks % 8 != 0 && chunk >= R::kChunks) break;
+      if (R::kChunks % 8 != 0 && half * 4 + i + 8 * round >= R::kChunks) break;
       float a[kWidth], b[kWidth];
-      widen<T>(load(reinterpret_cast<const Vec16*>(grad_out + R::place(row, chunk))), a);
-      widen<T>(load(reinterpret_cast<const Vec16*>(out + R::place(row, chunk))), b);
+      widen<T>(load(reinterpret_cast<const Vec16*>(R::move(grad_out + own, i + 8 * round))), a);
+      widen<T>(load(reinterpret_cast<const Vec16*>(R::move(out + own, i + 8 * round))), b);
 #pragma unroll
       for (int n = 0; n < kWidth; ++n) part[i] = fmaf(a[n], b[n], part[i]);
     }

@@ -73,6 +73,7 @@ struct PassMemory {
   static constexpr int kItems = 256, kFirst = kItems + kMore;  // bytes
   static constexpr int kMostPrefixTiles = sizeof(T) == 2 ? 4 : 1;
 
+  // Of a warp of the group. Slots are counted from the group's first from here on.
   struct Item {
     Slot slot;
     int prefix;
@@ -98,30 +99,31 @@ struct PassMemory {
   }
 };
 
-// Which slots the rows of a group look at, and whose they are; last < first: none.
+// Which slots the rows of a group look at; last < first: none.
 struct Extent {
-  int first, last, low, high;
+  int first, last;
 };
 
-// Of keys that its queries see, or of queries that see its keys.
+// Of keys that its queries see, or of queries that see its keys. Histories and slots have the same order: what the
+// group's first and last rows look at is all.
 template <bool kOfKeys, class Memory>
-__device__ __forceinline__ Extent extent_of(const Memory& memory, bool causal, int group) {
-  Extent extent{0, -1, 0, 0};
-  bool any = false;
+__device__ __forceinline__ Extent extent_of(const Memory& memory, bool causal) {
+  int low = kWarps, high = -1;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    const Slot& slot = memory.item(w).slot;
-    if (slot.length == 0) continue;
-    const int own = group * kWarps + w;
-    const int first = causal && !kOfKeys ? own : slot.first;
-    const int last = causal && kOfKeys ? own : slot.first + slot.tiles() - 1;
-    extent.first = !any || first < extent.first ? first : extent.first;
-    extent.last = !any || last > extent.last ? last : extent.last;
-    extent.low = !any || slot.run < extent.low ? slot.run : extent.low;
-    extent.high = !any || slot.run > extent.high ? slot.run : extent.high;
-    any = true;
+    if (memory.item(w).slot.length == 0) continue;
+    low = w < low ? w : low;
+    high = w;
   }
-  return extent;
+  if (high < 0) return {0, -1};
+  const Slot &first = memory.item(low).slot, &last = memory.item(high).slot;
+  return {causal && !kOfKeys ? low : first.first, causal && kOfKeys ? high : last.last()};
+}
+
+// A slot that the group looks at: of its own, or one more of the history that its first or its last slot is of.
+template <class Memory>
+__device__ __forceinline__ Slot slot_near(const Memory& memory, int slot) {
+  return memory.item(clamp(slot, 0, kWarps - 1)).slot.other(slot);
 }
 
 // A slot of keys and values for each warp to load.
@@ -130,7 +132,7 @@ __device__ __forceinline__ void load_keys(const Attention<T>& attention, const M
                                           int slot, const Extent& extent) {
   const int warp = warp_index();
   if (slot + warp <= extent.last) {
-    const Slot keys = find_slot(attention.slots, slot + warp, extent.low, extent.high);
+    const Slot keys = slot_near(memory, slot + warp);
     const int64_t row = keys.begin + keys.row;
     load_tile<T, kDim>(memory.others(stage, 0, warp), attention.k.head(head), row, keys.count());
     load_tile<T, kDim>(memory.others(stage, 1, warp), attention.v.head(head), row, keys.count());
@@ -160,16 +162,25 @@ __device__ __forceinline__ void load_prefix(const Attention<T>& attention, const
   sync_threads();
 }
 
+// The next prefix that the group's queries see, in the order of their numbers; kNoPrefix after the last.
+inline constexpr int kNoPrefix = 0x7fffffff;
+template <class Memory>
+__device__ __forceinline__ int next_prefix(const Memory& memory, int before) {
+  int next = kNoPrefix;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const int r = memory.item(w).prefix;
+    if (r > before && r < next) next = r;
+  }
+  return next;
+}
+
 // All prefixes that the block's queries see, one after another.
 template <class T, int kDim, class Memory, class Work>
 __device__ __forceinline__ void see_prefixes(const Attention<T>& attention, const Memory& memory, int head,
                                              int prefix_tiles, Resident& resident, Work& work) {
   const int own = memory.item(warp_index()).prefix;
-  for (int w = 0; w < kWarps; ++w) {
-    const int r = memory.item(w).prefix;
-    bool done = r < 0;
-    for (int before = 0; before < w; ++before) done = done || memory.item(before).prefix == r;
-    if (done) continue;
+  for (int r = next_prefix(memory, -1); r != kNoPrefix; r = next_prefix(memory, r)) {
     const auto length = static_cast<int>(attention.prefixes.runs.end(r) - attention.prefixes.runs.begin(r));
     for (int piece = 0; piece * prefix_tiles * kTileRows < length; ++piece) {
       if (resident.prefix != r || resident.piece != piece) {
@@ -187,12 +198,10 @@ __device__ __forceinline__ void see_prefixes(const Attention<T>& attention, cons
 
 // Own rows; the first tile has been asked for and has arrived.
 template <class T, int kDim, class Memory, class Work>
-__device__ __forceinline__ void see_own(const Attention<T>& attention, const Memory& memory, int head, int group,
+__device__ __forceinline__ void see_own(const Attention<T>& attention, const Memory& memory, int head,
                                         const Extent& extent, Work& work) {
   const Slot own = memory.item(warp_index()).slot;
-  const int last = own.length == 0    ? -1
-                   : attention.causal ? group * kWarps + warp_index()
-                                      : own.first + own.tiles() - 1;
+  const int last = attention.causal ? clamp(warp_index(), own.first - 1, own.last()) : own.last();
   int stage = 0;
   for (int slot = extent.first;; slot += kWarps) {
     const int next = slot + kWarps;
@@ -200,11 +209,11 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
     if (Memory::kStages == 2 && next <= extent.last) {
       load_keys<T, kDim>(attention, memory, head, other, next, extent);
     }
-    for (int tile = 0; tile < kWarps; ++tile) {
-      if (slot + tile < own.first || slot + tile > last) continue;
-      const int key = static_cast<int>(slot + tile - own.first) * kTileRows;
+    const int end = clamp(last + 1 - slot, 0, kWarps);
+    for (int tile = clamp(own.first - slot, 0, kWarps); tile < end; ++tile) {
+      const int left = own.length - (slot + tile - own.first) * kTileRows;
       work.see(memory.others(stage, 0, tile), memory.others(stage, 1, tile),
-               {own.length - key, attention.causal && key == own.row});
+               {left, attention.causal && slot + tile == warp_index()});
     }
     if (next > extent.last) return;
     if (Memory::kStages == 1) {
@@ -220,11 +229,11 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
 // Work is what becomes of a warp's rows: rows[], the tensors it wants tiles of; begin(slot, head, memory);
 // see(keys, values, which of them its rows see); end(memory).
 template <class T, int kDim, class Memory, class Work>
-__device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, const Memory& memory, int head, int group,
+__device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, const Memory& memory, int head,
                                                int prefix_tiles, Resident& resident, Work& work) {
   const int warp = warp_index();
   const Slot own = memory.item(warp).slot;
-  const Extent extent = extent_of<true>(memory, attention.causal, group);
+  const Extent extent = extent_of<true>(memory, attention.causal);
 #pragma unroll
   for (int i = 0; i < Memory::kRows; ++i) {
     load_tile<T, kDim>(memory.rows(warp, i), work.rows[i].head(head), own.begin + own.row, own.count());
@@ -234,23 +243,24 @@ __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, co
   sync_threads();
   work.begin(own, head, memory);
   see_prefixes<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
-  see_own<T, kDim>(attention, memory, head, group, extent, work);
+  see_own<T, kDim>(attention, memory, head, extent, work);
   work.end(memory);
 }
 
-// Calls run(head, group) for every group of this block that has rows.
+// Calls run(head) for every group of this block that has rows.
 template <class T, class Memory, class Run>
 __device__ __forceinline__ void for_groups(const Attention<T>& attention, const Memory& memory, Run run) {
-  const int warp = warp_index(), head = block_x() % attention.num_heads;
+  const int warp = warp_index(), head = block_y();
   const int groups = attention.groups();
-  for (int group = block_x() / attention.num_heads; group < groups; group += grid_x() / attention.num_heads) {
-    const Slot own = find_slot_warp(attention.slots, group * kWarps + warp);
+  for (int group = block_x(); group < groups; group += grid_x()) {
+    Slot own = find_slot_warp(attention.slots, group * kWarps + warp);
+    own.first -= group * kWarps;
     if (lane_index() == 0) memory.item(warp) = {own, own.length == 0 ? -1 : prefix_of(attention, own.run)};
     sync_threads();
     bool any = false;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) any = any || memory.item(w).slot.length != 0;
-    if (any) run(head, group);
+    if (any) run(head);
     sync_threads();  // the next group takes the place of this one
   }
 }
@@ -265,11 +275,11 @@ int prefix_tiles_of(const AttentionArgs& args, int more = 0) {
   return static_cast<int>(clamp<int64_t>(tiles, 1, most));
 }
 
-// Blocks of a persistent kernel that give every head the same number, at most `most` each.
+// Blocks of a persistent kernel: x of each head, at most `most`, and y the head.
 template <class Kernel>
 Grid blocks_by_head(Kernel kernel, int shared_bytes, int64_t num_heads, int64_t most) {
   const int64_t each = clamp<int64_t>(resident_blocks(kernel, kThreads, shared_bytes) / num_heads, 1, most);
-  return {static_cast<unsigned>(each * num_heads)};
+  return {static_cast<unsigned>(each), static_cast<unsigned>(num_heads)};
 }
 
 // Calls run with the head width as a constant; the widths are multiples of 16 up to 128.

@@ -12,7 +12,8 @@ struct PrefixSums {
   static constexpr bool kFits = sizeof(T) == 2 && kDim <= 16 * kWarps;
   static constexpr int kCount = 2 * kTileRows * kDim;
 
-  float* sums;  // [k and v, kDim / 8, 4, lane] in shared memory; null: not asked for here
+  float* sums;     // [k and v, kDim / 8, 4, lane] in shared memory
+  float* partial;  // [H, shares, ...], where the blocks of a head are the shares; null: not asked for here
   KeyGrads<T> asked;
   float scale;
 
@@ -65,10 +66,8 @@ struct PrefixSums {
     }
   }
 
-  // Into partial [H, shares, ...], where blocks of one head are the shares.
-  __device__ __forceinline__ void write(float* partial, int num_heads) const {
-    const int head = block_x() % num_heads, share = block_x() / num_heads, shares = grid_x() / num_heads;
-    float* to = partial + (static_cast<int64_t>(head) * shares + share) * kCount;
+  __device__ __forceinline__ void write() const {
+    float* to = partial + (static_cast<int64_t>(block_y()) * grid_x() + block_x()) * kCount;
     for (int i = thread_index(); i < kCount; i += kThreads) to[i] = sums[i];
   }
 };

@@ -24,8 +24,14 @@ struct Slot {
   int first, run, length, row;  // slot and number of its run; rows row .. of `length` rows
 
   __device__ __forceinline__ int count() const { return clamp(length - row, 0, kTileRows); }
-  // slots of the run
-  __device__ __forceinline__ int tiles() const { return (length + kTileRows - 1) / kTileRows; }
+  // another slot of the run; empty past its ends
+  __device__ __forceinline__ Slot other(int slot) const {
+    const int row = (slot - first) * kTileRows;
+    const bool inside = row >= 0 && row < length;
+    return {begin, first, run, inside ? length : 0, inside ? row : 0};
+  }
+  // slot of the run, first - 1 when it is empty
+  __device__ __forceinline__ int last() const { return first + (length + kTileRows - 1) / kTileRows - 1; }
 };
 
 __device__ __forceinline__ Slot slot_of_run(const Slots& slots, int slot, int run) {
@@ -49,19 +55,6 @@ __device__ __forceinline__ Slot find_slot_warp(const Slots& slots, int slot) {
     high = high < low + step ? high : low + step;
   }
   return high == 0 ? Slot{} : slot_of_run(slots, slot, low);
-}
-
-// The same among the runs low .. high, by every thread for itself.
-__device__ __forceinline__ Slot find_slot(const Slots& slots, int slot, int low, int high) {
-  while (low < high) {
-    const int middle = low + (high - low + 1) / 2;
-    if (slots.first(middle) <= slot) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return slot_of_run(slots, slot, low);
 }
 
 }  // namespace pcl

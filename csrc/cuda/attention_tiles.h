@@ -22,9 +22,10 @@ struct Rows {
   __device__ __forceinline__ static int place(int row, int chunk) {
     return (row * kChunks + (chunk ^ (row / (8 / kAligned) & (kAligned - 1)))) * 16;
   }
-  // From chunk 0 or 1 of a row to the one `even` chunks further on: what a lane holds of an address is the same for all.
-  __device__ __forceinline__ static const unsigned char* move(const unsigned char* chunk, int even) {
-    return flip(chunk, (even & (kAligned - 1)) * 16) + (even & ~(kAligned - 1)) * 16;
+  // From a chunk of a row to the one `more` further on, whose number has the same bits and those of `more`: what a lane
+  // holds of an address is the same for all.
+  __device__ __forceinline__ static const unsigned char* move(const unsigned char* chunk, int more) {
+    return flip(chunk, (more & (kAligned - 1)) * 16) + (more & ~(kAligned - 1)) * 16;
   }
 
   // From a row below kDown to the one `rows` further on, a multiple of kDown.

@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
   work.scale = attention.scale * kLog2E;
   const PassMemory<T, kDim, 1> memory{shared_memory()};
   Resident resident;
-  for_groups(attention, memory, [&](int head, int group) {
-    pass_over_keys<T, kDim>(attention, memory, head, group, prefix_tiles, resident, work);
+  for_groups(attention, memory, [&](int head) {
+    pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
   });
 }
 

@@ -26,9 +26,8 @@ struct OwnMemory : PassMemory<T, kDim, kMakesNumbers<T, kDim> ? 3 : 2, kGradStag
   __device__ __forceinline__ RowNumbers* numbers(int stage, int tile) const {
     return reinterpret_cast<RowNumbers*>(this->more() + (stage * kWarps + tile) * kNumbersBytes);
   }
-  __device__ __forceinline__ float* prefix_sums(int prefix_tiles) const {
-    return reinterpret_cast<float*>(this->base + this->bytes(prefix_tiles));
-  }
+  // behind the one tile of the prefix
+  __device__ __forceinline__ float* prefix_sums() const { return reinterpret_cast<float*>(this->base + this->bytes(1)); }
 };
 
 template <class T, int kDim>
@@ -93,7 +92,7 @@ struct GradQ {
   template <class Memory>
   __device__ __forceinline__ void end(const Memory& memory) {
     if constexpr (PrefixSums<T, kDim>::kFits) {
-      if (prefix.sums != nullptr) {
+      if (prefix.partial != nullptr) {
         sync_threads();
         prefix.see_group(memory);
         sync_threads();
@@ -113,7 +112,7 @@ __device__ __forceinline__ RowStats load_queries(const AttentionBackward<T>& bac
   RowStats stats{0.f, 1.f};
   if (slot + warp <= extent.last) {
     const Attention<T>& attention = backward.attention;
-    const Slot queries = find_slot(attention.slots, slot + warp, extent.low, extent.high);
+    const Slot queries = slot_near(memory, slot + warp);
     const int64_t row = queries.begin + queries.row;
     load_tile<T, kDim>(memory.others(stage, 0, warp), attention.q.head(head), row, queries.count());
     load_tile<T, kDim>(memory.others(stage, 1, warp), backward.grad_out.head(head), row, queries.count());
@@ -143,14 +142,13 @@ __device__ __forceinline__ void wait_for_queries(const OwnMemory<T, kDim>& memor
 // All queries of a block's keys; the first tile has arrived.
 template <class T, int kDim>
 __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
-                                            const OwnMemory<T, kDim>& memory, int head, int group, const Extent& extent,
+                                            const OwnMemory<T, kDim>& memory, int head, const Extent& extent,
                                             KeySums<T, kDim>& sums) {
   using Memory = OwnMemory<T, kDim>;
   const int warp = warp_index();
   const Slot own = memory.item(warp).slot;
   const bool causal = backward.attention.causal;
-  const int first = causal ? group * kWarps + warp : own.first;
-  const int last = own.length == 0 ? -1 : own.first + own.tiles() - 1;
+  const int first = causal ? clamp(warp, own.first, own.last() + 1) : own.first, last = own.last();
   HeldTile<T, kDim> keys;
   HeldTile<T, kDim> values;
   keys.hold(memory.rows(warp, 0));
@@ -161,11 +159,11 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
     const int other = Memory::kStages == 2 ? 1 - stage : 0;
     RowStats stats{0.f, 1.f};
     if (Memory::kStages == 2 && next <= extent.last) stats = load_queries(backward, memory, head, other, next, extent);
-    for (int tile = 0; tile < kWarps; ++tile) {
-      if (slot + tile < first || slot + tile > last) continue;
+    const int end = clamp(last + 1 - slot, 0, kWarps);
+    for (int tile = clamp(first - slot, 0, kWarps); tile < end; ++tile) {
       const unsigned char *q = memory.others(stage, 0, tile), *grad_out = memory.others(stage, 1, tile);
       const KeyBlocks<T, kDim> blocks(keys, values, q, grad_out,
-                                      memory.numbers(stage, tile), causal && slot + tile == first,
+                                      memory.numbers(stage, tile), causal && slot + tile == warp,
                                       backward.attention.scale);
       sums.see(blocks, q, grad_out, grads);
     }
@@ -179,23 +177,32 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
   }
 }
 
+// Where the rows are is read once more, so that registers need not last for it before.
+template <class T, int kDim>
+__device__ __forceinline__ void store_keys(const KeyGrads<T>& grads, const OwnMemory<T, kDim>& memory, int num_heads,
+                                           int head, const KeySums<T, kDim>& sums) {
+  const int warp = warp_index();
+  const Slot& own = memory.item(warp).slot;
+  const int64_t stride = static_cast<int64_t>(num_heads) * kDim, to = (own.begin + own.row) * stride + head * kDim;
+  if (grads.k != nullptr) store_wide<T, kDim>(sums.k, memory.rows(warp, 0), grads.k + to, stride, own.count());
+  if (grads.v != nullptr) store_wide<T, kDim>(sums.v, memory.rows(warp, 1), grads.v + to, stride, own.count());
+}
+
 template <class T, int kDim>
 __device__ __forceinline__ void pass_over_queries(const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
-                                                  const OwnMemory<T, kDim>& memory, int head, int group) {
+                                                  const OwnMemory<T, kDim>& memory, int head) {
   const Attention<T>& attention = backward.attention;
   const int warp = warp_index();
-  const Slot own = memory.item(warp).slot;
-  const Extent extent = extent_of<false>(memory, attention.causal, group);
+  const Slot& own = memory.item(warp).slot;
+  const Extent extent = extent_of<false>(memory, attention.causal);
   const int64_t row = own.begin + own.row;
   load_tile<T, kDim>(memory.rows(warp, 0), attention.k.head(head), row, own.count());
   load_tile<T, kDim>(memory.rows(warp, 1), attention.v.head(head), row, own.count());
   wait_for_queries(memory, 0, load_queries(backward, memory, head, 0, extent.first, extent));
   KeySums<T, kDim> sums;
   sums.clear();
-  see_queries(backward, grads, memory, head, group, extent, sums);
-  const int64_t stride = static_cast<int64_t>(attention.num_heads) * kDim, to = row * stride + head * kDim;
-  if (grads.k != nullptr) store_wide<T, kDim>(sums.k, memory.rows(warp, 0), grads.k + to, stride, own.count());
-  if (grads.v != nullptr) store_wide<T, kDim>(sums.v, memory.rows(warp, 1), grads.v + to, stride, own.count());
+  see_queries(backward, grads, memory, head, extent, sums);
+  store_keys(grads, memory, attention.num_heads, head, sums);
 }
 
 template <class T, int kDim>
@@ -212,21 +219,21 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
   work.grad_q = grads.q;
   work.num_heads = attention.num_heads;
   work.scale = attention.scale;
-  work.prefix = {partial == nullptr ? nullptr : memory.prefix_sums(prefix_tiles), grads.prefix, attention.scale};
+  work.prefix = {memory.prefix_sums(), partial, grads.prefix, attention.scale};
   if (partial != nullptr) work.prefix.clear();
   Resident resident;
-  for_groups(attention, memory, [&](int head, int group) {
+  for_groups(attention, memory, [&](int head) {
     if (grads.q != nullptr) {
-      pass_over_keys<T, kDim>(attention, memory, head, group, prefix_tiles, resident, work);
+      pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
       sync_threads();  // the keys take the place of the queries
     }
     if (grads.own.k != nullptr || grads.own.v != nullptr) {
-      pass_over_queries(backward, grads.own, memory, head, group);
+      pass_over_queries(backward, grads.own, memory, head);
     }
   });
   if (partial != nullptr) {
     sync_threads();
-    work.prefix.write(partial, attention.num_heads);
+    work.prefix.write();
   }
 }
 
@@ -271,8 +278,8 @@ int64_t own_partial_bytes(const AttentionArgs& args) {
   if (!prefix_fits<T>(args)) return 0;
   int64_t bytes = 0;
   with_dim(args.head_dim, [&](auto dim) {
-    const int64_t blocks = own_launch<T, dim()>(args, true, true).grid.x;
-    bytes = blocks * kSumsBytes<T, dim()>;
+    const Grid grid = own_launch<T, dim()>(args, true, true).grid;
+    bytes = static_cast<int64_t>(grid.x) * grid.y * kSumsBytes<T, dim()>;
     return 0;
   });
   return bytes;
@@ -292,8 +299,7 @@ int grad_own_rows(const AttentionArgs& args, const AttentionBackward<T>& backwar
     const int error = launch(grad_own_rows_kernel<T, dim()>, how.grid, kThreads, how.shared_bytes, stream, backward,
                              how.prefix_tiles, grads, partial);
     if (error != 0 || !prefix) return error;
-    const auto shares = static_cast<int>(how.grid.x / args.num_heads);
-    return add_prefix_shares<T>(args, grads.prefix, 1, partial, shares, stream);
+    return add_prefix_shares<T>(args, grads.prefix, 1, partial, static_cast<int>(how.grid.x), stream);
   });
 }
 
