@@ -109,19 +109,19 @@ __device__ __forceinline__ void load_numbers(RowNumbers* to, const RowNumbers* n
   cp_async<16>(to + row, numbers + (inside ? (first + row) * num_heads + head : 0), inside);
 }
 
-// Of a warp's 16 rows of one head, by lanes 0 .. 15.
-__device__ __forceinline__ RowStats load_stats(const RowStats* stats, int num_heads, int head, int64_t first,
-                                               int count) {
+// The same of what numbers are made of, to where they will be.
+__device__ __forceinline__ void load_stats(RowNumbers* to, const RowStats* stats, int num_heads, int head,
+                                           int64_t first, int count) {
   const int row = lane_index();
-  if (row >= count) return {0.f, 1.f};
-  return load(stats + (first + row) * num_heads + head);
+  if (row >= kTileRows) return;
+  const bool inside = row < count;
+  cp_async<8>(to + row, stats + (inside ? (first + row) * num_heads + head : 0), inside);
 }
 
-// The numbers of 16 rows whose grad_out and out have arrived. Products are added in the order of numbers_kernel: 16
+// The numbers of 16 rows whose grad_out, out and stats have arrived. Products are added in the order of numbers_kernel: 16
 // bytes in a row, then every eighth of these, then those eight in pairs.
 template <class T, int kDim>
-__device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char* grad_out, const unsigned char* out,
-                                             const RowStats& stats) {
+__device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char* grad_out, const unsigned char* out) {
   using R = Rows<T, kDim>;
   constexpr int kWidth = kNumbers<T, Vec16>;
   const int row = lane_index() % kTileRows, half = lane_index() / kTileRows, own = R::place(row, half * 4);
@@ -141,7 +141,7 @@ __device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char
   }
   float sum = (part[0] + part[1]) + (part[2] + part[3]);
   sum += shuffle_xor(sum, kTileRows);
-  if (half == 0) to[row] = RowNumbers::of<T>(stats, sum);
+  if (half == 0) to[row] = RowNumbers::of<T>(load(reinterpret_cast<const RowStats*>(to + row)), sum);
 }
 
 // Gradients of own rows: of q, of keys, of values. Where the prefix is short enough for grads_with_own, also those of

@@ -226,7 +226,8 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
   }
 }
 
-// Work is what becomes of a warp's rows: rows[], the tensors it wants tiles of; begin(slot, head, memory);
+// Work is what becomes of a warp's rows: rows[], the tensors it wants tiles of; load(slot, head, memory), what else;
+// begin(slot, head, memory), when all has arrived;
 // see(keys, values, which of them its rows see); end(memory).
 template <class T, int kDim, class Memory, class Work>
 __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, const Memory& memory, int head,
@@ -238,6 +239,7 @@ __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, co
   for (int i = 0; i < Memory::kRows; ++i) {
     load_tile<T, kDim>(memory.rows(warp, i), work.rows[i].head(head), own.begin + own.row, own.count());
   }
+  work.load(own, head, memory);
   load_keys<T, kDim>(attention, memory, head, 0, extent.first, extent);
   cp_async_wait<0>();
   sync_threads();

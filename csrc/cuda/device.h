@@ -24,8 +24,8 @@
 //     ldmatrix<N, kTransposed>(registers[N], row)   N = 1, 2, 4 matrices of 8 x 8 two-byte numbers from shared memory;
 //                                              lane 8 m + i gives the address of the 16 bytes of row i of matrix m
 //     mma_m16n8k16<bf16 or fp16>(d[4], a[4], b[2])  d += a b, accumulated in float, fragments as PTX lays them out
-//   copies to shared memory that the thread does not wait for; 16-byte aligned at both ends
-//     cp_async<16>(shared, global, valid)      zeros, and global is not read, where valid is false
+//   copies to shared memory that the thread does not wait for; 16-byte aligned there, as wide as they are in memory
+//     cp_async<8 or 16>(shared, global, valid) zeros, and global is not read, where valid is false
 //     cp_async_commit(), cp_async_wait<N>()    all but the N newest groups of this thread have arrived; others see
 //                                              them after sync_threads()
 //     round_to<bf16 or fp16>(x), to_float(x), pack2<T>(low, high), unpack2<T>(bits, low, high)

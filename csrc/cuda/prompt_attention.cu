@@ -23,6 +23,9 @@ struct Forward {
   float top[2], weight[2];  // of rows i / 4 and i / 4 + 8; weight: this lane's share
 
   template <class Memory>
+  __device__ __forceinline__ void load(const Slot&, int, const Memory&) const {}
+
+  template <class Memory>
   __device__ __forceinline__ void begin(const Slot& slot, int head_number, const Memory& memory) {
     own = slot;
     head = head_number;

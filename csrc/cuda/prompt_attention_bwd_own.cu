@@ -48,6 +48,17 @@ struct GradQ {
   RowNumbers row[2];
 
   template <class Memory>
+  __device__ __forceinline__ void load(const Slot& slot, int head_number, const Memory& memory) const {
+    RowNumbers* const to = memory.numbers(0, warp_index());
+    const int64_t first = slot.begin + slot.row;
+    if constexpr (kMakesNumbers<T, kDim>) {
+      load_stats(to, stats, num_heads, head_number, first, slot.count());
+    } else {
+      load_numbers(to, numbers, num_heads, head_number, first, slot.count());
+    }
+  }
+
+  template <class Memory>
   __device__ __forceinline__ void begin(const Slot& slot, int head_number, const Memory& memory) {
     own = slot;
     head = head_number;
@@ -55,22 +66,13 @@ struct GradQ {
     queries.hold(q);
     grad_out.hold(memory.rows(warp_index(), 1));
     sums.clear();
-    const int64_t first = own.begin + own.row;
     RowNumbers* const here = memory.numbers(0, warp_index());
     if constexpr (kMakesNumbers<T, kDim>) {
-      const RowStats found = load_stats(stats, num_heads, head, first, own.count());
-      make_numbers<T, kDim>(here, memory.rows(warp_index(), 1), memory.rows(warp_index(), 2), found);
+      make_numbers<T, kDim>(here, memory.rows(warp_index(), 1), memory.rows(warp_index(), 2));
       sync_warp();
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int i = lane_index() / 4 + 8 * r;
-      if constexpr (kMakesNumbers<T, kDim>) {
-        row[r] = here[i];
-      } else {
-        row[r] = i < own.count() ? numbers[(first + i) * num_heads + head] : RowNumbers{};
-      }
-    }
+    for (int r = 0; r < 2; ++r) row[r] = here[lane_index() / 4 + 8 * r];
   }
 
   __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, const Seen& seen) {
@@ -104,37 +106,36 @@ struct GradQ {
   }
 };
 
-// A slot of queries for each warp to load; returns their stats where numbers are made here.
+// A slot of queries for each warp to load.
 template <class T, int kDim>
-__device__ __forceinline__ RowStats load_queries(const AttentionBackward<T>& backward, const OwnMemory<T, kDim>& memory,
-                                                 int head, int stage, int slot, const Extent& extent) {
+__device__ __forceinline__ void load_queries(const AttentionBackward<T>& backward, const OwnMemory<T, kDim>& memory,
+                                             int head, int stage, int slot, const Extent& extent) {
   const int warp = warp_index();
-  RowStats stats{0.f, 1.f};
   if (slot + warp <= extent.last) {
     const Attention<T>& attention = backward.attention;
     const Slot queries = slot_near(memory, slot + warp);
     const int64_t row = queries.begin + queries.row;
+    RowNumbers* const numbers = memory.numbers(stage, warp);
     load_tile<T, kDim>(memory.others(stage, 0, warp), attention.q.head(head), row, queries.count());
     load_tile<T, kDim>(memory.others(stage, 1, warp), backward.grad_out.head(head), row, queries.count());
     if constexpr (kMakesNumbers<T, kDim>) {
       load_tile<T, kDim>(memory.rows(warp, 2), backward.out.head(head), row, queries.count());
-      stats = load_stats(backward.stats, attention.num_heads, head, row, queries.count());
+      load_stats(numbers, backward.stats, attention.num_heads, head, row, queries.count());
     } else {
-      load_numbers(memory.numbers(stage, warp), backward.numbers, attention.num_heads, head, row, queries.count());
+      load_numbers(numbers, backward.numbers, attention.num_heads, head, row, queries.count());
     }
   }
   cp_async_commit();
-  return stats;
 }
 
 // Waits for what the block has loaded, and makes its numbers.
 template <class T, int kDim>
-__device__ __forceinline__ void wait_for_queries(const OwnMemory<T, kDim>& memory, int stage, const RowStats& stats) {
+__device__ __forceinline__ void wait_for_queries(const OwnMemory<T, kDim>& memory, int stage) {
   cp_async_wait<0>();
   if constexpr (kMakesNumbers<T, kDim>) {
     const int warp = warp_index();
     sync_warp();
-    make_numbers<T, kDim>(memory.numbers(stage, warp), memory.others(stage, 1, warp), memory.rows(warp, 2), stats);
+    make_numbers<T, kDim>(memory.numbers(stage, warp), memory.others(stage, 1, warp), memory.rows(warp, 2));
   }
   sync_threads();
 }
@@ -157,8 +158,7 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
   for (int slot = extent.first;; slot += kWarps) {
     const int next = slot + kWarps;
     const int other = Memory::kStages == 2 ? 1 - stage : 0;
-    RowStats stats{0.f, 1.f};
-    if (Memory::kStages == 2 && next <= extent.last) stats = load_queries(backward, memory, head, other, next, extent);
+    if (Memory::kStages == 2 && next <= extent.last) load_queries(backward, memory, head, other, next, extent);
     const int end = clamp(last + 1 - slot, 0, kWarps);
     for (int tile = clamp(first - slot, 0, kWarps); tile < end; ++tile) {
       const unsigned char *q = memory.others(stage, 0, tile), *grad_out = memory.others(stage, 1, tile);
@@ -170,9 +170,9 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
     if (next > extent.last) return;
     if (Memory::kStages == 1) {
       sync_threads();
-      stats = load_queries(backward, memory, head, other, next, extent);
+      load_queries(backward, memory, head, other, next, extent);
     }
-    wait_for_queries(memory, other, stats);
+    wait_for_queries(memory, other);
     stage = other;
   }
 }
@@ -198,7 +198,8 @@ __device__ __forceinline__ void pass_over_queries(const AttentionBackward<T>& ba
   const int64_t row = own.begin + own.row;
   load_tile<T, kDim>(memory.rows(warp, 0), attention.k.head(head), row, own.count());
   load_tile<T, kDim>(memory.rows(warp, 1), attention.v.head(head), row, own.count());
-  wait_for_queries(memory, 0, load_queries(backward, memory, head, 0, extent.first, extent));
+  load_queries(backward, memory, head, 0, extent.first, extent);
+  wait_for_queries(memory, 0);
   KeySums<T, kDim> sums;
   sums.clear();
   see_queries(backward, grads, memory, head, extent, sums);

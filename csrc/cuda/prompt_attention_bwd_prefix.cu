@@ -105,11 +105,10 @@ __device__ __forceinline__ Walk part_of(const Attention<T>& attention, const Mem
   return walk;
 }
 
-// The next 16 queries; where their numbers are to be made, what they are made of. Returns their stats then.
+// The next 16 queries; where their numbers are to be made, what they are made of.
 template <class T, int kDim>
-__device__ __forceinline__ RowStats load_part(const AttentionBackward<T>& backward, const PrefixMemory<T, kDim>& memory,
-                                              int head, int stage, const Walk& walk) {
-  RowStats stats{0.f, 1.f};
+__device__ __forceinline__ void load_part(const AttentionBackward<T>& backward, const PrefixMemory<T, kDim>& memory,
+                                          int head, int stage, const Walk& walk) {
   if (walk.left > 0) {
     const int64_t row = walk.begin + walk.row;
     const int num_heads = backward.attention.num_heads, count = walk.count();
@@ -119,11 +118,10 @@ __device__ __forceinline__ RowStats load_part(const AttentionBackward<T>& backwa
       load_numbers(memory.numbers(stage), backward.numbers, num_heads, head, row, count);
     } else {
       load_tile<T, kDim>(memory.rows(stage, 2), backward.out.head(head), row, count);
-      stats = load_stats(backward.stats, num_heads, head, row, count);
+      load_stats(memory.numbers(stage), backward.stats, num_heads, head, row, count);
     }
   }
   cp_async_commit();
-  return stats;
 }
 
 template <class T, int kDim>
@@ -132,21 +130,20 @@ __device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, c
                                          KeySums<T, kDim>& sums) {
   constexpr int kStages = PrefixMemory<T, kDim>::kStages;
   int stage = 0;
-  RowStats stats{0.f, 1.f}, next{0.f, 1.f};
-  if (kStages == 2) stats = load_part(backward, memory, head, 0, walk);
+  if (kStages == 2) load_part(backward, memory, head, 0, walk);
   while (walk.left > 0) {
     if (kStages == 2) {
       walk.advance();
-      next = load_part(backward, memory, head, 1 - stage, walk);
+      load_part(backward, memory, head, 1 - stage, walk);
       cp_async_wait<1>();
     } else {
-      stats = load_part(backward, memory, head, 0, walk);
+      load_part(backward, memory, head, 0, walk);
       walk.advance();
       cp_async_wait<0>();
     }
     sync_warp();
     if (backward.numbers == nullptr) {
-      make_numbers<T, kDim>(memory.numbers(stage), memory.rows(stage, 1), memory.rows(stage, 2), stats);
+      make_numbers<T, kDim>(memory.numbers(stage), memory.rows(stage, 1), memory.rows(stage, 2));
       sync_warp();
     }
     const unsigned char *q = memory.rows(stage, 0), *grad_out = memory.rows(stage, 1);
@@ -154,7 +151,6 @@ __device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, c
                                     backward.attention.scale);
     sums.see(blocks, q, grad_out, grads);
     sync_warp();
-    stats = next;
     stage = kStages - 1 - stage;
   }
   cp_async_wait<0>();

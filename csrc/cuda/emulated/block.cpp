@@ -227,8 +227,8 @@ static void move(const Copy& copy) {
 
 void copy_later(void* to, const void* from, size_t bytes) {
   check_shared("cp_async", to, bytes);
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    fail(*machine.running, "gives cp_async a source that is not aligned to 16");
+  if (reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    fail(*machine.running, "gives cp_async a source that is not aligned to %zu", bytes);
   }
   const Copy copy{to, from, bytes};
   if (chosen_order % 2 == 1) move(copy);

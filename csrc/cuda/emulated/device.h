@@ -148,7 +148,7 @@ void unpack2(uint32_t bits, float& low, float& high) {
 
 template <int kBytes>
 void cp_async(void* shared, const void* global, bool valid = true) {
-  static_assert(kBytes == 16);
+  static_assert(kBytes == 8 || kBytes == 16);
   emulated::copy_later(shared, valid ? global : nullptr, kBytes);
 }
 
