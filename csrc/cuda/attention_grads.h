@@ -74,7 +74,7 @@ struct KeyBlocks {
     if (!diagonal) return;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const bool seen = Block::row(i) <= Block::column(i);
+      const bool seen = Block::below(i) <= 0;
       weights.at[i] = seen ? weights.at[i] : 0.f;
       grads.at[i] = seen ? grads.at[i] : 0.f;
     }

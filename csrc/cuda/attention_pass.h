@@ -64,6 +64,11 @@ __device__ __forceinline__ int prefix_of(const Attention<T>& attention, int64_t 
   return r >= 0 && r < attention.prefixes.runs.batch ? static_cast<int>(r) : -1;
 }
 
+// The piece of a prefix that is in shared memory, and the length of that prefix.
+struct Resident {
+  int prefix, piece, length;
+};
+
 // Shared memory of a pass with kRowTiles tensors of the group's own rows, and kMore bytes that follow the items.
 template <class T, int kDim, int kRowTiles, int kMore = 0>
 struct PassMemory {
@@ -78,7 +83,7 @@ struct PassMemory {
     Slot slot;
     int prefix;
   };
-  static_assert(kWarps * sizeof(Item) <= kItems);
+  static_assert(kWarps * sizeof(Item) + sizeof(Resident) <= kItems);
 
   __host__ __device__ static int bytes(int prefix_tiles) {
     return kFirst + (kWarps * kRowTiles + 2 * kStages * kWarps + 2 * prefix_tiles) * kTile;
@@ -86,6 +91,7 @@ struct PassMemory {
 
   unsigned char* base;
   __device__ __forceinline__ Item& item(int warp) const { return reinterpret_cast<Item*>(base)[warp]; }
+  __device__ __forceinline__ Resident& resident() const { return reinterpret_cast<Resident&>(item(kWarps)); }
   __device__ __forceinline__ unsigned char* more() const { return base + kItems; }
   __device__ __forceinline__ unsigned char* rows(int warp, int which) const {
     return base + kFirst + (warp * kRowTiles + which) * kTile;
@@ -140,19 +146,15 @@ __device__ __forceinline__ void load_keys(const Attention<T>& attention, const M
   cp_async_commit();
 }
 
-// The piece of a prefix that is in shared memory.
-struct Resident {
-  int prefix = -1, piece = 0;
-};
-
 template <class T, int kDim, class Memory>
 __device__ __forceinline__ void load_prefix(const Attention<T>& attention, const Memory& memory, int head,
-                                            int prefix_tiles, const Resident& wanted) {
-  const int64_t begin = attention.prefixes.runs.begin(wanted.prefix);
-  const int64_t length = attention.prefixes.runs.end(wanted.prefix) - begin;
+                                            int prefix_tiles, int prefix, int piece) {
+  const int64_t begin = attention.prefixes.runs.begin(prefix);
+  const int64_t length = attention.prefixes.runs.end(prefix) - begin;
   sync_threads();  // nobody reads the piece before any more
+  if (thread_index() == 0) memory.resident() = {prefix, piece, static_cast<int>(length)};
   for (int tile = warp_index(); tile < prefix_tiles; tile += kWarps) {
-    const int64_t row = (static_cast<int64_t>(wanted.piece) * prefix_tiles + tile) * kTileRows;
+    const int64_t row = (static_cast<int64_t>(piece) * prefix_tiles + tile) * kTileRows;
     const int count = static_cast<int>(clamp<int64_t>(length - row, 0, kTileRows));
     load_tile<T, kDim>(memory.prefix(prefix_tiles, 0, tile), attention.prefix_k.head(head), begin + row, count);
     load_tile<T, kDim>(memory.prefix(prefix_tiles, 1, tile), attention.prefix_v.head(head), begin + row, count);
@@ -178,21 +180,23 @@ __device__ __forceinline__ int next_prefix(const Memory& memory, int before) {
 // All prefixes that the block's queries see, one after another.
 template <class T, int kDim, class Memory, class Work>
 __device__ __forceinline__ void see_prefixes(const Attention<T>& attention, const Memory& memory, int head,
-                                             int prefix_tiles, Resident& resident, Work& work) {
+                                             int prefix_tiles, Work& work) {
   const int own = memory.item(warp_index()).prefix;
   for (int r = next_prefix(memory, -1); r != kNoPrefix; r = next_prefix(memory, r)) {
-    const auto length = static_cast<int>(attention.prefixes.runs.end(r) - attention.prefixes.runs.begin(r));
-    for (int piece = 0; piece * prefix_tiles * kTileRows < length; ++piece) {
-      if (resident.prefix != r || resident.piece != piece) {
-        resident = {r, piece};
-        load_prefix<T, kDim>(attention, memory, head, prefix_tiles, resident);
+    int piece = 0, length;
+    do {
+      const Resident there = memory.resident();
+      if (there.prefix != r || there.piece != piece) {
+        load_prefix<T, kDim>(attention, memory, head, prefix_tiles, r, piece);
       }
+      length = memory.resident().length;
       for (int tile = 0; own == r && tile < prefix_tiles; ++tile) {
-        const int key = (piece * prefix_tiles + tile) * kTileRows;
-        if (key >= length) break;
-        work.see(memory.prefix(prefix_tiles, 0, tile), memory.prefix(prefix_tiles, 1, tile), {length - key, false});
+        const int left = length - (piece * prefix_tiles + tile) * kTileRows;
+        if (left <= 0) break;
+        work.see(memory.prefix(prefix_tiles, 0, tile), memory.prefix(prefix_tiles, 1, tile), {left, false});
       }
-    }
+      ++piece;
+    } while (piece * prefix_tiles * kTileRows < length);
   }
 }
 
@@ -231,7 +235,7 @@ __device__ __forceinline__ void see_own(const Attention<T>& attention, const Mem
 // see(keys, values, which of them its rows see); end(memory).
 template <class T, int kDim, class Memory, class Work>
 __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, const Memory& memory, int head,
-                                               int prefix_tiles, Resident& resident, Work& work) {
+                                               int prefix_tiles, Work& work) {
   const int warp = warp_index();
   const Slot own = memory.item(warp).slot;
   const Extent extent = extent_of<true>(memory, attention.causal);
@@ -244,7 +248,7 @@ __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, co
   cp_async_wait<0>();
   sync_threads();
   work.begin(own, head, memory);
-  see_prefixes<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
+  see_prefixes<T, kDim>(attention, memory, head, prefix_tiles, work);
   see_own<T, kDim>(attention, memory, head, extent, work);
   work.end(memory);
 }
@@ -254,6 +258,7 @@ template <class T, class Memory, class Run>
 __device__ __forceinline__ void for_groups(const Attention<T>& attention, const Memory& memory, Run run) {
   const int warp = warp_index(), head = block_y();
   const int groups = attention.groups();
+  if (thread_index() == 0) memory.resident() = {-1, 0, 0};
   for (int group = block_x(); group < groups; group += grid_x()) {
     Slot own = find_slot_warp(attention.slots, group * kWarps + warp);
     own.first -= group * kWarps;

@@ -52,6 +52,10 @@ struct Block {
 
   __device__ __forceinline__ static int row(int i) { return lane_index() / 4 + (i & 2) * 4; }
   __device__ __forceinline__ static int column(int i) { return lane_index() % 4 * 2 + (i & 1) + (i & 4) * 2; }
+  // row less column
+  __device__ __forceinline__ static int below(int i) {
+    return lane_index() / 4 - lane_index() % 4 * 2 + (i & 2) * 4 - (i & 1) - (i & 4) * 2;
+  }
 };
 
 // Which columns of a block its rows see: the first `count`; on the diagonal, instead, those up to a row's own number.

@@ -222,10 +222,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
   work.scale = attention.scale;
   work.prefix = {memory.prefix_sums(), partial, grads.prefix, attention.scale};
   if (partial != nullptr) work.prefix.clear();
-  Resident resident;
   for_groups(attention, memory, [&](int head) {
     if (grads.q != nullptr) {
-      pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, resident, work);
+      pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, work);
       sync_threads();  // the keys take the place of the queries
     }
     if (grads.own.k != nullptr || grads.own.v != nullptr) {
