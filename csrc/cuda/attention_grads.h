@@ -81,6 +81,10 @@ struct KeyBlocks {
   }
 };
 
+// Values, which a warp holds beside its keys as long as registers last.
+template <class T, int kDim>
+using HeldValues = HeldTile<T, kDim, sizeof(T) == 2 && kDim <= 112>;
+
 // Gradients of 16 keys and their values, by a warp.
 template <class T, int kDim>
 struct KeySums {
@@ -118,8 +122,8 @@ __device__ __forceinline__ void load_stats(RowNumbers* to, const RowStats* stats
   cp_async<8>(to + row, stats + (inside ? (first + row) * num_heads + head : 0), inside);
 }
 
-// The numbers of 16 rows whose grad_out, out and stats have arrived. Products are added in the order of numbers_kernel: 16
-// bytes in a row, then every eighth of these, then those eight in pairs.
+// The numbers of 16 rows whose grad_out, out and stats have arrived. Products are added in the order of numbers_kernel:
+// 16 bytes in a row, then every eighth of these, then those eight in pairs.
 template <class T, int kDim>
 __device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char* grad_out, const unsigned char* out) {
   using R = Rows<T, kDim>;
@@ -129,7 +133,7 @@ __device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     part[i] = 0.f;
-#pragma unroll  // a number of rounds that is known
+#pragma unroll(sizeof(T) == 2 ? 2 : 1)  // a number of rounds that is known; of floats more spill
     for (int round = 0; round < (R::kChunks + 7) / 8; ++round) {
       if (R::kChunks % 8 != 0 && half * 4 + i + 8 * round >= R::kChunks) break;
       float a[kWidth], b[kWidth];

@@ -39,7 +39,8 @@ struct PrefixSums {
   __device__ __forceinline__ void see_group(const Memory& memory) const {
     const int warp = warp_index();
     if (memory.item(warp).prefix >= 0) {
-      const KeyBlocks<T, kDim> blocks(LeftTile<T, kDim>{memory.prefix(1, 0, 0)}, LeftTile<T, kDim>{memory.prefix(1, 1, 0)}, memory.rows(warp, 0),
+      const KeyBlocks<T, kDim> blocks(LeftTile<T, kDim>{memory.prefix(1, 0, 0)},
+                                      LeftTile<T, kDim>{memory.prefix(1, 1, 0)}, memory.rows(warp, 0),
                                       memory.rows(warp, 1), memory.numbers(0, warp), false, scale);
       block(memory, 0, warp) = packed<T>(blocks.grads);
       block(memory, 1, warp) = packed<T>(blocks.weights);

@@ -64,9 +64,7 @@ struct Seen {
   bool diagonal;
 
   __device__ __forceinline__ bool all() const { return !diagonal && count >= kTileRows; }
-  __device__ __forceinline__ bool at(int i) const {
-    return Block::column(i) < (diagonal ? Block::row(i) + 1 : count);
-  }
+  __device__ __forceinline__ bool at(int i) const { return Block::column(i) < (diagonal ? Block::row(i) + 1 : count); }
 };
 
 // A 16 x kDim block, rows as above: sums[j] are the columns 8 j + 2 (i % 4) and the next one of both rows.
@@ -139,7 +137,7 @@ struct LeftTile {
   }
 };
 
-template <class T, int kDim>
+template <class T, int kDim, bool kHeld = sizeof(T) == 2>
 struct HeldTile {
   typename LeftTile<T, kDim>::Columns columns[kDim / 16];
 
@@ -150,8 +148,8 @@ struct HeldTile {
   __device__ __forceinline__ const typename LeftTile<T, kDim>::Columns& at(int k) const { return columns[k]; }
 };
 
-template <int kDim>
-struct HeldTile<float, kDim> : LeftTile<float, kDim> {
+template <class T, int kDim>
+struct HeldTile<T, kDim, false> : LeftTile<T, kDim> {
   __device__ __forceinline__ void hold(const unsigned char* from) { this->tile = from; }
 };
 

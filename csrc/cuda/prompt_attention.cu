@@ -103,9 +103,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
   work.num_heads = attention.num_heads;
   work.scale = attention.scale * kLog2E;
   const PassMemory<T, kDim, 1> memory{shared_memory()};
-  for_groups(attention, memory, [&](int head) {
-    pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, work);
-  });
+  for_groups(attention, memory,
+             [&](int head) { pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, work); });
 }
 
 template <class T>

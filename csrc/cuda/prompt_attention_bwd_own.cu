@@ -18,7 +18,7 @@ constexpr bool kMakesNumbers = makes_numbers<T>(kDim);
 
 // Blocks on a multiprocessor, as many as registers last for without spilling.
 template <class T, int kDim>
-constexpr int kBlocks = sizeof(T) == 2 && kDim <= 64 && kDim != 48 ? 3 : 2;
+constexpr int kBlocks = sizeof(T) == 2 && kDim <= 64 ? 3 : 2;
 
 // Own rows: q, grad_out and out, then keys and values. Others: keys and values, then q and grad_out with their numbers.
 template <class T, int kDim>
@@ -27,7 +27,9 @@ struct OwnMemory : PassMemory<T, kDim, kMakesNumbers<T, kDim> ? 3 : 2, kGradStag
     return reinterpret_cast<RowNumbers*>(this->more() + (stage * kWarps + tile) * kNumbersBytes);
   }
   // behind the one tile of the prefix
-  __device__ __forceinline__ float* prefix_sums() const { return reinterpret_cast<float*>(this->base + this->bytes(1)); }
+  __device__ __forceinline__ float* prefix_sums() const {
+    return reinterpret_cast<float*>(this->base + this->bytes(1));
+  }
 };
 
 template <class T, int kDim>
@@ -151,7 +153,7 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
   const bool causal = backward.attention.causal;
   const int first = causal ? clamp(warp, own.first, own.last() + 1) : own.first, last = own.last();
   HeldTile<T, kDim> keys;
-  HeldTile<T, kDim> values;
+  HeldValues<T, kDim> values;
   keys.hold(memory.rows(warp, 0));
   values.hold(memory.rows(warp, 1));
   int stage = 0;
@@ -162,9 +164,8 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
     const int end = clamp(last + 1 - slot, 0, kWarps);
     for (int tile = clamp(first - slot, 0, kWarps); tile < end; ++tile) {
       const unsigned char *q = memory.others(stage, 0, tile), *grad_out = memory.others(stage, 1, tile);
-      const KeyBlocks<T, kDim> blocks(keys, values, q, grad_out,
-                                      memory.numbers(stage, tile), causal && slot + tile == warp,
-                                      backward.attention.scale);
+      const KeyBlocks<T, kDim> blocks(keys, values, q, grad_out, memory.numbers(stage, tile),
+                                      causal && slot + tile == warp, backward.attention.scale);
       sums.see(blocks, q, grad_out, grads);
     }
     if (next > extent.last) return;

@@ -129,6 +129,10 @@ __device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, c
                                          const PrefixMemory<T, kDim>& memory, int head, Walk walk,
                                          KeySums<T, kDim>& sums) {
   constexpr int kStages = PrefixMemory<T, kDim>::kStages;
+  HeldTile<T, kDim> keys;
+  HeldValues<T, kDim> values;
+  keys.hold(memory.keys(0));
+  values.hold(memory.keys(1));
   int stage = 0;
   if (kStages == 2) load_part(backward, memory, head, 0, walk);
   while (walk.left > 0) {
@@ -147,8 +151,7 @@ __device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, c
       sync_warp();
     }
     const unsigned char *q = memory.rows(stage, 0), *grad_out = memory.rows(stage, 1);
-    const KeyBlocks<T, kDim> blocks(LeftTile<T, kDim>{memory.keys(0)}, LeftTile<T, kDim>{memory.keys(1)}, q, grad_out, memory.numbers(stage), false,
-                                    backward.attention.scale);
+    const KeyBlocks<T, kDim> blocks(keys, values, q, grad_out, memory.numbers(stage), false, backward.attention.scale);
     sums.see(blocks, q, grad_out, grads);
     sync_warp();
     stage = kStages - 1 - stage;
@@ -197,7 +200,7 @@ __device__ __forceinline__ void write_sums(const PrefixMemory<T, kDim>& memory, 
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, (sizeof(T) == 2 && kDim <= 64 ? 3 : 2))
     grad_prefix_kernel(AttentionBackward<T> backward, KeyGrads<T> grads, Members members, int shares, float* partial) {
   const PrefixMemory<T, kDim> memory{shared_memory()};
   const Attention<T>& attention = backward.attention;
