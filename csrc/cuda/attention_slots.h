@@ -14,7 +14,10 @@ namespace pcl {
 struct Slots {
   Histories runs;
 
-  __host__ __device__ int count() const { return static_cast<int>(runs.total / kTileRows + runs.batch); }
+  // The last run ends in the last slot or before; without runs there is none.
+  __host__ __device__ int count() const {
+    return static_cast<int>((runs.total + kTileRows - 1) / kTileRows + (runs.batch > 0 ? runs.batch - 1 : 0));
+  }
   __device__ __forceinline__ int first(int run) const { return static_cast<int>(runs.begin(run) / kTileRows) + run; }
 };
 

@@ -254,7 +254,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int kDim>
 int shares_of(const AttentionArgs& args) {
   constexpr int kFewest = 2 * kWarps;  // slots of queries worth a share
-  const int64_t owned = (args.prefix_total / kTileRows + args.plan.num_prefixes) * args.num_heads;
+  const int64_t rows = (args.prefix_total + args.plan.num_prefixes - 1) / args.plan.num_prefixes;
+  const int64_t owned = args.plan.num_prefixes * ((rows + kTileRows - 1) / kTileRows) * args.num_heads;
   const int64_t room = resident_blocks(grad_prefix_kernel<T, kDim>, kThreads, PrefixMemory<T, kDim>::kBytes) / owned;
   const int64_t most = (args.total / kTileRows + args.plan.batch) / kFewest;
   return static_cast<int>(clamp<int64_t>(room < most ? room : most, 1, 1 << 16));
@@ -269,7 +270,7 @@ int64_t prefix_partial_bytes(const AttentionArgs& args) {
   if (!has_prefix(args)) return 0;
   int64_t bytes = 0;
   with_dim(args.head_dim, [&](auto dim) {
-    const int64_t owned = (args.prefix_total / kTileRows + args.plan.num_prefixes) * args.num_heads;
+    const int64_t owned = attention_of<T>(args).prefixes.count() * args.num_heads;
     const int shares = shares_of<T, dim()>(args);
     bytes = shares == 1 ? 0 : owned * shares * 2 * kTileRows * dim() * static_cast<int64_t>(sizeof(float));
     return 0;
