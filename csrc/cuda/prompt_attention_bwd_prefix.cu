@@ -227,21 +227,38 @@ __global__ void __launch_bounds__(kThreads, (sizeof(T) == 2 && kDim <= 64 ? 3 : 
   }
 }
 
-// A thread adds up the shares of one number.
+// A block adds up the shares of 32 numbers, of k for y 0 and of v for y 1: each warp every kWarps-th share, then the
+// warps' sums in their order.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads)
-    add_shares_kernel(Slots prefixes, int num_heads, const float* partial, int shares, int which, T* grad) {
-  constexpr int kNumbersEach = kTileRows * kDim;
-  const int64_t slot_head = static_cast<int64_t>(block_x()) * kThreads / kNumbersEach;
-  const int e = static_cast<int>(static_cast<int64_t>(block_x()) * kThreads % kNumbersEach) + thread_index();
-  const Slot slot = find_slot_warp(prefixes, slot_head / num_heads);
-  const int i = e / kWarp % 4, lane = e % kWarp, row = lane / 4 + (i & 2) * 4;
-  if (row >= slot.count()) return;
-  const float* from = partial + (slot_head * shares * 2 + which) * kNumbersEach + e;
+    add_shares_kernel(Slots prefixes, int num_heads, const float* partial, int shares, KeyGrads<T> grads) {
+  constexpr int kNumbersEach = kTileRows * kDim, kBlocksEach = kNumbersEach / kWarp, kUnderWay = 16;
+  T* const grad = block_y() == 0 ? grads.k : grads.v;
+  if (grad == nullptr) return;
+  const int slot_head = block_x() / kBlocksEach, first = block_x() % kBlocksEach, lane = lane_index();
+  const float* from = partial + (static_cast<int64_t>(slot_head) * shares * 2 + block_y()) * kNumbersEach;
+  from += first * kWarp + lane;
   double sum = 0;
-#pragma unroll 8
-  for (int s = 0; s < shares; ++s) sum += from[static_cast<int64_t>(s) * 2 * kNumbersEach];
-  const int column = e / kWarp / 4 * 8 + lane % 4 * 2 + (i & 1);
+  for (int s = warp_index(); s < shares; s += kUnderWay * kWarps) {
+    float found[kUnderWay];
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      const int share = s + i * kWarps;
+      found[i] = share < shares ? from[static_cast<int64_t>(share) * 2 * kNumbersEach] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) sum += found[i];
+  }
+  auto* const sums = reinterpret_cast<double*>(shared_memory());
+  sums[thread_index()] = sum;
+  sync_threads();
+  if (warp_index() != 0) return;
+  const Slot slot = find_slot_warp(prefixes, slot_head / num_heads);
+  const int i = first % 4, row = lane / 4 + (i & 2) * 4;
+  if (row >= slot.count()) return;
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarp + lane];
+  const int column = first / 4 * 8 + lane % 4 * 2 + (i & 1);
   T* to = grad + ((slot.begin + slot.row + row) * num_heads + slot_head % num_heads) * kDim + column;
   if constexpr (sizeof(T) == 2) {
     *to = round_to<T>(static_cast<float>(sum));
@@ -250,7 +267,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// In how many shares the rows that see a prefix are cut.
+// In how many shares the rows that see a prefix are cut: prefixes are taken to be of one length, the slots that are
+// empty then cost nothing.
 template <class T, int kDim>
 int shares_of(const AttentionArgs& args) {
   constexpr int kFewest = 2 * kWarps;  // slots of queries worth a share
@@ -304,16 +322,9 @@ template <class T>
 int add_prefix_shares(const AttentionArgs& args, const KeyGrads<T>& grads, int64_t slots, const float* partial,
                       int shares, void* stream) {
   return with_dim(args.head_dim, [&](auto dim) {
-    const auto blocks = static_cast<unsigned>(slots * args.num_heads * (kTileRows * dim() / kThreads));
-    const Slots prefixes = attention_of<T>(args).prefixes;
-    T* const both[2] = {grads.k, grads.v};
-    int error = 0;
-    for (int which = 0; which < 2; ++which) {
-      if (error != 0 || both[which] == nullptr) continue;
-      error = launch(add_shares_kernel<T, dim()>, {blocks}, kThreads, 0, stream, prefixes,
-                     static_cast<int>(args.num_heads), partial, shares, which, both[which]);
-    }
-    return error;
+    const auto blocks = static_cast<unsigned>(slots * args.num_heads * (kTileRows * dim() / kWarp));
+    return launch(add_shares_kernel<T, dim()>, {blocks, 2}, kThreads, kThreads * static_cast<int>(sizeof(double)),
+                  stream, attention_of<T>(args).prefixes, static_cast<int>(args.num_heads), partial, shares, grads);
   });
 }
 
