@@ -79,6 +79,12 @@ def test_one_long_history_among_short_ones(cuda):
     compare(make([3, 1100, 9], [5], heads=1, dtype=torch.bfloat16), cuda)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_groups_of_slots_begin_and_end_inside_histories(causal, cuda):
+    lengths, index = [200, 0, 16, 1, 64, 0, 0, 130, 5, 65], [1, 0, 0, 2, 0, 0, 1, -1, 2, 1]
+    compare(make(lengths, [16, 90, 0], index, dtype=torch.bfloat16), cuda, causal=causal)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_scale(scale, cuda):
     compare(make(*CASES["some see none"], dtype=torch.bfloat16), cuda, scale=scale)
