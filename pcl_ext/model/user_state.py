@@ -106,21 +106,23 @@ class UserState:
         return events, joined
 
     def _append(self, items: Tensor, offsets: Tensor) -> None:
+        """Users without new events cost nothing: the pass is over the others [F] alone."""
         new = offsets.diff()
         self._make_room(self.lengths + new)
+        filled = (new > 0).nonzero()[:, 0]
+        offsets, held = to_offsets(new[filled]), self._prefix(self.lengths, filled)
         rows = self.backbone.embed(items, offsets)
         read = "every" if self.every_state else "newest"
-        states, kept = self.backbone.run(rows, offsets, prefix=self._prefix(self.lengths), read=read)
+        states, kept = self.backbone.run(rows, offsets, prefix=held, read=read)
         place = _places(self.starts[:-1] + self.lengths, new)
         self.items[place] = items
         stored = [*self.keys, *self.values, *self.states]
         for target, fresh in zip(stored, [*kept.keys, *kept.values, *states]):
             target[place] = fresh.to(target.dtype)
-        filled = (new > 0).nonzero()[:, 0]
-        top = states[-1].index_select(0, offsets[1:][filled] - 1) if self.every_state else states[-1]
+        top = states[-1].index_select(0, offsets[1:] - 1) if self.every_state else states[-1]
         self.newest[filled] = top.to(self.newest.dtype)
         for total, state in zip(self.totals, states):
-            total += pool(state, torch.arange(len(state), device=state.device), offsets)
+            total[filled] += pool(state, torch.arange(len(state), device=state.device), offsets)
         self.lengths = self.lengths + new
 
     def _make_room(self, lengths: Tensor) -> None:
@@ -148,11 +150,13 @@ class UserState:
             rows[:] = [moved(row) for row in rows]
         self.starts, self.lengths = starts, lengths
 
-    def _prefix(self, lengths: Tensor) -> LayerPrefix:
-        """The first `lengths` [B] rows of each user as the prefix of what comes after; nobody sees the others."""
-        ends = torch.stack([self.starts[:-1], self.starts[:-1] + lengths], 1).flatten()
-        index = 2 * torch.arange(len(lengths), device=lengths.device)
-        return LayerPrefix(self.keys, self.values, torch.cat([ends, self.starts[-1:]]), index)
+    def _prefix(self, lengths: Tensor, users: Tensor) -> LayerPrefix:
+        """The first `lengths` [B] rows of each of the users [b] as the prefix of what comes after; nobody sees the
+        others."""
+        first = self.starts[users]
+        ends = torch.stack([first, first + lengths[users]], 1).flatten()
+        index = 2 * torch.arange(len(users), device=lengths.device) + 1
+        return LayerPrefix(self.keys, self.values, torch.cat([self.starts[:1], ends, self.starts[-1:]]), index)
 
     def _items(self) -> tuple[Tensor, Tensor]:
         return self.items[_places(self.starts[:-1], self.lengths)], to_offsets(self.lengths)
@@ -170,7 +174,15 @@ class UserState:
         rows = _places(self.starts[:-1] + before, tails)
         pieces = self._pieces(items, offsets, before, rows) if every_state else [None]
         tail_offsets = to_offsets(tails)
-        return Trunk(self.backbone, items, offsets, self._prefix(before), pieces[0], self.items[rows], tail_offsets)
+        return Trunk(
+            self.backbone,
+            items,
+            offsets,
+            self._prefix(before, torch.arange(len(self), device=before.device)),
+            pieces[0],
+            self.items[rows],
+            tail_offsets,
+        )
 
     def _pieces(self, items: Tensor, offsets: Tensor, lengths: Tensor, left_out: Tensor | None) -> list[Piece]:
         """The first `lengths` rows of each history with their states; left_out: the rows [N] after these."""

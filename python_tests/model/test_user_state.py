@@ -93,6 +93,23 @@ def test_users_who_run_out_of_room_one_after_the_other_are_moved_together(kind, 
     assert torch.equal(state.batch().items, PackedBatch.from_lists(held, num_items=V, max_len=100).items)
 
 
+@pytest.mark.parametrize("every_state", [False, True])
+def test_users_without_new_events_are_left_out_of_the_pass(model, monkeypatch, every_state):
+    state = UserState.of(model.backbone, pack(rounds()[0]), every_state=every_state)
+    passes, run = [], Backbone.run
+
+    def counted(self, x, offsets, **more):
+        passes.append(offsets.tolist())
+        return run(self, x, offsets, **more)
+
+    monkeypatch.setattr(Backbone, "run", counted)
+    before = [tensor.clone() for tensor in state.tensors().values()]
+    state.extend(pack([[]] * 6))
+    assert all(map(torch.equal, before, state.tensors().values()))
+    state.extend(pack([[], [], [1, 2], [], [3], []]))
+    assert passes == [[0], [0, 2, 3]]
+
+
 def test_there_and_back_and_some_users(model, tmp_path):
     add(model, "click", "tail", 3)
     state = grown(model, rounds())
