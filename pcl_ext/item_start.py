@@ -14,7 +14,8 @@ from pcl_ext.model.layout import to_offsets
 from pcl_ext.model.ridge import Ridge, csr
 
 _MOST_EXAMPLES = 20_000  # time grows with them, the regression hardly gains
-_MOST_SCORES = 4_000_000
+_MOST_SCORES = 4_000_000  # held at a time
+_FEWEST_USERS = 200  # fewer say little about the factor
 _SCALES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -84,11 +85,13 @@ def _half(weights: Tensor, task: Task) -> Tensor:
 
 def _factor(read: Tensor, right: Tensor, means: Tensor, targets: tuple[Tensor, Tensor]) -> float:
     """The factor with the least cross-entropy, on some of the users: read [n, k], right [k, C]."""
-    users = max(1, _MOST_SCORES // right.shape[1])
-    scores = read[:users] @ right + means
-    row, column = (part[targets[0] < users] for part in targets)
-
-    def loss(factor: float) -> float:
-        return float((torch.logsumexp(scores * factor, 1)[row] - scores[row, column] * factor).mean())
-
-    return float(min(_SCALES, key=loss))
+    each = max(1, _MOST_SCORES // right.shape[1])
+    losses = [0.0] * len(_SCALES)
+    for first in range(0, max(each, _FEWEST_USERS), each):
+        here = (targets[0] >= first) & (targets[0] < first + each)
+        row, column = targets[0][here] - first, targets[1][here]
+        scores = read[first : first + each] @ right + means
+        for place, factor in enumerate(_SCALES):
+            own = scores[row, column] * factor
+            losses[place] += float((torch.logsumexp(scores * factor, 1)[row] - own).sum())
+    return float(_SCALES[losses.index(min(losses))])

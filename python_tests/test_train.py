@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import BACKBONE, write_dataset
 
-from pcl_ext import infer
+from pcl_ext import infer, item_start
 from pcl_ext.data import Dataset, make_batch
 from pcl_ext.infer import Score
 from pcl_ext.item_start import start_items
@@ -252,6 +252,23 @@ def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, pretrained, item
     factor = (got[listed] * want[listed]).sum() / want[listed].square().sum()
     assert factor > 0.5
     assert (got - factor * want)[listed].norm() < 0.02 * got[listed].norm()
+
+
+@pytest.mark.parametrize("held", [1, 7, 200])
+def test_the_factor_of_a_start_is_judged_on_many_users(monkeypatch, held):
+    """Of a large catalogue some users at a time: the first 20 alone want large scores, all of 200 do not."""
+    read, right, means = torch.randn(200, 4), torch.randn(4, 30), torch.zeros(30)
+    row, column = torch.arange(200), torch.randint(30, (200,))
+    column[:20] = (read @ right)[:20].argmax(1)
+    column[20:110] = (read @ right)[20:110].topk(2).indices[:, 1]
+
+    def loss(factor, users):
+        return torch.nn.functional.cross_entropy((read @ right * factor)[:users], column[:users])
+
+    want, few = (min(item_start._SCALES, key=lambda factor: loss(factor, users)) for users in (200, 20))
+    assert want != few
+    monkeypatch.setattr(item_start, "_MOST_SCORES", held * 30)
+    assert item_start._factor(read, right, means, (row, column)) == want
 
 
 def one_weight(scores: list[Score], **problem) -> tuple[list[dict], list[float], float]:
