@@ -81,7 +81,7 @@ class Layout:
         plan = plan or ops.attention_plan(offsets, *shared)
         return cls(offsets, total, plan, on_host, *((prefix.offsets, plan.prefix_index) if prefix else ()))
 
-    _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _angles: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def newest(self) -> Tensor:
@@ -110,14 +110,12 @@ class Layout:
 
         Coordinates j and j + d/2 are turned together by place / 10000^(2j / d). With rows [m], x [m, H, d] is of these.
         """
-        half = x.shape[2] // 2
-        if half not in self._angles:
+        half, dtype = x.shape[2] // 2, torch.float64 if x.dtype == torch.float64 else torch.float32
+        if (half, dtype) not in self._angles:
             speed = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
             angle = self.place.double()[:, None, None] * speed
-            self._angles[half] = (angle.cos().float(), angle.sin().float())
-        cos, sin = (t if rows is None else t.index_select(0, rows) for t in self._angles[half])
-        if x.dtype == torch.float64:
-            cos, sin = cos.double(), sin.double()
+            self._angles[half, dtype] = (angle.cos().to(dtype), angle.sin().to(dtype))
+        cos, sin = (t if rows is None else t.index_select(0, rows) for t in self._angles[half, dtype])
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 

@@ -39,7 +39,7 @@ def naive_rotary(backbone, x):
     for layer in backbone.layers:
         q, k, v = layer.qkv(layer.norm_attention(x)).unflatten(1, (3, *layer.heads)).unbind(1)
         half = q.shape[2] // 2
-        angle = torch.arange(len(x))[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+        angle = torch.arange(len(x))[:, None] * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         turn = torch.polar(torch.ones_like(angle), angle)[:, None].to(torch.complex128)
         q, k = (torch.complex(r[..., :half].double(), r[..., half:].double()) * turn for r in (q, k))
         q, k = (torch.cat([r.real, r.imag], -1).to(x.dtype) for r in (q, k))
@@ -72,6 +72,14 @@ def test_equals_plain_pytorch_and_so_do_gradients(kind):
     ours = torch.autograd.grad(got, inputs, grad, retain_graph=True)
     for mine, theirs in zip(ours, torch.autograd.grad(want, inputs, grad)):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_positions_in_float64():
+    backbone = unfrozen("rotary").double()
+    batch = pack(histories([20]))
+    rows = backbone.embed(batch.items, batch.offsets)
+    got = backbone.run(rows, batch.offsets)[0][-1]
+    torch.testing.assert_close(got, naive_rotary(backbone, rows), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
