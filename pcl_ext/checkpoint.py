@@ -107,7 +107,3 @@ class Checkpoint:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["generator"])
         return Progress(**meta["progress"]), groups["best"], groups["average"]
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

@@ -301,5 +301,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def _same(what: str, then: Any, now: Any, run: Path) -> None:
+    if isinstance(then, dict) and isinstance(now, dict):
+        then = now | then  # a setting that is younger than the run is no difference
     for name, was, given in differences({what: then}, {what: now}):
         raise ValueError(f"{run} was made with {name} = {was!r}, this call has {given!r}; choose another run folder")

@@ -60,6 +60,19 @@ def learn(dataset, out, name):
     return run.learn(out, dataset, name, LearnConfig(**ONCE))
 
 
+def test_a_setting_younger_than_a_run_is_no_difference(write, tmp_path):
+    dataset, path = write({}), tmp_path / "run" / "manifest.json"
+    pretrain(dataset, tmp_path / "run")
+    manifest = json.loads(path.read_text())
+    del manifest["record"]["config"]["pretrain"]["valid_examples"]
+    path.write_text(json.dumps(manifest))
+    pretrain(dataset, tmp_path / "run")
+    manifest["record"]["config"]["pretrain"]["seed"] = 7
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="was made with pretrain.seed = 7, this call has 0"):
+        pretrain(dataset, tmp_path / "run")
+
+
 def test_a_table_that_leaks_is_not_learned(write, tmp_path):
     seen = [items[0] for items in write.histories]
     dataset = write({"leak": ({"kind": "items"}, seen)})

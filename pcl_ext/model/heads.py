@@ -95,15 +95,19 @@ class LabelHead(nn.Module):
 
     @torch.no_grad()
     def fit(self, kind: str, target: Tensor) -> None:
-        """Start at the base rates of targets [m]."""
+        """Start at the base rates of targets [m]; those of a binary task may lie between 0 and 1."""
         if kind == "regression":
             deviation, mean = torch.std_mean(target.double(), correction=0)
             constant = target.min() == target.max()
             self.unit.copy_(torch.stack([mean, torch.where(constant, 1.0, deviation)]))
             return
-        classes = max(self.linear.out_features, 2)
-        counts = torch.bincount(target.long(), minlength=classes).double() + 1.0
-        prior = counts.log() - counts.log().mean()
+        if kind == "binary":
+            ones = target.double().sum()
+            counts = torch.stack([len(target) - ones, ones])
+        else:
+            counts = torch.bincount(target.long(), minlength=self.linear.out_features).double()
+        logs = (counts + 1.0).log()
+        prior = logs - logs.mean()
         self.linear.bias.copy_(prior if kind == "classes" else (prior[1] - prior[0])[None])
 
 
@@ -118,9 +122,10 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     _check_targets(spec, output, target, target_row)
     if not len(target):
         return output[:0].float().sum()
+    target_row = target_row.long()
     if spec.kind == "items":
         normal = _logsumexp(output)
-        losses = normal[target_row] - output[target_row, target].float()
+        losses = normal[target_row] - output[target_row, target.long()].float()
         return losses.masked_fill(target < 0, torch.nan).mean()
     if spec.kind == "classes":
         return F.cross_entropy(output[target_row].float(), target.long())
@@ -145,7 +150,14 @@ def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: T
         raise ValueError(f"target and target_row must both be [m], got {shapes}")
     if spec.kind == "classes" and target.is_floating_point():
         raise TypeError(f"targets of {spec.name!r} must be integers, got {target.dtype}")
-    if spec.kind not in ("binary", "classes") or not target.is_cpu or torch.compiler.is_compiling() or not len(target):
+    if target_row.is_floating_point() or target_row.dtype == torch.bool:
+        raise TypeError(f"target_row must be integers, got {target_row.dtype}")
+    if not target.is_cpu or torch.compiler.is_compiling() or not len(target):
+        return
+    low, high = (int(x) for x in target_row.aminmax())
+    if not 0 <= low <= high < len(output):
+        raise ValueError(f"target_row must be in 0..{len(output) - 1}, the rows of the output, got {low} to {high}")
+    if spec.kind not in ("binary", "classes"):
         return
     top = 1 if spec.kind == "binary" else output.shape[1] - 1
     low, high = (float(x) for x in target.aminmax())

@@ -297,10 +297,7 @@ class Task(nn.Module):
             self.head.bias.copy_((counts / counts.mean()).log())
             return
         for part in (self, *self.others):
-            if self.spec.kind == "binary":
-                part.head.linear.bias.fill_(_log_odds(target))
-            else:
-                part.head.fit(self.spec.kind, target)
+            part.head.fit(self.spec.kind, target)
 
     def _check_fit(self, features: Tensor, target: Tensor) -> None:
         name = self.spec.name
@@ -365,11 +362,3 @@ class Task(nn.Module):
     def _blocks(self, features: Tensor) -> tuple[Tensor, ...]:
         """features [F] memory by memory."""
         return features.split([memory.num_features for memory in self.memories.values() if memory.num_features])
-
-
-def _log_odds(target: Tensor) -> float:
-    """Of binary targets [m] between 0 and 1, with one more of either kind."""
-    ones = target.double().sum()
-    logs = (torch.stack([len(target) - ones, ones]) + 1.0).log()
-    prior = logs - logs.mean()
-    return float(prior[1] - prior[0])

@@ -97,3 +97,16 @@ def test_the_loss_without_a_gradient_is_that_with_one(columns):
     torch.testing.assert_close(measured.double(), want, rtol=1e-6, atol=0)
     if columns < 32_768:
         assert torch.equal(measured, learned.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_targets_and_their_rows_may_be_of_any_integer_dtype(dtype):
+    output, target, rows = torch.randn(3, 20), torch.tensor([4, 19, 0]), torch.tensor([0, 2, 2])
+    want = task_loss(SPECS["rank"], output, target, rows)
+    assert torch.equal(task_loss(SPECS["rank"], output, target.to(dtype), rows.to(dtype)), want)
+
+
+@pytest.mark.parametrize("rows", [[0, 3], [-1, 0]])
+def test_rows_that_the_output_does_not_have_are_refused(rows):
+    with pytest.raises(ValueError, match=r"target_row must be in 0\.\.2, the rows of the output"):
+        task_loss(SPECS["rank"], torch.randn(3, 20), torch.tensor([4, 0]), torch.tensor(rows))
