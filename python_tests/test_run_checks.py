@@ -61,16 +61,16 @@ def learn(dataset, out, name):
 
 
 def test_a_setting_younger_than_a_run_is_no_difference(write, tmp_path):
-    dataset, path = write({}), tmp_path / "run" / "manifest.json"
-    pretrain(dataset, tmp_path / "run")
-    manifest = json.loads(path.read_text())
-    del manifest["record"]["config"]["pretrain"]["valid_examples"]
-    path.write_text(json.dumps(manifest))
-    pretrain(dataset, tmp_path / "run")
-    manifest["record"]["config"]["pretrain"]["seed"] = 7
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="was made with pretrain.seed = 7, this call has 0"):
-        pretrain(dataset, tmp_path / "run")
+    dataset, out = write({}), tmp_path / "run"
+    model = pretrain(dataset, out)
+    record = store.read_manifest(out)["record"]
+    del record["config"]["pretrain"]["valid_examples"]
+    store.save_pretrained(model, out, record)
+    pretrain(dataset, out)
+    record["config"]["pretrain"]["seed"] = 7
+    store.save_pretrained(model, out, record)
+    with pytest.raises(ValueError, match=r"was made with pretrain\.seed = 7, this call has 0"):
+        pretrain(dataset, out)
 
 
 def test_a_table_that_leaks_is_not_learned(write, tmp_path):
