@@ -179,8 +179,8 @@ struct StoreRows {
 };
 
 // One vector of a pair of key rows: scores to P, grad_out v^T to dS / scale. The queries see the first of the keys from
-// lane `first` on, the second from the next; `odd`: there is no second. Lanes past the queries, whose inverse is 0, give
-// 0 whatever the keys hold.
+// lane `first` on, the second from the next; `odd`: there is no second. Lanes past the queries, whose inverse is 0,
+// give 0 whatever the keys hold.
 template <bool kMasked, bool kDs>
 inline __attribute__((always_inline)) void probabilities(const Queries& queries, const BlockMemory& memory, int64_t row,
                                                          int64_t pair_row, int64_t column, int64_t q, int64_t first,
