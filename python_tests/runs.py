@@ -2,9 +2,9 @@
 
 import torch
 
-from pcl_ext import run, store
+from pcl_ext import run, store, train
 from pcl_ext.data import Dataset, synthetic
-from pcl_ext.model import MemoryConfig
+from pcl_ext.model import BackboneConfig, MemoryConfig
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 BACKBONE = {"dim": 16, "num_heads": 1, "num_layers": 2, "max_len": 20}
@@ -22,6 +22,12 @@ def write_dataset(path):
 def pretrain(dataset, out):
     torch.set_num_threads(1)
     return run.pretrain(Dataset(dataset), out, BACKBONE, PRETRAIN)
+
+
+def pretrain_in_memory(dataset):
+    """A model of one epoch."""
+    torch.set_num_threads(1)
+    return train.pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1))[0]
 
 
 def learn(dataset, out):

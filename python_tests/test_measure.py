@@ -7,12 +7,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from runs import BACKBONE, write_dataset
+from runs import pretrain_in_memory, write_dataset
 
 from pcl_ext import infer
 from pcl_ext.data import Dataset
-from pcl_ext.model import BackboneConfig
-from pcl_ext.train import Judge, LearnConfig, PretrainConfig, pretrain
+from pcl_ext.train import Judge, LearnConfig, PretrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained(dataset):
-    torch.set_num_threads(1)
-    return pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1))[0]
+    return pretrain_in_memory(dataset)
 
 
 def test_early_stopping_looks_at_the_same_few_valid_users_each_epoch(dataset, pretrained):

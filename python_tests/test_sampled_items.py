@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import BACKBONE, write_dataset
+from runs import BACKBONE, pretrain_in_memory, write_dataset
 
 from pcl_ext import PackedBatch, loop, train
 from pcl_ext.data import Dataset, Examples
@@ -14,7 +14,7 @@ from pcl_ext.data.loader import ExampleBatch
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.sampled_items import SampledItemsLoss
 from pcl_ext.task import TaskSpec
-from pcl_ext.train import LearnConfig, PretrainConfig, adamw, learn_task, pretrain, task_rates
+from pcl_ext.train import LearnConfig, adamw, learn_task, task_rates
 
 HISTORIES = [[3, 9, 4, 40, 17, 6, 9], [12], [], [50, 21, 2, 33, 8, 45]]  # the model reads 4
 TARGETS = [[5, 22], [13], [18, 30, 7], []]
@@ -117,8 +117,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained(dataset):
-    torch.set_num_threads(1)
-    return pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1))[0]
+    return pretrain_in_memory(dataset)
 
 
 def learn(pretrained, dataset, checkpoint=None, memory=None, **settings):

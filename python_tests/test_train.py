@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import BACKBONE, write_dataset
+from runs import BACKBONE, pretrain_in_memory, write_dataset
 
 from pcl_ext import infer, item_start
 from pcl_ext.data import Dataset, make_batch
@@ -223,8 +223,7 @@ def bags_of(memory, history):
 
 @pytest.fixture(scope="module")
 def pretrained(dataset):
-    torch.set_num_threads(1)
-    return pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1))[0]
+    return pretrain_in_memory(dataset)
 
 
 @pytest.mark.parametrize(("item_rows", "strengths"), [(1000, (3.0,)), (40, (3.0,)), (1000, (100.0, 3.0, 0.5))])
