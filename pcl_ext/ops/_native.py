@@ -141,8 +141,8 @@ def call(op, kernel, *args):
         if kind is Tensor or kind is Parameter or isinstance(a, Tensor):
             if grad and a.requires_grad:
                 return op(*args)
-            # what lies in memory may still be to be conjugated or negated, which the dispatcher does
-            ordinary = ordinary and (kind is Tensor or kind is Parameter) and not (a.is_neg() or a.is_conj())
+            # what lies in memory may still be to be negated, which the dispatcher does
+            ordinary = ordinary and (kind is Tensor or kind is Parameter) and not a.is_neg()
     return kernel(*args) if ordinary else below_autograd(op, *args)
 
 

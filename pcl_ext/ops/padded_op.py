@@ -21,7 +21,7 @@ def check_padded_values(offsets: Tensor, total: int, total_name: str, max_seqlen
 
 def to_padded(packed, offsets, max_seqlen, fill):
     """padded [B, max_seqlen, ...]."""
-    packed, offsets = packed_rows(packed, 1), offsets.contiguous()
+    packed, offsets = packed_rows(packed.resolve_conj(), 1), offsets.contiguous()
     batch, (total, *row) = offsets.shape[0] - 1, packed.shape
     padded = torch.empty(batch, max_seqlen, *row, dtype=packed.dtype, device=packed.device)
     padding = None if fill == 0 else packed.new_full(row, fill)
@@ -43,7 +43,7 @@ def to_padded_fake(packed, offsets, max_seqlen, fill):
 
 def to_packed(padded, offsets, total):
     """packed [total, ...]."""
-    padded, offsets = packed_rows(padded, 2), offsets.contiguous()
+    padded, offsets = packed_rows(padded.resolve_conj(), 2), offsets.contiguous()
     batch, max_seqlen, *row = padded.shape
     packed = torch.empty(total, *row, dtype=padded.dtype, device=padded.device)
     size, (history_stride, row_stride, *_) = padded.element_size(), padded.stride()
