@@ -13,6 +13,7 @@ from pcl_ext import ops
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model.config import BackboneConfig
 from pcl_ext.model.conv_layer import ConvLayer
+from pcl_ext.model.dropout import Dropout
 from pcl_ext.model.layout import LayerPrefix, Layout
 
 
@@ -29,7 +30,7 @@ class Layer(nn.Module):
         self.norm_ffn = nn.LayerNorm(config.dim)
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, layout: Layout, before: tuple[Tensor, Tensor] | None, read: str
@@ -105,7 +106,7 @@ class Backbone(nn.Module):
             for depth in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.register_buffer("trained_items", torch.zeros(config.num_items + 1, dtype=torch.bool))
 
     def embed(

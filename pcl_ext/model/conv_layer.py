@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pcl_ext import ops
 from pcl_ext.model.config import BackboneConfig
+from pcl_ext.model.dropout import Dropout
 from pcl_ext.model.layout import Layout
 
 KERNEL = 3
@@ -27,7 +28,7 @@ class ConvLayer(nn.Module):
         self.norm_in = nn.LayerNorm(dim)
         self.conv_out = nn.Conv1d(dim, dim, KERNEL, dilation=2 * dilation)
         self.norm_out = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, layout: Layout, before: tuple[Tensor, Tensor] | None, read: str

@@ -96,7 +96,7 @@ class _Block:
             inside = (column >= first) & (column < last)
             scores[row[inside], column[inside] - first] = -torch.inf
         if self.older is not None:
-            scores.masked_fill_(self.older.among(first, last), -torch.inf)
+            self.older.hide(scores, first, last)
         return scores, at
 
     def add_gradients(self, grad_queries: Tensor, grad_table: Tensor, grad_bias: Tensor, columns: int) -> Tensor:
@@ -108,9 +108,14 @@ class _Block:
             normal = torch.stack([torch.logsumexp(self.scores(*run)[0], 1) for run in runs]).logsumexp(0)
         for first, last in runs:
             scores, at = self.scores(first, last)
-            scores -= (torch.logsumexp(scores, 1) if normal is None else normal)[:, None]
+            scores -= scores.amax(1, keepdim=True) if normal is None else normal[:, None]
             total = total + scores[at].sum()
-            scores.exp_()[at] -= 1.0
+            scores.exp_()
+            if normal is None:
+                mass = scores.sum(1, keepdim=True)
+                total = total - mass.log().sum()
+                scores /= mass
+            scores[at] -= 1.0
             grad_bias[first:last] += scores.sum(0)
             scores = scores.to(self.queries.dtype)
             grad_queries += scores @ self.table[first:last]
@@ -119,22 +124,24 @@ class _Block:
 
 
 class _Older:
-    """What the users of some rows, start .. start + count, have seen before these."""
+    """What the users of some rows, start .. start + count, have seen before these.
+
+    Few users have: those whose history is longer than a window, and most of their rows are consecutive.
+    """
 
     def __init__(self, columns: Tensor, offsets: Tensor, users: Tensor, start: int, count: int):
-        users = users[start : start + count]
-        ends = offsets[int(users[0]) : int(users[-1]) + 2]
-        column, user = columns[int(ends[0]) : int(ends[-1])], torch.repeat_interleave(ends.diff())
-        listed = column >= 0
-        self.users, self.count, self.pairs = users - users[0], len(ends) - 1, (user[listed], column[listed])
+        users, counts = torch.unique_consecutive(users[start : start + count], return_counts=True)
+        ends = counts.cumsum(0)
+        self.runs = []
+        bounds = torch.stack([ends - counts, ends, offsets[users], offsets[users + 1]], 1)
+        for row, last_row, column, last_column in bounds[bounds[:, 2] < bounds[:, 3]].tolist():
+            self.runs.append((row, last_row, columns[column:last_column]))
 
-    def among(self, first: int, last: int) -> Tensor:
-        """[rows, last - first] bool."""
-        user, column = self.pairs
-        inside = (column >= first) & (column < last)
-        held = torch.zeros(self.count, last - first, dtype=torch.bool, device=column.device)
-        held[user[inside], column[inside] - first] = True
-        return held[self.users]
+    def hide(self, scores: Tensor, first: int, last: int) -> None:
+        """Take what was seen out of the scores [rows, last - first] of these columns."""
+        for row, last_row, columns in self.runs:
+            inside = columns[(columns >= first) & (columns < last)]
+            scores[row:last_row].index_fill_(1, inside - first, -torch.inf)
 
 
 def _seen_pairs(columns: Tensor, first: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
