@@ -99,6 +99,27 @@ class Summary:
         gains["mean"] = np.mean(list(gains.values()), axis=0)
         return {task: Gain(float(gain.mean()), _error(gain)) for task, gain in gains.items()}
 
+    def hindsight(self, ours: str, methods: tuple[str, ...]) -> Gain | None:
+        """What picking the best of these methods, ours among them, by the test users, for each task, fold and seed that
+        all have, would gain over `ours`, a mean over tasks: no method, but no choice among them can gain more. None
+        where they have nothing in common."""
+        shared = set.intersection(*(set(self.values[name]) for name in (ours, *methods)))
+        folds = sorted({fold for fold, _ in shared})
+        if not folds:
+            return None
+
+        def gain(key: Key, task: str, metric: str) -> float:
+            ratios = [self.values[name][key][task] / self.values[ours][key][task] - 1.0 for name in (ours, *methods)]
+            return max(ratios) if higher_is_better(metric) else -min(ratios)
+
+        means = np.array(
+            [
+                np.mean([gain(key, *item) for key in shared if key[0] == f for item in self.metric.items()])
+                for f in folds
+            ]
+        )
+        return Gain(float(means.mean()), _error(means))
+
 
 def summarise(out: Path) -> Summary:
     lines, matrices = records.read_lines(out / "results.jsonl"), records.read_lines(out / "matrices.jsonl")

@@ -129,6 +129,7 @@ def test_one_line_a_result_and_a_run_that_is_complete_does_nothing(plan, out, in
     tables = write_table(out).read_text()
     assert "| pcl over | next | segment | range | mean |" in tables
     assert [tables.count(f"| {name} |") for name in plan.methods] == [2, 2, 2, 2, 1]
+    assert "The best of all for each task, picked by the test users: +" in tables
 
 
 def test_gains_are_paired_by_fold():
@@ -146,6 +147,22 @@ def test_gains_are_paired_by_fold():
     assert gains.keys() == expected.keys()
     assert all((gains[t].mean, gains[t].error) == pytest.approx(expected[t]) for t in expected)
     assert summary.paired("pcl", "ewc") == {}
+
+
+def test_hindsight_picks_by_task_fold_and_seed():
+    metric = {"segment": "accuracy", "spend": "rmse"}
+    values = {
+        "pcl": {("a", 0): {"segment": 0.5, "spend": 2.0}, ("b", 0): {"segment": 0.8, "spend": 1.0}},
+        "mtl": {("a", 0): {"segment": 0.6, "spend": 3.0}, ("b", 0): {"segment": 0.4, "spend": 0.5}},
+        "ewc": {("a", 0): {"segment": 0.1, "spend": 1.0}, ("b", 1): {"segment": 0.9, "spend": 0.1}},
+    }
+    summary = Summary({}, values, {}, metric, {}, {})
+    picked = summary.hindsight("pcl", ("mtl",))  # a: +20 %, 0; b: 0, +50 %
+    assert (picked.mean, picked.error) == pytest.approx((0.175, 0.075))
+    picked = summary.hindsight("pcl", ("mtl", "ewc"))  # a alone is shared: +20 %, +50 %
+    assert picked.mean == pytest.approx(0.35)
+    assert summary.hindsight("pcl", ()).mean == 0
+    assert Summary({}, values | {"hat": {("c", 0): {}}}, {}, metric, {}, {}).hindsight("pcl", ("hat",)) is None
 
 
 def test_the_strongest_baseline_is_the_one_that_is_hardest_to_beat():
