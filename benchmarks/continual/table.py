@@ -10,7 +10,7 @@ from benchmarks.continual.summary import Gain, Summary, summarise
 
 
 def write_table(out: Path, ours: str = "pcl") -> Path:
-    """table.md in the folder of a comparison: results by method, ours' relative gain over each by task, and what picking
+    """table.md in the folder of a comparison: results by method, ours' relative gain over each by task, what picking
     with hindsight would gain; -> its path. ValueError where there are no results."""
     summary = summarise(out)
     heads = ["method", "folds x seeds", *summary.metric, "mean", f"{ours} over it, mean", "forgetting"]
