@@ -54,7 +54,7 @@ class Setting:
         readout: what the heads read, a key of READOUTS
         rate: learning rate of what the method trains besides readout and head
         memory_rate, head_rate: of readout and head, as `LearnConfig` has them
-        strength: weight of the method's own penalty
+        strength: weight of the method's own penalty; of joint training, of the tasks after T1
         dropout: on what the head reads of the backbone's states; None is the package's default
         keep: share of the free weights a task keeps (CONURE)
         memory: what a task of PCL stores; None is the package's default (pcl-eq1: Eq. 1)
@@ -99,13 +99,13 @@ GRID: dict[str, list[Setting]] = {
     "cheap": [Setting()],
     "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2)),
     "pooled-probe": _product(readout=("pooled",), head_rate=(2e-3, 1e-2)),
-    "single": _product(rate=(1e-3, 3e-3)),
+    "single": _product(rate=(1e-4, 1e-3)),
     "copy": _product(rate=(3e-5, 3e-4)),
     "fine": _product(rate=(1e-4, 1e-3)),
     "mtl": _product(rate=(1e-4, 1e-3)),
-    "mtl-scratch": _product(rate=(1e-3, 3e-3)),
+    "mtl-scratch": _product(rate=(PretrainConfig.learning_rate,), strength=(0.1, 0.3)),
     "mmoe": _product(rate=(1e-4, 1e-3)),
-    "mmoe-scratch": _product(rate=(1e-3, 3e-3)),
+    "mmoe-scratch": _product(rate=(PretrainConfig.learning_rate,), strength=(0.1, 0.3)),
     "ewc": _product(rate=(3e-4,), strength=(1e2, 1e4)),
     "lwf": _product(rate=(3e-4,), strength=(1.0, 4.0)),
     "hat": _product(rate=(3e-4, 1e-3), strength=(0.75,)),

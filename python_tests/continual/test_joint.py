@@ -1,5 +1,7 @@
 """Joint training: every task in a step, each task at its own best epoch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,6 +23,27 @@ def test_joint_training_has_every_task_in_a_step(method, learner):
     for name in ("next", *made.world.tasks):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in made.model.task(name).head.parameters()), name
     assert made.model.backbone.layers[0].qkv.weight.grad.abs().sum() > 0
+
+
+def test_the_weight_of_the_later_tasks_scales_what_they_ask_of_the_backbone(learner):
+    made, grads = learner("mtl-scratch"), {}
+    for name in made.world.tasks:
+        made.start_task(name)
+    made.union = Union(made.world.dataset, {n: made.world.train_examples(n) for n in made.world.tasks})
+    made.next_batches, made.next_loss = made.next_problem(PretrainConfig())
+    batch = next(iter(made.batches(0)[1]))
+    for parameter in made.model.task("next").head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # at zero it asks nothing of the backbone
+    made.eval()
+    for strength in (0.0, 0.1, 1.0):
+        made.zero_grad()
+        made.world = replace(made.world, setting=replace(made.world.setting, strength=strength))
+        made.joint_loss(batch).backward()
+        grads[strength] = made.model.backbone.layers[0].qkv.weight.grad.clone()
+    assert grads[0.0].abs().sum() > 0
+    later = grads[1.0] - grads[0.0]
+    assert later.abs().sum() > 0
+    torch.testing.assert_close(grads[0.1], grads[0.0] + 0.1 * later, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["mtl", "mmoe"])
