@@ -32,8 +32,9 @@ def test_the_weight_of_the_later_tasks_scales_what_they_ask_of_the_backbone(lear
     made.union = Union(made.world.dataset, {n: made.world.train_examples(n) for n in made.world.tasks})
     made.next_batches, made.next_loss = made.next_problem(PretrainConfig())
     batch = next(iter(made.batches(0)[1]))
-    for parameter in made.model.task("next").head.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)  # at zero it asks nothing of the backbone
+    for task in made.model.tasks.values():
+        for parameter in task.head.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)  # at zero they ask nothing of the backbone
     made.eval()
     for strength in (0.0, 0.1, 1.0):
         made.zero_grad()
