@@ -16,6 +16,7 @@ from pcl_ext.data.tablefile import NULLS
 from pcl_ext.data.times import TimeColumn
 
 _LOG = logging.getLogger(__name__)
+_ROWS = 1 << 20  # of a log that are sorted at a time
 
 
 @dataclass
@@ -226,5 +227,13 @@ def _null_words_as_null(events: pa.Table, name: str) -> pa.Table:
 
 
 def first_of_pairs(a: np.ndarray, b: np.ndarray, width: int) -> np.ndarray:
-    """Positions, rising, of the first row of each (a, b); b is below `width`."""
-    return np.sort(np.unique(a.astype(np.int64) * width + b, return_index=True)[1])
+    """Positions, rising, of the first row of each (a, b); a never decreases, b is below `width`. Some rows at a time:
+    sorting all at once would take several times their memory."""
+    begin, found = 0, [np.empty(0, np.int64)]
+    while begin < len(a):
+        last = a[min(begin + _ROWS, len(a)) - 1]
+        part = slice(begin, np.searchsorted(a, last, "right"))
+        keys = a[part].astype(np.int64) * width + b[part]
+        found.append(begin + np.sort(np.unique(keys, return_index=True)[1]))
+        begin = part.stop
+    return np.concatenate(found)
