@@ -30,7 +30,7 @@ def make_model(*tasks, seed=0, placement="both"):
 
 
 def add(model, name, placement="both"):
-    task = model.add_task(SPECS[name], MemoryConfig(placement=placement, prompt_len=2, item_width=2))
+    task = model.add_task(SPECS[name], MemoryConfig(placement=placement, prompt_len=2, item_width=2, tied=False))
     for parameter in task.parameters():
         parameter.data.normal_()
     model.freeze_task(name)

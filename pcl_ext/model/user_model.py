@@ -70,6 +70,8 @@ class UserModel(nn.Module):
         if spec.name in self.tasks:
             raise ValueError(f"task {spec.name!r} is there already; remove_task it first")
         config = config or MemoryConfig()
+        if spec.kind == "items" and config.tied is None and not closed:
+            self._warn_of_untrained(spec.name)
         task = Task(
             spec, config, self.backbone, self._earlier(spec.name, config, depends_on if closed else None), closed=closed
         )
@@ -81,6 +83,17 @@ class UserModel(nn.Module):
             task.freeze()
         self.tasks[spec.name] = task.to(self.backbone.table).train(self.training and not closed)
         return task
+
+    def _warn_of_untrained(self, name: str) -> None:
+        """A backbone pretrained elsewhere, of which nobody said what it knows."""
+        backbone = self.backbone
+        if not backbone.trained_items.any() and next(backbone.parameters(), None) is None:
+            warnings.warn(
+                f"task {name!r}: none of the frozen backbone's items is marked as trained, so the task gets an output "
+                "table of its own, which starts from nothing; mark them first (backbone.trained_items[ids] = True), or "
+                "say MemoryConfig(tied=False)",
+                stacklevel=3,
+            )
 
     def _earlier(self, name: str, config: MemoryConfig, names: Sequence[str] | None) -> list[Task]:
         """Tasks whose readouts a new one reads: those named, else all closed ones that read what it reads."""

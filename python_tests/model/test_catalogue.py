@@ -1,10 +1,13 @@
 """The catalogue of an items task: which columns its targets are, and that none of it is saved."""
 
+import warnings
+
 import pytest
 import torch
 from test_user_model import SPECS, V, add, model  # noqa: F401 (a fixture)
 
-from pcl_ext import TaskSpec, task_loss
+from pcl_ext import BackboneConfig, MemoryConfig, TaskSpec, UserModel, task_loss
+from pcl_ext.model import Backbone
 from pcl_ext.model.catalogue import Catalogue
 
 
@@ -110,3 +113,22 @@ def test_targets_and_their_rows_may_be_of_any_integer_dtype(dtype):
 def test_rows_that_the_output_does_not_have_are_refused(rows):
     with pytest.raises(ValueError, match=r"target_row must be in 0\.\.2, the rows of the output"):
         task_loss(SPECS["rank"], torch.randn(3, 20), torch.tensor([4, 0]), torch.tensor(rows))
+
+
+def test_a_frozen_backbone_that_nobody_marked_warns_of_an_items_task():
+    spec, made = TaskSpec("buy", "items"), UserModel(Backbone(BackboneConfig(num_items=9, dim=8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.add_task(spec)  # what pretraining does
+        made.remove_task("buy")
+        made.freeze_backbone()
+        made.add_task(spec, MemoryConfig(tied=False))
+        made.add_task(TaskSpec("click", "binary"))
+        made.remove_task("buy")
+    with pytest.warns(UserWarning, match="'buy'.*none of the frozen backbone's items is marked"):
+        made.add_task(spec)
+    made.remove_task("buy")
+    made.backbone.trained_items[1:] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert made.add_task(spec).tied
