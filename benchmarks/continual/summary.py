@@ -100,25 +100,19 @@ class Summary:
         return {task: Gain(float(gain.mean()), _error(gain)) for task, gain in gains.items()}
 
     def hindsight(self, ours: str, methods: tuple[str, ...]) -> Gain | None:
-        """What picking the best of these methods, ours among them, by the test users, for each task, fold and seed that
-        all have, would gain over `ours`, a mean over tasks: no method, but no choice among them can gain more. None
-        where they have nothing in common."""
+        """What picking by the test users gains over `ours`: for each task, fold and seed the best of it and of these
+        methods; a mean over tasks. No method can be chosen so: it says what any choice among them can gain at most. On
+        the folds and seeds that all have; None where there are none."""
         shared = set.intersection(*(set(self.values[name]) for name in (ours, *methods)))
-        folds = sorted({fold for fold, _ in shared})
-        if not folds:
-            return None
-
-        def gain(key: Key, task: str, metric: str) -> float:
-            ratios = [self.values[name][key][task] / self.values[ours][key][task] - 1.0 for name in (ours, *methods)]
-            return max(ratios) if higher_is_better(metric) else -min(ratios)
-
-        means = np.array(
-            [
-                np.mean([gain(key, *item) for key in shared if key[0] == f for item in self.metric.items()])
-                for f in folds
-            ]
-        )
-        return Gain(float(means.mean()), _error(means))
+        folds: dict[str, list[float]] = defaultdict(list)
+        for key in shared:
+            for task, metric in self.metric.items():
+                values = np.array([self.values[name][key][task] for name in (ours, *methods)])
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    ratios = values / values[0] - 1.0
+                folds[key[0]].append(ratios.max() if higher_is_better(metric) else -ratios.min())
+        means = np.array([np.mean(gains) for gains in folds.values()])
+        return Gain(float(means.mean()), _error(means)) if folds else None
 
 
 def summarise(out: Path) -> Summary:

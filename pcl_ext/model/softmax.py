@@ -126,7 +126,7 @@ class _Block:
 class _Older:
     """What the users of some rows, start .. start + count, have seen before these.
 
-    Few users have: those whose history is longer than a window. A user's rows are consecutive.
+    A user's rows are consecutive, and who has seen anything before has a whole window of them: such users are few.
     """
 
     def __init__(self, columns: Tensor, offsets: Tensor, users: Tensor, start: int, count: int):
