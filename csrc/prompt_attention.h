@@ -48,8 +48,9 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
                               int threads);
 
 // On CUDA the offsets, prefixes and indices of the plan are all that is read, unchecked: whatever they hold, nothing
-// outside the tensors is touched. Head widths are multiples of 16 up to 128 that fit; rows and heads lie at multiples
-// of 16 bytes. The largest score in stats is one in base 2, times log2(e). Returns CUDA's error number.
+// outside the tensors is touched. Rows before the first history and after the last are 0, and so are their gradients.
+// Head widths are multiples of 16 up to 128 that fit; rows and heads lie at multiples of 16 bytes. The largest
+// score in stats is one in base 2, times log2(e). Returns CUDA's error number.
 //
 // Bytes moved, E the size of T H d numbers: forward 4 E (q, k, v, out), more where own keys of a history past 64 rows
 // are read again, by way of L2. Backward:

@@ -272,6 +272,19 @@ __device__ __forceinline__ void for_groups(const Attention<T>& attention, const 
   }
 }
 
+// Zeros, in a head of packed rows, where no history has any: before the first and after the last. A captured graph may
+// have room for more rows than a batch has. Blocks share them as they share groups.
+template <class T, int kDim>
+__device__ __forceinline__ void clear_rows_of_none(const Histories& runs, T* rows, int num_heads) {
+  constexpr int kUnits = kDim * static_cast<int>(sizeof(T)) / 16;
+  const int64_t before = runs.begin(0), after = runs.begin(runs.batch), count = before + runs.total - after;
+  const int64_t stride = static_cast<int64_t>(num_heads) * kDim;
+  for (int64_t i = block_x() * kThreads + thread_index(); i < count * kUnits; i += grid_x() * kThreads) {
+    const int64_t other = i / kUnits, row = other < before ? other : other - before + after;
+    store(reinterpret_cast<Vec16*>(rows + row * stride + block_y() * kDim) + i % kUnits, Vec16{});
+  }
+}
+
 // Pieces of prefixes that a pass keeps in shared memory, beside `more` bytes: as many as there is room for.
 template <class Memory>
 int prefix_tiles_of(const AttentionArgs& args, int more = 0) {

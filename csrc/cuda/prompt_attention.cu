@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
   const PassMemory<T, kDim, 1> memory{shared_memory()};
   for_groups(attention, memory,
              [&](int head) { pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, work); });
+  clear_rows_of_none<T, kDim>(attention.slots.runs, out, attention.num_heads);
 }
 
 template <class T>
@@ -140,7 +141,7 @@ bool prompt_attention_cuda_fits(int64_t head_dim, Scalar dtype) {
 }
 
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream) {
-  if (args.total == 0 || args.num_heads == 0 || args.plan.batch == 0) return 0;
+  if (args.total == 0 || args.num_heads == 0) return 0;
   switch (dtype) {
     case Scalar::kBfloat16:
       return forward<bf16>(args, out, stats, stream);

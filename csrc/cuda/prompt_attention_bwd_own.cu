@@ -236,6 +236,10 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
     sync_threads();
     work.prefix.write();
   }
+  const Histories& histories = attention.slots.runs;
+  if (grads.q != nullptr) clear_rows_of_none<T, kDim>(histories, grads.q, attention.num_heads);
+  if (grads.own.k != nullptr) clear_rows_of_none<T, kDim>(histories, grads.own.k, attention.num_heads);
+  if (grads.own.v != nullptr) clear_rows_of_none<T, kDim>(histories, grads.own.v, attention.num_heads);
 }
 
 template <class T, int kDim>

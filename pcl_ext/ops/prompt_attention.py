@@ -32,7 +32,8 @@ def prompt_attention(
     b attends to all of prefix_index[b] and to rows <= i of b (all rows of b when causal is False). scale multiplies the
     scores, 1 / sqrt(d) by default. plan is what attention_plan(offsets, prefix_offsets, prefix_index) returned.
     On CUDA the kernels take float32, bfloat16 and float16 in head widths that are multiples of 16 up to 128, or to 80
-    (float32) and 112 on GPUs with 99 KB of shared memory a block.
+    (float32) and 112 on GPUs with 99 KB of shared memory a block. They do not check the offsets' values: rows
+    before the first and after the last are 0 and get no gradient, so that a captured graph may have rows to spare.
     Under autocast, float32 tensors are cast to its dtype. Raises ValueError or TypeError naming what is wrong.
     """
     q, k, v, prefix_k, prefix_v = autocast(q, k, v, prefix_k, prefix_v)

@@ -177,6 +177,25 @@ def test_hostile_values_stay_inside(name, index, cuda):
     assert all(torch.equal(rows[n], guard) for n, guard in guards.items())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offsets", [[0, 9, 48], [3, 12, 51], [0], [70]], ids=str)
+def test_rows_of_no_history_are_zeros(offsets, dtype, cuda):
+    """Of more rows than the histories have, as in a captured graph: they give 0, and so do their gradients."""
+    first, last = offsets[0], offsets[-1]
+    fewer = on(make([70], [16], dtype=dtype), cuda)
+    grad_out = some_grad(fewer)
+    fewer.offsets = torch.tensor(offsets, device=cuda)
+    own = {n: x if n.startswith("prefix") else x.detach()[first:last] for n, x in fewer.rows.items()}
+    case = on(Case(own, fewer.offsets - first, fewer.prefix_offsets, None), cuda)
+    got, want = fewer.run_with_grads(grad_out, impl="fused"), case.run_with_grads(grad_out[first:last], impl="fused")
+    for name in ("out", "q", "k", "v"):
+        assert torch.equal(got[name][first:last], want[name])
+        assert not got[name][:first].any()
+        assert not got[name][last:].any()
+    for name in ("prefix_k", "prefix_v"):
+        torch.testing.assert_close(got[name], want[name], rtol=1e-2, atol=1e-2)
+
+
 def test_other_head_widths_take_the_twin(cuda):
     case = on(make([5, 3], dim=20), cuda)
     assert torch.equal(case.run(), case.run(impl="reference"))
