@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pcl_ext import ops
 
@@ -86,6 +86,17 @@ class PackedBatch:
             kept.append(known[first:])
         older = Older(*_packed(before)) if any(map(len, before)) else None
         return cls.from_packed(*_packed(kept)[:2], dropped, older)
+
+    @classmethod
+    def from_padded(cls, padded: Tensor) -> PackedBatch:
+        """Histories as the rows of padded [B, L] int32 or int64, oldest first; 0 is padding, on whichever side.
+
+        All ids are read: cut to the newest `max_len` of the backbone before. Raises ValueError as `from_packed` does.
+        """
+        if padded.dim() != 2 or padded.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"padded must be [B, L] int32 or int64, got {list(padded.shape)} {padded.dtype}")
+        known = padded != 0
+        return cls.from_packed(padded[known], nn.functional.pad(known.sum(1).cumsum(0), (1, 0)))
 
     @classmethod
     def from_stored(cls, values, offsets, rows, cut, max_len: int) -> PackedBatch:

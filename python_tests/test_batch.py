@@ -44,6 +44,31 @@ def test_stored_histories_are_read_as_lists_are(max_len):
             assert torch.equal(one.on_host, other.on_host)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_padding_is_left_out_on_either_side(dtype):
+    padded = torch.tensor([[3, 1, 2, 0], [0, 0, 5, 4], [0, 0, 0, 0], [1, 2, 3, 4]], dtype=dtype)
+    got = PackedBatch.from_padded(padded)
+    want = PackedBatch.from_lists([[3, 1, 2], [5, 4], [], [1, 2, 3, 4]], num_items=5, max_len=4)
+    assert got.items.dtype == dtype
+    assert got.items.tolist() == want.items.tolist()
+    assert torch.equal(got.offsets, want.offsets)
+    assert torch.equal(got.on_host, want.on_host)
+    assert (got.max_seqlen, len(PackedBatch.from_padded(padded[:0]))) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("padded", "message"),
+    [
+        (torch.tensor([1, 2]), r"padded must be \[B, L\] int32 or int64, got \[2\] torch.int64"),
+        (torch.ones(2, 3), r"padded must be \[B, L\] int32 or int64, got \[2, 3\] torch.float32"),
+        (torch.tensor([[1, 0], [-100, 2]]), "items must be ids from 1 up, got -100 in row 1"),
+    ],
+)
+def test_what_is_no_padded_block_is_named(padded, message):
+    with pytest.raises(ValueError, match=message):
+        PackedBatch.from_padded(padded)
+
+
 def test_no_history_at_all():
     batch = PackedBatch.from_lists([], num_items=5, max_len=2)
     assert (len(batch), batch.max_seqlen, batch.items.numel()) == (0, 0, 0)
