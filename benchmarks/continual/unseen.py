@@ -55,7 +55,7 @@ class Few(Learner):
         return self.model(history, name)
 
     def encode(self, history, name: str, view=None):
-        return self.model._encode(history, [self.model.task(name)], None)
+        return self.model.read(history, name)
 
     def trained(self) -> list:
         return []

@@ -192,6 +192,11 @@ def freeze(module: nn.Module) -> None:
     module.eval()
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter is left below `module`."""
+    return next(module.parameters(), None) is None
+
+
 _TAKEN = frozenset(dir(nn.ModuleDict()))
 
 

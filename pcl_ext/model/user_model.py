@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model.answers import answer, as_rows, check_k
-from pcl_ext.model.backbone import Backbone, NamedModules, freeze
+from pcl_ext.model.backbone import Backbone, NamedModules, freeze, is_frozen
 from pcl_ext.model.config import MemoryConfig
-from pcl_ext.model.encoded import Encoded, Trunk, encode, encode_on_trunk
-from pcl_ext.model.layout import LayerPrefix, to_offsets
+from pcl_ext.model.encoded import Encoded
+from pcl_ext.model.many_tasks import encode_each, encode_rows
 from pcl_ext.model.memories import ContextualPrompt, hashed_text_vector
 from pcl_ext.model.task_module import Task
 from pcl_ext.model.user_state import UserState
 from pcl_ext.task import TaskSpec
-
-TAIL_ROWS = 16_384  # tails computed together: more would take memory and no less time
 
 
 class UserModel(nn.Module):
@@ -52,7 +49,7 @@ class UserModel(nn.Module):
 
     @property
     def backbone_frozen(self) -> bool:
-        return not any(True for _ in self.backbone.parameters())
+        return is_frozen(self.backbone)
 
     def add_task(
         self,
@@ -87,7 +84,7 @@ class UserModel(nn.Module):
     def _warn_of_untrained(self, name: str) -> None:
         """A backbone pretrained elsewhere, of which nobody said what it knows."""
         backbone = self.backbone
-        if not backbone.trained_items.any() and next(backbone.parameters(), None) is None:
+        if not backbone.trained_items.any() and self.backbone_frozen:
             warnings.warn(
                 f"task {name!r}: none of the frozen backbone's items is marked as trained, so the task gets an output "
                 "table of its own, which starts from nothing; mark them first (backbone.trained_items[ids] = True), or "
@@ -179,15 +176,15 @@ class UserModel(nn.Module):
             kind = type(batch).__name__
             raise TypeError(f"batch must be a PackedBatch, say of PackedBatch.from_lists, or a UserState, got {kind}")
         if task is not None and isinstance(batch, UserState):
-            ((_, encoded),) = self._encode_each(batch, {task: self.task(task)})
+            ((_, encoded),) = encode_each(self.backbone, batch, {task: self.task(task)})
             return self.task(task)(encoded, self.backbone.table)
         if isinstance(batch, UserState):
             raise ValueError("task_index takes a PackedBatch, got a UserState; give task, or read state.batch()")
         if task is not None:
-            return self.task(task)(self._encode(batch, [self.task(task)], None), self.backbone.table)
+            return self.task(task)(self.read(batch, task), self.backbone.table)
         names, index = torch.unique(self._check_task_index(batch, task_index), return_inverse=True)
         tasks = [self.tasks[self.task_names[place]] for place in names.tolist()]
-        encoded = self._encode(batch, tasks, index.to(self.device, non_blocking=True))
+        encoded = encode_rows(self.backbone, batch, tasks, index.to(self.device, non_blocking=True))
         outputs = {}
         for place, part in enumerate(tasks):
             rows = torch.nonzero(index == place)[:, 0]
@@ -198,7 +195,7 @@ class UserModel(nn.Module):
     def member_outputs(self, batch: PackedBatch, task: str) -> list[Tensor]:
         """As `forward` for one task, but the output of each of its members (`MemoryConfig.members`), to be trained on a
         loss of its own; `forward` gives their mean."""
-        return self.task(task).member_outputs(self._encode(batch, [self.task(task)], None), self.backbone.table)
+        return self.task(task).member_outputs(self.read(batch, task), self.backbone.table)
 
     def _check_task_index(self, batch: PackedBatch, index: Tensor) -> Tensor:
         """The index on the CPU: whose the rows are is what the host has to know."""
@@ -212,37 +209,7 @@ class UserModel(nn.Module):
 
     def read(self, batch: PackedBatch, task: str) -> Encoded:
         """The histories of a batch as the readouts of a task see them."""
-        return self._encode(batch, [self.task(task)], None)
-
-    def _encode(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> Encoded:
-        """Histories with each row's own prompts. index [B] int64 into tasks; None: all rows are of tasks[0].
-
-        While a tail prompt learns on a frozen backbone, what lies before it needs no gradient.
-        """
-        prompt, prompt_index = _stack_tails(tasks, index)
-        prefix = self._prefix(batch, tasks, index)
-        every_state = any(task.every_state for task in tasks)
-        learns = prompt is not None and prompt.requires_grad and torch.is_grad_enabled()
-        if learns and prefix is None and self.backbone_frozen:
-            return encode_on_trunk(self.backbone, batch, prompt, prompt_index, every_state=every_state)
-        return encode(self.backbone, batch, prompt, prompt_index, prefix, every_state=every_state)
-
-    def _prefix(self, batch: PackedBatch, tasks: list[Task], index: Tensor | None) -> LayerPrefix | None:
-        kept = [task.layer_prefix(self.backbone) for task in tasks]
-        present = [prefix for prefix in kept if prefix is not None]
-        if not present:
-            return None
-        if index is None:
-            return present[0]
-        index = _among_present(kept, index)
-        if len(present) == 1:
-            return replace(present[0], index=index)
-        keys, values = (
-            [torch.cat(rows) for rows in zip(*(getattr(prefix, name) for prefix in present))]
-            for name in ("keys", "values")
-        )
-        lengths = torch.stack([prefix.offsets[1] for prefix in present])
-        return LayerPrefix(keys, values, to_offsets(lengths), index)
+        return encode_rows(self.backbone, batch, [self.task(task)])
 
     def user_state(self, batch: PackedBatch, *, keep: int | None = None) -> UserState:
         """What is known of these users, to take new events by `extend` and to be read in place of a batch.
@@ -263,35 +230,8 @@ class UserModel(nn.Module):
             raise TypeError(f"tasks must be a list of names, got the str {tasks!r}")
         names = self.task_names if tasks is None else list(tasks)
         parts = {name: self.task(name) for name in names}
-        vectors = {name: parts[name].features(encoded) for name, encoded in self._encode_each(batch, parts)}
+        vectors = {name: parts[name].features(encoded) for name, encoded in encode_each(self.backbone, batch, parts)}
         return {name: vectors[name] for name in names}
-
-    def _encode_each(self, batch: PackedBatch | UserState, tasks: dict[str, Task]) -> Iterator[tuple[str, Encoded]]:
-        """The histories as each task reads them, in any order; few of them exist at a time."""
-        shared = {name: task for name, task in tasks.items() if task.prefix() is None}
-        tails = {name: task for name, task in shared.items() if task.tail() is not None and len(task.tail())}
-        plain = [name for name in shared if name not in tails]
-        state = batch if isinstance(batch, UserState) else None
-        every_state = any(task.every_state for task in shared.values())
-        if state is not None:
-            _check_state(state, tasks, shared, every_state)
-        for name, task in tasks.items():
-            if name not in shared or (state is None and len(shared) == 1 and tails):
-                yield name, self._encode(batch, [task], None)
-        if plain and (state is not None or not tails):
-            if state is not None:
-                encoded = state.read()
-            else:
-                encoded = encode(self.backbone, batch, None, None, None, every_state=every_state)
-            yield from ((name, encoded) for name in plain)
-            plain = []
-        if tails and (state is not None or len(shared) > 1):
-            longest = max(len(task.tail()) for task in tails.values())
-            if state is not None:
-                trunk = state.trunk(longest, every_state=every_state)
-            else:
-                trunk = Trunk.of(self.backbone, batch, longest, every_state=every_state)
-            yield from _read_tails(trunk, shared, [plain] if plain else [], list(tails))
 
     @torch.no_grad()
     def predict(self, histories: Sequence[Sequence[int]], task: str, k: int = 10) -> list[dict]:
@@ -312,60 +252,3 @@ class UserModel(nn.Module):
         finally:
             for part, training in modes:
                 part.training = training
-
-
-def _check_state(state: UserState, tasks: dict[str, Task], shared: dict[str, Task], every_state: bool) -> None:
-    if prefixed := [name for name in tasks if name not in shared]:
-        raise ValueError(
-            f"task {prefixed[0]!r} has a prefix, which every row of a history sees, and a UserState holds rows "
-            "without one; read state.batch() instead"
-        )
-    if every_state and not state.every_state:
-        name = next(name for name, task in shared.items() if task.every_state)
-        raise ValueError(f"task {name!r} reads the states of all rows; make the UserState with every_state=True")
-
-
-def _read_tails(
-    trunk: Trunk, tasks: dict[str, Task], plain: list[list[str]], tails: list[str]
-) -> Iterator[tuple[str, Encoded]]:
-    """Every way to read a trunk, and the tasks that read it so: one way for all `plain` ones, one for each with a tail.
-
-    What reads the newest states alone is kept apart from what reads all of them.
-    """
-    users = len(trunk.offsets) - 1
-    for every_state in (False, True):
-        ways = [
-            [name for name in way if tasks[name].every_state == every_state]
-            for way in plain + [[name] for name in tails]
-        ]
-        ways = [way for way in ways if way]
-        step = max(1, TAIL_ROWS // max(len(trunk.tail_items), 1))
-        for first in range(0, len(ways), step):
-            part = ways[first : first + step]
-            index = torch.arange(len(part), device=trunk.offsets.device).repeat_interleave(users)
-            prompt, index = _stack_tails([tasks[names[0]] for names in part], index)
-            for names, encoded in zip(
-                part, trunk.read(prompt, None if prompt is None else index, every_state, len(part))
-            ):
-                yield from ((name, encoded) for name in names)
-
-
-def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Tail prompts as one [K, P, D] (shorter ones padded with zero rows at the old end) and the prompt of each row."""
-    tails = [task.tail() for task in tasks]
-    longest = max((len(tail) for tail in tails if tail is not None), default=0)
-    if not longest:
-        return None, None
-    if index is None:
-        return tails[0][None], None
-    padded = [nn.functional.pad(tail, (0, 0, longest - len(tail), 0)) for tail in tails if tail is not None]
-    return torch.stack(padded), _among_present(tails, index)
-
-
-def _among_present(given: list, index: Tensor) -> Tensor:
-    """index [B] into what is given for each task, as an index into what is there; -1 where that is None."""
-    number, there = [], 0
-    for one in given:
-        number.append(-1 if one is None else there)
-        there += one is not None
-    return torch.tensor(number).to(index.device, non_blocking=True)[index]

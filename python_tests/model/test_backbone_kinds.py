@@ -125,7 +125,7 @@ def test_tasks_alone_together_and_mixed(model, placement):
 
 def test_a_prefix_is_rows_in_front_of_every_history(model):
     task, batch = add(model, "click", "prefix", 4), pack(histories())
-    shared = model.backbone(batch, prefix=model._prefix(batch, [task], None))
+    shared = model.backbone(batch, prefix=task.layer_prefix(model.backbone))
     own = model.backbone.embed(batch.items, batch.offsets).split(batch.lengths.tolist())
     lengths = [len(rows) + 4 for rows in own]
     rows = torch.cat([torch.cat([task.prefix(), part]) for part in own])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_user_model import SPECS, add, histories, model, pack  # noqa: F401 (a fixture)
 
-from pcl_ext.model import Backbone, BackboneConfig, UserModel, user_model
+from pcl_ext.model import Backbone, BackboneConfig, UserModel, many_tasks
 from pcl_ext.store import from_pretrained, save_pretrained, tensor_file
 from pcl_ext.task import TaskSpec
 
@@ -23,7 +23,7 @@ def add_many(model, placements):  # noqa: F811
 @pytest.mark.parametrize("rows", [1, 40, 16_384])
 @pytest.mark.parametrize("placements", [["tail"] * 7, ["none"] * 3, ["tail", "none", "none", "prefix", "both", "tail"]])
 def test_one_pass_equals_every_task_alone(model, monkeypatch, placements, rows):  # noqa: F811
-    monkeypatch.setattr(user_model, "TAIL_ROWS", rows)
+    monkeypatch.setattr(many_tasks, "TAIL_ROWS", rows)
     add_many(model, placements)
     batch = pack(histories())
     together, again = model.encode(batch), model.encode(batch)
@@ -39,7 +39,7 @@ def test_chunks_change_no_bit(model, monkeypatch):  # noqa: F811
     batch = pack(histories())
     with torch.no_grad():
         whole = model.encode(batch)
-        monkeypatch.setattr(user_model, "TAIL_ROWS", 30)
+        monkeypatch.setattr(many_tasks, "TAIL_ROWS", 30)
         parts = model.encode(batch)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 

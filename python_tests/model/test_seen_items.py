@@ -10,6 +10,7 @@ from test_user_model import PLACEMENTS, SPECS, add, histories, model, pack  # no
 from pcl_ext import Backbone, BackboneConfig, MemoryConfig, TaskSpec, UserModel, infer
 from pcl_ext.data import Dataset, DatasetWriter
 from pcl_ext.model.catalogue import SEEN_SCORE
+from pcl_ext.model.many_tasks import encode_each
 
 LENGTHS = [5, 0, 30, 60, 20]  # the model reads 20
 
@@ -56,7 +57,7 @@ def test_in_a_batch_that_mixes_tasks(model, placement):  # noqa: F811
 def test_where_several_tasks_share_a_pass(model, placement):  # noqa: F811
     add_items(model, placement)
     lists = histories(LENGTHS)
-    shared = dict(model._encode_each(pack(lists), dict(model.tasks.items())))
+    shared = dict(encode_each(model.backbone, pack(lists), dict(model.tasks.items())))
     check(model.task("rank"), model.task("rank")(shared["rank"], model.backbone.table), lists)
 
 

@@ -101,7 +101,7 @@ def test_a_zero_tail_prompt_is_the_frozen_backbone(model):
 def test_shared_prefix_equals_prompts_as_tokens_of_every_user(model):
     """Design: attention use 1. Naive: the prompt rows in front of every history, one long causal sequence each."""
     task, batch = add(model, "click", "prefix", 4), pack(histories())
-    shared = model.backbone(batch, prefix=model._prefix(batch, [task], None))
+    shared = model.backbone(batch, prefix=task.layer_prefix(model.backbone))
     rows = model.backbone.embed(batch.items, batch.offsets)
     pieces, lengths = [], []
     for user in range(len(batch)):
@@ -135,7 +135,7 @@ def test_computing_only_what_is_read_changes_nothing(model, placement, readout):
     grads = {name: p.grad.clone() for name, p in task.named_parameters()}
     model.zero_grad()
     prompt = None if task.tail() is None else task.tail()[None]
-    whole = encode(model.backbone, batch, prompt, None, model._prefix(batch, [task], None), every_state=True)
+    whole = encode(model.backbone, batch, prompt, None, task.layer_prefix(model.backbone), every_state=True)
     want = task(whole, model.backbone.table)
     torch.testing.assert_close(got, want)
     want.square().sum().backward()

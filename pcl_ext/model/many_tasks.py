@@ -1,0 +1,136 @@
+"""Histories read for many tasks at once: rows of a batch that belong to different tasks, and all tasks of each user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model.backbone import Backbone, is_frozen
+from pcl_ext.model.encoded import Encoded, Trunk, encode, encode_on_trunk
+from pcl_ext.model.layout import LayerPrefix, to_offsets
+from pcl_ext.model.task_module import Task
+from pcl_ext.model.user_state import UserState
+
+TAIL_ROWS = 16_384  # tails computed together: more would take memory and no less time
+
+
+def encode_rows(backbone: Backbone, batch: PackedBatch, tasks: list[Task], index: Tensor | None = None) -> Encoded:
+    """Histories with each row's own prompts. index [B] int64 into tasks; None: all rows are of tasks[0].
+
+    While a tail prompt learns on a frozen backbone, what lies before it needs no gradient.
+    """
+    prompt, prompt_index = _stack_tails(tasks, index)
+    prefix = _prefix_of_rows(backbone, tasks, index)
+    every_state = any(task.every_state for task in tasks)
+    learns = prompt is not None and prompt.requires_grad and torch.is_grad_enabled()
+    if learns and prefix is None and is_frozen(backbone):
+        return encode_on_trunk(backbone, batch, prompt, prompt_index, every_state=every_state)
+    return encode(backbone, batch, prompt, prompt_index, prefix, every_state=every_state)
+
+
+def _prefix_of_rows(backbone: Backbone, tasks: list[Task], index: Tensor | None) -> LayerPrefix | None:
+    kept = [task.layer_prefix(backbone) for task in tasks]
+    present = [prefix for prefix in kept if prefix is not None]
+    if not present:
+        return None
+    if index is None:
+        return present[0]
+    index = _among_present(kept, index)
+    if len(present) == 1:
+        return replace(present[0], index=index)
+    keys, values = (
+        [torch.cat(rows) for rows in zip(*(getattr(prefix, name) for prefix in present))] for name in ("keys", "values")
+    )
+    lengths = torch.stack([prefix.offsets[1] for prefix in present])
+    return LayerPrefix(keys, values, to_offsets(lengths), index)
+
+
+def encode_each(
+    backbone: Backbone, batch: PackedBatch | UserState, tasks: dict[str, Task]
+) -> Iterator[tuple[str, Encoded]]:
+    """The histories as each task reads them, in any order; few of them exist at a time."""
+    shared = {name: task for name, task in tasks.items() if task.prefix() is None}
+    tails = {name: task for name, task in shared.items() if task.tail() is not None and len(task.tail())}
+    plain = [name for name in shared if name not in tails]
+    state = batch if isinstance(batch, UserState) else None
+    every_state = any(task.every_state for task in shared.values())
+    if state is not None:
+        _check_state(state, tasks, shared, every_state)
+    for name, task in tasks.items():
+        if name not in shared or (state is None and len(shared) == 1 and tails):
+            yield name, encode_rows(backbone, batch, [task])
+    if plain and (state is not None or not tails):
+        if state is not None:
+            encoded = state.read()
+        else:
+            encoded = encode(backbone, batch, None, None, None, every_state=every_state)
+        yield from ((name, encoded) for name in plain)
+        plain = []
+    if tails and (state is not None or len(shared) > 1):
+        longest = max(len(task.tail()) for task in tails.values())
+        if state is not None:
+            trunk = state.trunk(longest, every_state=every_state)
+        else:
+            trunk = Trunk.of(backbone, batch, longest, every_state=every_state)
+        yield from _read_tails(trunk, shared, [plain] if plain else [], list(tails))
+
+
+def _check_state(state: UserState, tasks: dict[str, Task], shared: dict[str, Task], every_state: bool) -> None:
+    if prefixed := [name for name in tasks if name not in shared]:
+        raise ValueError(
+            f"task {prefixed[0]!r} has a prefix, which every row of a history sees, and a UserState holds rows "
+            "without one; read state.batch() instead"
+        )
+    if every_state and not state.every_state:
+        name = next(name for name, task in shared.items() if task.every_state)
+        raise ValueError(f"task {name!r} reads the states of all rows; make the UserState with every_state=True")
+
+
+def _read_tails(
+    trunk: Trunk, tasks: dict[str, Task], plain: list[list[str]], tails: list[str]
+) -> Iterator[tuple[str, Encoded]]:
+    """Every way to read a trunk, and the tasks that read it so: one way for all `plain` ones, one for each with a tail.
+
+    What reads the newest states alone is kept apart from what reads all of them.
+    """
+    users = len(trunk.offsets) - 1
+    for every_state in (False, True):
+        ways = [
+            [name for name in way if tasks[name].every_state == every_state]
+            for way in plain + [[name] for name in tails]
+        ]
+        ways = [way for way in ways if way]
+        step = max(1, TAIL_ROWS // max(len(trunk.tail_items), 1))
+        for first in range(0, len(ways), step):
+            part = ways[first : first + step]
+            index = torch.arange(len(part), device=trunk.offsets.device).repeat_interleave(users)
+            prompt, index = _stack_tails([tasks[names[0]] for names in part], index)
+            for names, encoded in zip(
+                part, trunk.read(prompt, None if prompt is None else index, every_state, len(part))
+            ):
+                yield from ((name, encoded) for name in names)
+
+
+def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Tail prompts as one [K, P, D] (shorter ones padded with zero rows at the old end) and the prompt of each row."""
+    tails = [task.tail() for task in tasks]
+    longest = max((len(tail) for tail in tails if tail is not None), default=0)
+    if not longest:
+        return None, None
+    if index is None:
+        return tails[0][None], None
+    padded = [nn.functional.pad(tail, (0, 0, longest - len(tail), 0)) for tail in tails if tail is not None]
+    return torch.stack(padded), _among_present(tails, index)
+
+
+def _among_present(given: list, index: Tensor) -> Tensor:
+    """index [B] into what is given for each task, as an index into what is there; -1 where that is None."""
+    number, there = [], 0
+    for one in given:
+        number.append(-1 if one is None else there)
+        there += one is not None
+    return torch.tensor(number).to(index.device, non_blocking=True)[index]
