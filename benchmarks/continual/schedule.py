@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.continual import records
 from benchmarks.continual.settings import GRID, Budget
-from benchmarks.continual.trial import Trial, conduct, pretrained
+from benchmarks.continual.trial import Trial, conduct, prepare_process, pretrained
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Plan:
 
 
 def _work(kind: str, trial: Trial, out: Path) -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    prepare_process()
     if kind == "pretrain":
         pretrained(trial, out)
     else:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.continual import records
 from benchmarks.continual.__main__ import folds_of
 from benchmarks.continual.settings import EQ1, GRID, QUICK, READOUTS, STOPS, Budget
-from benchmarks.continual.trial import Trial, make_learner, measure_one, pretrained, teach
+from benchmarks.continual.trial import Trial, make_learner, measure_one, prepare_process, pretrained, teach
 from benchmarks.continual.unseen import WAYS, learn_unseen
 from pcl_ext.data import Dataset
 from pcl_ext.model import MemoryConfig
@@ -168,7 +167,7 @@ def _line(variant: Variant, name: str, task: str, value: float) -> dict[str, Any
 
 
 def _work(variant: Variant, out: Path) -> dict[str, Any] | None:
-    torch.set_num_threads(1)
+    prepare_process()
     if variant.kind == "pretrain":
         pretrained(variant.trial, out)
         return None

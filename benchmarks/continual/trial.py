@@ -68,6 +68,12 @@ class Trial:
         return tuple(n for n in dataset.task_names if n != "next") if self.tasks is None else self.tasks
 
 
+def prepare_process() -> None:
+    """One thread, in which denormal numbers are 0: closing gates make weights of them, and they slow products down."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
 def pretrained(trial: Trial, out: Path):
     """The backbone that all methods of a fold and seed share; made where it is not there yet."""
     budget, dataset = trial.budget, trial.dataset()
