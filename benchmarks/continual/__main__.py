@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.continual.methods import NAMES
 from benchmarks.continual.page import write_page
+from benchmarks.continual.picture import write_picture
 from benchmarks.continual.schedule import Comparison, Plan
 from benchmarks.continual.settings import QUICK, STOPS, Budget
 from benchmarks.continual.table import write_table
@@ -55,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         Comparison(plan, options.out).run(options.jobs)
     finally:
         if (options.out / "results.jsonl").exists():
-            print(write_page(options.out), write_table(options.out), sep="\n")
+            written = write_page(options.out), write_table(options.out), write_picture(options.out)
+            print(*filter(None, written), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.continual.methods import CONTINUAL
+from benchmarks.continual.picture import new_figure, overview
 from benchmarks.continual.summary import Gain, Summary, contests, summarise
 from pcl_ext.report.charts import CHEAP, DPI, MUTED, OURS
 from pcl_ext.report.page import CSS, POLICY
@@ -25,7 +26,7 @@ def write_page(out: Path) -> Path:
         "<h1>PCL against multi-task and continual-learning baselines</h1>",
         f'<p class="quiet">{_safe(_runs(summary))}</p>',
         _section("Results", _note(_TABLE) + _table(summary)),
-        _section("PCL against each method", _note(_PAIRED) + _gains(summary)),
+        _section("PCL against each method", _note(_PAIRED) + _overview(summary) + _gains(summary)),
         _section("PCL against the best of each kind", _note(_BOOTSTRAP) + _intervals(summary, found) + _forest(found)),
         _section("Forgetting", _note(_CURVES) + _curves(summary)),
         _section("Result matrices", _note(_MATRIX) + "".join(_matrix(summary, name) for name in summary.rows)),
@@ -87,9 +88,8 @@ def _table(summary: Summary) -> str:
     lines = ["<tr><th>method</th>" + "".join(f"<th class=n>{head}</th>" for head in heads) + "</tr>"]
     for name, row in summary.rows.items():
         cells = [_value(row.value[task], row.deviation[task]) for task in summary.metric]
-        lost = [v for task, v in row.forgetting.items() if task != list(summary.metric)[-1]]
-        zero = all(v == 0 for v in lost)
-        cells += [f"{row.mean():.4f}", f"{summary.gain(name, base):+.1%}", "0" if zero else f"{np.mean(lost):+.4f}"]
+        lost = row.lost()
+        cells += [f"{row.mean():.4f}", f"{summary.gain(name, base):+.1%}", f"{lost:+.4f}" if lost else "0"]
         cells += [f"{row.parameters:,.0f}", f"{row.seconds:.1f}"]
         lines.append(f"<tr><td>{_safe(name)}</td>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
@@ -140,17 +140,16 @@ def _picture(figure, text: str) -> str:
     return f'<img alt="{_safe(text)}" src="data:image/png;base64,{data}">'
 
 
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+def _overview(summary: Summary) -> str:
+    figure = overview(summary)
+    return "" if figure is None else _picture(figure, "PCL's gain over each method, and what each forgets")
 
 
 def _forest(found: dict) -> str:
     """The mean gain over each opponent with its interval."""
     if not found:
         return ""
-    figure = _figure(8.5, 0.8 + 0.4 * len(found))
+    figure = new_figure(8.5, 0.8 + 0.4 * len(found))
     axes = figure.add_subplot()
     for place, (_, intervals) in enumerate(found.values()):
         part = intervals["mean"]
@@ -167,7 +166,7 @@ def _forest(found: dict) -> str:
 
 def _curves(summary: Summary) -> str:
     """What is left of the earlier tasks, after each task."""
-    figure = _figure(8.5, 4)
+    figure = new_figure(8.5, 4)
     axes = figure.add_subplot()
     for name in (*CONTINUAL, "pcl-eq1", "pcl"):
         if name not in summary.matrix or len(summary.matrix[name][0]) < 2:

@@ -33,6 +33,10 @@ class Row:
         """Mean over the tasks of the metric as it is."""
         return float(np.mean(list(self.value.values())))
 
+    def lost(self) -> float:
+        """Mean forgetting of all tasks but the last, which nothing came after."""
+        return float(np.mean(list(self.forgetting.values())[:-1] or [0.0]))
+
 
 @dataclass(frozen=True)
 class Gain:

@@ -36,14 +36,13 @@ def _line(summary: Summary, name: str, ours: str) -> list[str]:
     if ours in summary.rows and name != ours:
         gains = summary.paired(ours, name)
     runs = summary.values[name].keys()
-    lost = [value for task, value in row.forgetting.items() if task != list(summary.metric)[-1]]
     return [
         name,
         f"{len({fold for fold, _ in runs})} x {len({seed for _, seed in runs})}",
         *(_number(row.value[task], row.deviation[task]) for task in summary.metric),
         _number(row.mean()),
         _gain(gains["mean"]) if gains else "",
-        "0" if not any(lost) else _number(float(np.mean(lost))),
+        _number(row.lost()) if row.lost() else "0",
         f"{row.parameters:,.0f}",
         f"{row.seconds:.1f}",
     ]

@@ -19,8 +19,10 @@ from benchmarks.continual import records, schedule, studies, unseen
 from benchmarks.continual.__main__ import folds_of, main
 from benchmarks.continual.methods import CONTINUAL, LEARNERS, MULTI_TASK, NAMES
 from benchmarks.continual.page import write_page
+from benchmarks.continual.picture import overview, write_picture
 from benchmarks.continual.schedule import Comparison, Plan
 from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget
+from benchmarks.continual.summary import summarise
 from benchmarks.continual.table import write_table
 from benchmarks.continual.trial import Trial, conduct
 from pcl_ext.task import TaskSpec
@@ -127,6 +129,15 @@ def test_one_line_a_result_and_a_run_that_is_complete_does_nothing(plan, out, in
     assert "| pcl over | next | segment | range | mean |" in tables
     assert [tables.count(f"| {name} |") for name in plan.methods] == [2, 2, 2, 2, 1]
     assert "The best of all for each task, picked by the test users: +" in tables
+    picture = write_picture(out).read_bytes()
+    assert picture.startswith(b"<?xml")
+    assert picture == write_picture(out).read_bytes()
+    left, right = overview(summarise(out)).axes
+    assert {label.get_text() for label in left.get_yticklabels()} == set(plan.methods) - {"pcl"}
+    gains = [text.get_text() for text in left.texts]
+    assert gains == sorted(gains, key=lambda text: float(text.removesuffix(" %")))
+    assert all(f" | {gain}" in tables for gain in gains)
+    assert len(right.patches) == len(gains)
 
 
 def test_from_the_root_the_installed_package_runs():
