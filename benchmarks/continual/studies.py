@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from benchmarks.continual import records
 from benchmarks.continual.__main__ import folds_of
 from benchmarks.continual.settings import EQ1, GRID, QUICK, READOUTS, STOPS, Budget
 from benchmarks.continual.trial import Trial, make_learner, measure_one, prepare_process, pretrained, teach
-from benchmarks.continual.unseen import WAYS, learn_unseen
+from benchmarks.continual.unseen import WAYS, held_out, learn_unseen
 from pcl_ext.data import Dataset
 from pcl_ext.model import MemoryConfig
 from pcl_ext.model.config import CONTEXTS, PLACEMENTS
@@ -136,19 +137,15 @@ def conduct(variant: Variant, out: Path) -> dict[str, Any]:
     """-> {"identity", "lines"}: the variant's results."""
     trial, found = variant.trial, {}
     dataset = trial.dataset()
+    learner, identity = make_learner(trial, out), trial.identity()
+    answer, _ = teach(learner)
     if variant.kind == "unseen":
         for name in trial.order(dataset):
-            rest = tuple(other for other in trial.order(dataset) if other != name)
-            learner = make_learner(replace(trial, tasks=rest), out)
-            teach(learner)
-            for way in WAYS:
-                for labels in LABELS:
+            with held_out(learner.model, name):
+                for way, labels in product(WAYS, LABELS):
                     found[f"{variant.name}-{way}-{labels}", name] = learn_unseen(learner, name, way, labels)
         rows = [_line(variant, name, task, value) for (name, task), value in found.items()]
-        return {"identity": trial.identity(), "lines": rows}
-    learner = make_learner(trial, out)
-    answer, _ = teach(learner)
-    identity = trial.identity()
+        return {"identity": identity, "lines": rows}
     rows = [
         {"study": variant.study, "variant": variant.name} | line
         for line in records.lines(trial, answer | {"identity": identity}, dataset.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,6 +17,16 @@ from pcl_ext.task import TaskSpec
 
 WAYS = ("none", "mean", "attention")
 SHARPNESS = 10.0  # of the attention over texts, whose cosines are small
+
+
+@contextmanager
+def held_out(model: UserModel, name: str) -> Iterator[None]:
+    """The model as if it had not learned one of its tasks: those of Eq. (1) know nothing of each other."""
+    task = model.tasks.pop(name)
+    try:
+        yield
+    finally:
+        model.tasks[name] = task
 
 
 def made_prompt(model: UserModel, spec: TaskSpec, way: str) -> Tensor:
@@ -37,9 +49,10 @@ def learn_unseen(learner: Learner, name: str, way: str, labels: int) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(world.seed)
         spec = world.dataset.task(name).spec
+        prompt = made_prompt(few.model, spec, way)  # from all tasks that are there, and this one is not yet
         task = few.model.add_task(spec, EQ1)
         with torch.no_grad():
-            task.memories["tail"].rows.copy_(made_prompt(few.model, spec, way))
+            task.memories["tail"].rows.copy_(prompt)
         task.memories["tail"].rows.requires_grad_(False)
         few.fit_head(name)
         few.fit(name)

@@ -315,6 +315,25 @@ def test_few_labels_learn_the_head_alone(learner):
     assert torch.equal(before, made.model.task("segment").memories["tail"].rows)
 
 
+@pytest.mark.parametrize("way", ["mean", "attention"])
+def test_a_held_out_task_starts_at_a_prompt_of_the_others_alone(learner, way, monkeypatch):
+    rest, everything, used = learner("pcl-eq1"), learner("pcl-eq1"), []
+    rest.learn("segment")
+    for name in ("range", "segment"):
+        everything.learn(name)
+    fit = unseen.Few.fit
+    monkeypatch.setattr(unseen.Few, "fit", lambda few, name: used.append(rows_of(few, name)) or fit(few, name))
+    want = unseen.learn_unseen(rest, "range", way, 10)
+    with unseen.held_out(everything.model, "range"):
+        assert unseen.learn_unseen(everything, "range", way, 10) == want
+    assert everything.model.task("range").closed
+    torch.testing.assert_close(used, [rows_of(rest, "segment")] * 2)  # the one other task
+
+
+def rows_of(learner, name):
+    return learner.model.task(name).memories["tail"].rows.detach().clone()
+
+
 @pytest.mark.slow
 def test_the_command_runs_in_processes_of_its_own(comparison, tmp_path):
     command = ["--data", str(comparison / "data"), "--out", str(tmp_path), "--quick", "--jobs", "2"]
