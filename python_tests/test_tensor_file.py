@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pcl_ext.store import StoreError, hash_tensor, load_tensors, save_tensors
+from pcl_ext.store import StoreError, atomic, hash_tensor, load_tensors, save_tensors
 from pcl_ext.store.atomic import temporary
 from pcl_ext.store.tensor_file import DTYPES, canonical, sign
 
@@ -249,6 +249,22 @@ def test_a_save_that_fails_leaves_the_old_file(file, step, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_tensors(file, {"x": torch.ones(3)})
     assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_a_draft_that_is_swept_before_it_is_locked_is_made_again(file, monkeypatch):
+    lock, swept = atomic._try_lock, []
+
+    def late(draft):
+        if not swept:  # another process sweeps between open and lock
+            swept.append(draft.name)
+            os.unlink(draft.name)
+        return lock(draft)
+
+    monkeypatch.setattr(atomic, "_try_lock", late)
+    with temporary(file.parent) as draft:
+        assert os.path.exists(draft.name)
+        assert draft.name not in swept
     assert os.listdir(file.parent) == [file.name]
 
 

@@ -29,13 +29,22 @@ def damaged(
 @contextmanager
 def temporary(folder: Path) -> Iterator[BinaryIO]:
     """A new file in `folder` under a name of our own, locked while it is in use, gone afterwards unless renamed."""
-    draft = folder / f".pcl-{secrets.token_hex(8)}.tmp"
-    with draft.open("xb") as file:
-        _try_lock(file)
+    with _new_locked(folder) as file:
         try:
             yield file
         finally:
-            draft.unlink(missing_ok=True)
+            Path(file.name).unlink(missing_ok=True)
+
+
+def _new_locked(folder: Path) -> BinaryIO:
+    """A new file that this process holds. Before it is locked another process may take it for a leftover and sweep it:
+    then there is another."""
+    while True:
+        draft = folder / f".pcl-{secrets.token_hex(8)}.tmp"
+        file = draft.open("xb")
+        if _try_lock(file) and draft.exists():
+            return file
+        file.close()
 
 
 def write_file(path: Path, data: bytes) -> None:
