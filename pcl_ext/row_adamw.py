@@ -15,6 +15,13 @@ class RowAdamW(torch.optim.AdamW):
     while it has no gradient. Time and memory of a step are those of the rows, beside the two moments of the table.
     """
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As torch's, which leaves steps where they were saved: those of rows are read beside the rows."""
+        super().load_state_dict(state)
+        for parameter, kept in self.state.items():
+            if kept["step"].dim():
+                kept["step"] = kept["step"].to(parameter.device)
+
     @torch.no_grad()
     def step(self) -> None:
         sparse = []

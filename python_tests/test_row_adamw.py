@@ -32,6 +32,21 @@ def test_each_row_sees_adamw_of_its_own_steps(steps):
     torch.testing.assert_close(table.detach(), torch.cat([row.detach() for row in alone]))
 
 
+def test_a_loaded_state_lies_beside_its_rows():
+    table = torch.nn.Parameter(torch.zeros(5, 3))
+    saved = RowAdamW([table], **SETTINGS)
+    table.grad = sparse([1, 3], torch.ones(5, 3), table.shape)
+    saved.step()
+    elsewhere = torch.nn.Parameter(torch.zeros(5, 3, device="meta"))  # as a GPU is, which a file's tensors are not on
+    loaded = RowAdamW([elsewhere], **SETTINGS)
+    loaded.load_state_dict(saved.state_dict())
+    assert {key: value.device.type for key, value in loaded.state[elsewhere].items()} == {
+        "step": "meta",
+        "exp_avg": "meta",
+        "exp_avg_sq": "meta",
+    }
+
+
 def test_dense_gradients_are_torchs_adamw_bit_for_bit():
     parameters = [torch.nn.Parameter(torch.randn(4, 2)), torch.nn.Parameter(torch.randn(3))]
     twins = copy.deepcopy(parameters)
