@@ -52,15 +52,16 @@ class Checkpoint:
 
     def __init__(
         self,
-        path: Path | None,
+        path: str | Path | None,
         seconds: float,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         identity: dict[str, Any],
     ):
-        if path is not None and not Path(path).parent.is_dir():
+        self.path = None if path is None else Path(path)
+        if self.path is not None and not self.path.parent.is_dir():
             raise FileNotFoundError(f"the folder of the checkpoint {path} is missing")
-        self.path, self.seconds, self.identity = path, seconds, json.loads(json.dumps(identity))
+        self.seconds, self.identity = seconds, json.loads(json.dumps(identity))
         self.trained, self.optimizer, self.written, self.took = trained, optimizer, time.monotonic(), 0.0
 
     def save(self, progress: Progress, best: dict[str, Tensor], average: dict[str, Tensor], now: bool = False) -> None:

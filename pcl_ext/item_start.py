@@ -84,13 +84,17 @@ def _half(weights: Tensor, task: Task) -> Tensor:
 
 
 def _factor(read: Tensor, right: Tensor, means: Tensor, targets: tuple[Tensor, Tensor]) -> float:
-    """The factor with the least cross-entropy, on some of the users: read [n, k], right [k, C]."""
+    """The factor with the least cross-entropy, on some of the users, drawn at random: read [n, k], right [k, C]."""
     each = max(1, _MOST_SCORES // right.shape[1])
+    most = max(each, _FEWEST_USERS)
+    drawn = torch.arange(len(read)) if len(read) <= most else torch.randperm(len(read))[:most]
     losses = [0.0] * len(_SCALES)
-    for first in range(0, max(each, _FEWEST_USERS), each):
-        here = (targets[0] >= first) & (targets[0] < first + each)
-        row, column = targets[0][here] - first, targets[1][here]
-        scores = read[first : first + each] @ right + means
+    for users in drawn.split(each):
+        place_of = torch.full((len(read),), -1)
+        place_of[users] = torch.arange(len(users))
+        row = place_of[targets[0]]
+        row, column = row[row >= 0], targets[1][row >= 0]
+        scores = read[users] @ right + means
         for place, factor in enumerate(_SCALES):
             own = scores[row, column] * factor
             losses[place] += float((torch.logsumexp(scores * factor, 1)[row] - own).sum())

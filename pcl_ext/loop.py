@@ -96,7 +96,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     problem: Problem,
     config: LoopConfig,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
 ) -> list[dict]:
     """Train until the validation metric stops improving; leaves the best epoch's weights in the model.
 

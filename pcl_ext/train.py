@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext import infer
-from pcl_ext.data import Dataset, ExampleBatch, Examples, make_batch, plan
+from pcl_ext.data import Dataset, ExampleBatch, Examples, check_task, make_batch, plan
 from pcl_ext.item_start import start_items
 from pcl_ext.loop import LoopConfig, Problem, fit
 from pcl_ext.metrics import higher_is_better
@@ -87,15 +87,19 @@ class LearnConfig(TrainConfig):
 
 
 def pretrain(
-    dataset: Dataset, backbone: BackboneConfig, config: PretrainConfig | None = None, checkpoint: Path | None = None
+    dataset: Dataset,
+    backbone: BackboneConfig,
+    config: PretrainConfig | None = None,
+    checkpoint: str | Path | None = None,
 ) -> tuple[UserModel, list[dict]]:
     """Next-item prediction over the train users' histories; returns a model with a frozen backbone and its curve.
 
     The model knows one task, "next", closed. The loss is taken at every position over all items; stops on the last
-    item of the valid users.
+    item of the valid users. ValueError where the dataset breaks a promise (`data.check_task`).
     """
     config = config or PretrainConfig()
     _check_catalogue(dataset, backbone)
+    check_task(dataset, "next")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = UserModel(Backbone(backbone))
@@ -126,19 +130,21 @@ def learn_task(
     name: str,
     config: LearnConfig | None = None,
     memory: MemoryConfig | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
 ) -> list[dict]:
     """Add the dataset's task `name` to a model with a frozen backbone, learn it, close it; returns the curve.
 
     What is validated after each epoch, and kept, is the average of the task's weights over the epochs so far, the e-th
     with weight e. For an items task the reported metric of the valid users picks the epoch; for labels, epochs whose
     metric is within one standard error of the best are ties, and the one with the least loss is kept.
-    Where it raises, the model is left without the task; with a checkpoint, the same call goes on from there.
+    Where it raises, the model is left without the task; with a checkpoint, the same call goes on from there. ValueError
+    where the task's table breaks a promise (`data.check_task`), say holds targets that the model sees.
     """
     config = config or LearnConfig()
     if not model.backbone_frozen:
         raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
     _check_catalogue(dataset, model.backbone.config)
+    check_task(dataset, name)
     train, _ = (
         _some(dataset.examples(name, fold), f"{dataset.path} has no {fold} users with a target of {name!r}")
         for fold in ("train", "valid")
@@ -156,7 +162,7 @@ def learn_task(
 
 
 def _learn(
-    model: UserModel, dataset: Dataset, task: Task, train: Examples, config: LearnConfig, checkpoint: Path | None
+    model: UserModel, dataset: Dataset, task: Task, train: Examples, config: LearnConfig, checkpoint: str | Path | None
 ) -> list[dict]:
     """Start the open task, then train it."""
     name, metric = task.spec.name, task.spec.metric

@@ -12,7 +12,7 @@ import torch
 from runs import BACKBONE, pretrain_in_memory, write_dataset
 
 from pcl_ext import infer, item_start
-from pcl_ext.data import Dataset, make_batch
+from pcl_ext.data import Dataset, DatasetWriter, fold_of, make_batch
 from pcl_ext.infer import Score
 from pcl_ext.item_start import start_items
 from pcl_ext.loop import Problem, fit
@@ -55,6 +55,46 @@ def test_a_dataset_without_train_users_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="has no train users with a target of 'click'"):
         learn_task(model, empty, "click")
     assert model.task_names == ["next"]
+
+
+def test_a_table_whose_targets_can_be_seen_is_refused(tmp_path):
+    users, items = np.arange(300), np.random.default_rng(0).permuted(np.tile(np.arange(1, 21), (300, 1)), axis=1)[:, :6]
+    with DatasetWriter(tmp_path / "leaks", "leaks", 20) as writer:
+        writer.histories(users, items.ravel(), np.arange(301) * 6, fold_of("leaks", users))
+        writer.task(TaskSpec("leak", "items"), users, items[:, 0], [6] * 300)
+    leaky = Dataset(tmp_path / "leaks")
+    model, _ = pretrain(leaky, BackboneConfig(20, **BACKBONE), PretrainConfig(epochs=1))
+    with pytest.raises(ValueError, match="target must not be among the first 6 items"):
+        learn_task(model, leaky, "leak")
+    assert model.task_names == ["next"]
+
+
+def test_pretraining_refuses_repeats_that_the_dataset_rules_out(tmp_path):
+    users = np.arange(300)
+    with DatasetWriter(tmp_path / "again", "again", 5) as writer:
+        writer.histories(users, np.tile([3, 1, 3], 300), np.arange(301) * 3, fold_of("again", users))
+    (tmp_path / "again" / "tasks").mkdir(exist_ok=True)
+    (tmp_path / "again" / "tasks" / "next.json").write_text('{"name": "next", "kind": "items", "repeats": false}')
+    with pytest.raises(ValueError, match="does not say repeats"):
+        pretrain(Dataset(tmp_path / "again"), BackboneConfig(5, **BACKBONE), PretrainConfig(epochs=1))
+
+
+def test_a_checkpoint_may_be_named_by_a_text(dataset, tmp_path):
+    path = str(tmp_path / "next.safetensors")
+    pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1), path)
+
+
+def test_the_factor_of_the_start_is_fitted_on_users_of_any_length(monkeypatch):
+    """Those of the first rows, which are the longest histories, want the least; a few of the others are drawn too."""
+    torch.manual_seed(0)
+    count, columns = 1000, 50
+    target = torch.randint(columns, (count,))
+    read = torch.nn.functional.one_hot(target, columns).float() * 0.2
+    read[:100] *= -1  # their own target ranks last
+    monkeypatch.setattr(item_start, "_MOST_SCORES", 1)
+    monkeypatch.setattr(item_start, "_FEWEST_USERS", 100)
+    factor = item_start._factor(read, torch.eye(columns), torch.zeros(columns), (torch.arange(count), target))
+    assert factor > 1
 
 
 def test_a_backbone_of_another_catalogue_is_refused(dataset):
