@@ -160,10 +160,24 @@ class TaskConfig:
                 raise ValueError(where + f"{key} must be one of {', '.join(options)}, got {getattr(self, key)!r}")
         if self.kind == "items" and self.source != "events":
             raise ValueError(where + 'kind items needs source = "events"')
+        self._check_idle(where)
         needs_column = self.source == "users" or self.reduce not in ("any", "count")
         if self.kind != "items" and needs_column and self.column is None:
             raise ValueError(where + "column is missing")
         self._check_labels(where)
+
+    def _check_idle(self, where: str) -> None:
+        """ValueError for a key that would do nothing: who gave it believes that it does."""
+        names = {f.name: f.metadata["name"] or f.name for f in fields(self)}
+        given = [f.name for f in fields(self) if f.default is not dataclasses.MISSING]
+        given = [key for key in given if getattr(self, key) != getattr(type(self), key)]
+        for keys, needed, there in (
+            (("pick", "cut", "repeats"), "kind items", self.kind == "items"),
+            (("column", "reduce"), "other kinds than items", self.kind != "items"),
+            (("where", "start", "until", "items", "reduce"), 'source = "events"', self.source == "events"),
+        ):
+            if not there and (idle := [names[key] for key in given if key in keys]):
+                raise ValueError(where + f"{idle[0]} is for {needed}")
 
     def _check_labels(self, where: str) -> None:
         given = [key for key in ("threshold", "positive", "bins", "labels") if getattr(self, key) is not None]
