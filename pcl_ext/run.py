@@ -129,13 +129,18 @@ def learn(
             _check_before(dataset, name)
         if _other_machine(record["machine"]):
             _take_outputs_again(model, dataset, record)
-        checkpoint = run / "checkpoints" / f"{name}.safetensors"
+        checkpoint, table = run / "checkpoints" / f"{name}.safetensors", dataset.task_sha256(name)
         if name not in model.task_names:
             compared = _compared(model, dataset, record)
             checkpoint.parent.mkdir(exist_ok=True)
             record["references"][name] = _references(dataset, name, checkpoint)
             config, memory = config or LearnConfig(), memory or MemoryConfig()
             curve = learn_task(model, dataset, name, config, memory, checkpoint)
+            if dataset.task_sha256(name) != table:
+                _remove(checkpoint)
+                raise ValueError(
+                    f"{dataset.path}: the table of {name} was replaced while it was learned; learn it again"
+                )
             settings = json.loads(json.dumps({"memory": asdict(memory), "learn": asdict(config)}))
             record["config"].setdefault("tasks", {})[name] = settings
             _measure(model, dataset, record, name, curve, compared)
@@ -160,8 +165,9 @@ def _compared(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> lis
 
 
 def same_tables(record: dict[str, Any], dataset: Dataset) -> list[str]:
-    """Learned tasks whose tables are those they were learned from."""
-    return [name for name in record["outputs"] if record["dataset"]["tasks"][name] == dataset.task_sha256(name)]
+    """Learned tasks whose outputs can be compared: their tables are those they were learned from."""
+    known = [name for name, outputs in record["outputs"].items() if outputs is not None]
+    return [name for name in known if record["dataset"]["tasks"][name] == dataset.task_sha256(name)]
 
 
 def _measure(
@@ -174,7 +180,10 @@ def _measure(
 ) -> None:
     """Add a learned task to the record: a row of the matrix, its curve, the hashes of its outputs and of its table."""
     scores = infer.evaluate(model, dataset, [*record["outputs"], name])  # a model may know tasks that no run taught it
-    if changed := [task for task in changed_outputs(record, scores) if task in compared]:
+    same = set(compared) & set(
+        same_tables(record, dataset)
+    )  # a table may have been replaced while the task was learned
+    if changed := [task for task in changed_outputs(record, scores) if task in same]:
         raise ForgettingError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
     matrix = ResultMatrix.from_json(record["matrix"])
     matrix.add(name, model.task(name).spec.metric)
@@ -210,11 +219,10 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _take_outputs_again(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> None:
-    """Outputs of closed tasks as this machine computes them, from the tables there are, before anything is learned
-    here: other machines round otherwise."""
-    scores = infer.evaluate(model, dataset, list(record["outputs"]))
-    record["outputs"] = {name: score.outputs for name, score in scores.items()}
-    record["dataset"]["tasks"] = {name: dataset.task_sha256(name) for name in scores}
+    """Outputs of closed tasks as this machine computes them, before anything is learned here: other machines round
+    otherwise. None for a task whose table is gone by now: nothing can be compared with what it gave."""
+    scores = infer.evaluate(model, dataset, same_tables(record, dataset))
+    record["outputs"] = {name: scores[name].outputs if name in scores else None for name in record["outputs"]}
     record["machine"] = machine()
 
 
@@ -247,6 +255,8 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
             state = "changed" if name in changed else "equal"
             if name not in same:
                 why = "its table is another now" if name in dataset.task_names else f"{dataset.path} has no table of it"
+                if record["outputs"][name] is None:
+                    why = "its table was another when the run came to this machine"
                 state = f"not compared: {why}"
             answer["tasks"][name] = state
     return answer

@@ -134,6 +134,45 @@ def test_a_table_that_was_replaced_is_left_out_of_the_comparison(write, tmp_path
     assert found == dict.fromkeys(["next", "b", "c"], "equal") | {"a": "not compared: its table is another now"}
 
 
+def test_on_another_machine_a_replaced_table_is_still_left_out_of_the_comparison(write, tmp_path, caplog, monkeypatch):
+    labels = {name: ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)]) for name in ("a", "b")}
+    pretrain(write(labels), tmp_path / "run")
+    learn(write(labels), tmp_path / "run", "a")
+    learned = labels["a"]
+    labels["a"] = ({"kind": "binary"}, [user // 6 % 2 for user in range(USERS)])
+    here = run.machine()
+    monkeypatch.setattr(run, "machine", lambda: here | {"threads": 99})
+    learn(write(labels), tmp_path / "run", "b")
+    assert "the tables of a in" in caplog.text
+    want = {"next": "equal", "a": "not compared: its table was another when the run came to this machine", "b": "equal"}
+    assert run.verify_unchanged(tmp_path / "run", write(labels))["tasks"] == want
+    labels["a"] = learned  # what it gave there is not known here
+    assert run.verify_unchanged(tmp_path / "run", write(labels))["tasks"] == want
+
+
+@pytest.mark.parametrize("replaced", ["a", "b"])
+def test_a_table_that_is_replaced_while_a_task_is_learned(write, tmp_path, monkeypatch, replaced):
+    labels = {name: ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)]) for name in ("a", "b")}
+    pretrain(write(labels), tmp_path / "run")
+    learn(write(labels), tmp_path / "run", "a")
+    dataset, taught = write(labels), run.learn_task
+
+    def nightly(*args):
+        curve = taught(*args)
+        write(labels | {replaced: ({"kind": "binary"}, [user // 6 % 2 for user in range(USERS)])})
+        return curve
+
+    monkeypatch.setattr(run, "learn_task", nightly)
+    if replaced == "b":
+        with pytest.raises(ValueError, match="the table of b was replaced while it was learned; learn it again"):
+            learn(dataset, tmp_path / "run", "b")
+        monkeypatch.undo()
+    learn(dataset, tmp_path / "run", "b")
+    found = run.verify_unchanged(tmp_path / "run", dataset)["tasks"]
+    assert found["b"] == "equal"
+    assert found["a"] == ("not compared: its table is another now" if replaced == "a" else "equal")
+
+
 def test_a_run_goes_on_after_a_task_was_removed(write, tmp_path):
     labels = {name: ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)]) for name in ("a", "b", "c")}
     dataset, out = write(labels), tmp_path / "run"

@@ -80,7 +80,11 @@ def test_the_good_file_is_good(tmp_path):
         ('column = "age"', 'column = "age"\nrepeats = true', "task 'age': repeats is for kind items"),
         ('column = "age"', 'column = "age"\nfrom = 2020-01-01', "task 'age': from is for source = \"events\""),
         ('column = "age"', 'column = "age"\nreduce = "sum"', "task 'age': reduce is for source = \"events\""),
-        ('source = "events"', 'source = "events"\ncolumn = "price"', "task 'new': column is for other kinds than items"),
+        (
+            'source = "events"',
+            'source = "events"\ncolumn = "price"',
+            "task 'new': column is for other kinds than items",
+        ),
         ('kind = "regression"', 'kind = "classes"\nbins = 1', "bins must be a number from 2 up"),
         ('kind = "regression"', 'kind = "classes"\nbins = [3, 2]', "a list of rising edges, got [3, 2]"),
         ('kind = "regression"', 'kind = "binary"', "task 'age': binary needs 2 values"),
