@@ -152,6 +152,17 @@ def test_a_class_never_seen_nor_predicted_is_left_out_of_macro_f1():
     )
 
 
+def test_many_classes_cost_no_square_of_them():
+    count = 200_000
+    logits = torch.zeros(4, count)
+    logits[torch.arange(4), torch.tensor([7, 7, 9, 199_999])] = 1.0
+    metrics = TaskMetrics(TaskSpec("city", "classes", num_classes=count))
+    for rows in ([0, 1], [2, 3]):
+        metrics.update(logits[rows], torch.tensor([7, 8, 9, 199_999])[rows], torch.arange(2))
+    assert metrics.compute() == {"accuracy": 0.75, "macro_f1": pytest.approx((2 / 3 + 0 + 1 + 1) / 4)}
+    assert metrics.standard_error()["accuracy"] == pytest.approx(0.25)
+
+
 def test_regression():
     got = measure(SPECS["regression"], torch.tensor([[1.0], [2.0]]), torch.tensor([4.0, 2.0]))
     assert got.compute() == {"rmse": math.sqrt(4.5), "mae": 1.5}

@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Confusion:
-    """Counts [target, predicted]. A row whose best logit is shared by t classes counts 1/t for each: the tie rule.
+    """Counts of (target, predicted). A row whose best logit is shared by t classes counts 1/t for each: the tie rule.
 
-    Kept as integers apart for every t, so that the order of the rows does not matter.
+    Kept as integers apart for every t, so that the order of the rows does not matter; only cells that occur.
     """
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        self.counts: dict[int, Tensor] = {}
+        self.cells: dict[int, tuple[Tensor, Tensor]] = {}  # by t: target * C + predicted, rising, and how often
 
     def add(self, logits: Tensor, target: Tensor) -> None:
         """logits [m, C], target [m] in 0..C-1."""
@@ -24,42 +24,60 @@ class Confusion:
         ties = best.sum(1)
         for t in ties.unique().tolist():
             row, predicted = best[ties == t].nonzero(as_tuple=True)
-            cell = target[ties == t][row].long() * self.num_classes + predicted
-            count = torch.bincount(cell, minlength=self.num_classes**2).view(self.num_classes, -1)
-            self.counts[t] = self.counts.get(t, 0) + count
+            more = (target[ties == t][row].long() * self.num_classes + predicted).unique(return_counts=True)
+            self.cells[t] = _merged(self.cells[t], more) if t in self.cells else more
 
-    def expected(self) -> tuple[Tensor, float]:
-        """Shares [C, C] float64 of all rows, and the number of rows."""
-        counts = sum(self.counts[t].double() / t for t in sorted(self.counts))
-        number = sum(int(count.sum()) // t for t, count in self.counts.items())
-        return counts / number, number
+    def expected(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Target, predicted and share (float64) of each cell, and the number of rows."""
+        order = sorted(self.cells)
+        number = sum(int(self.cells[t][1].sum()) // t for t in order)
+        cell, place = torch.cat([self.cells[t][0] for t in order]).unique(return_inverse=True)
+        count = torch.cat([self.cells[t][1].double() / t for t in order])
+        share = count.new_zeros(len(cell)).index_add_(0, place, count) / number
+        return cell // self.num_classes, cell % self.num_classes, share, number
+
+    def hits(self, t: int) -> int:
+        """Rows with t best classes of which one is the target."""
+        cell, count = self.cells[t]
+        return int(count[cell // self.num_classes == cell % self.num_classes].sum())
 
     def accuracy(self) -> float:
-        hits = sum(int(self.counts[t].diagonal().sum()) / t for t in sorted(self.counts))
-        return hits / self.expected()[1]
+        return sum(self.hits(t) / t for t in sorted(self.cells)) / self.expected()[-1]
 
     def accuracy_error(self) -> float:
-        number = self.expected()[1]
+        number = self.expected()[-1]
         if number < 2:
             return math.nan
-        squares = sum(int(self.counts[t].diagonal().sum()) / t**2 for t in sorted(self.counts))
+        squares = sum(self.hits(t) / t**2 for t in sorted(self.cells))
         return math.sqrt(max(squares / number - self.accuracy() ** 2, 0.0) / (number - 1))
 
     def macro_f1(self) -> float:
         """Mean over the classes that are a target or a prediction somewhere."""
-        share, _ = self.expected()
-        size = share.sum(0) + share.sum(1)
-        return float((2 * share.diagonal() / size)[size > 0].mean())
+        right, size = self._classes()
+        return float((2 * right / size)[size > 0].mean())
 
     def macro_f1_error(self) -> float:
         """Delta method over the multinomial of the cells (Takahashi et al. 2022)."""
-        share, number = self.expected()
+        target, predicted, share, number = self.expected()
         if number < 2:
             return math.nan
-        size = share.sum(0) + share.sum(1)
+        right, size = self._classes()
         seen = size > 0
-        slope = torch.where(seen, 2 * share.diagonal() / size.square(), 0.0)
-        gradient = torch.diag(torch.where(seen, 2 / size, 0.0)) - slope[:, None] - slope[None, :]
+        slope = torch.where(seen, 2 * right / size.square(), 0.0)
+        gradient = torch.where(target == predicted, 2 / size[target], 0.0) - slope[target] - slope[predicted]
         mean = (share * gradient).sum()
         variance = (share * gradient.square()).sum() - mean.square()
         return math.sqrt(max(float(variance), 0.0) / (number - 1)) / int(seen.sum())
+
+    def _classes(self) -> tuple[Tensor, Tensor]:
+        """By class, shares of all rows: rightly predicted; as a target and as a prediction together."""
+        target, predicted, share, _ = self.expected()
+        zeros = share.new_zeros(self.num_classes)
+        right = zeros.index_add(0, target, torch.where(target == predicted, share, 0.0))
+        return right, zeros.index_add(0, target, share).index_add_(0, predicted, share)
+
+
+def _merged(known: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cell, place = torch.cat([known[0], more[0]]).unique(return_inverse=True)
+    count = torch.cat([known[1], more[1]])
+    return cell, count.new_zeros(len(cell)).index_add_(0, place, count)
