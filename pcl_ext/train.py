@@ -118,10 +118,23 @@ def pretrain(
         steps = config.epochs * batches(0, 0)[0]
         optimizer = adamw([(list(model.parameters()), config.learning_rate)], config, steps)
         curve = fit(model, optimizer, problem, config, checkpoint)
-    model.backbone.trained_items[loss.counts > 0] = True
+    epochs = 1 + max(entry["epoch"] for entry in curve if entry["best"])
+    model.backbone.trained_items[(loss.counts > 0) & _items_read(dataset, batches, epochs, config)] = True
     model.freeze_backbone()
     model.freeze_task("next")
     return model, curve
+
+
+def _items_read(dataset: Dataset, batches: Callable, epochs: int, config: LoopConfig) -> Tensor:
+    """[V + 1] bool: the items of all events that so many epochs read. Where `epoch_tokens` cuts none of them short, one
+    reads everything."""
+    read = torch.zeros(dataset.num_items + 1, dtype=torch.bool)
+    if batches(0, 0)[0] < config.epoch_tokens // config.batch_tokens:
+        return ~read
+    for epoch in range(epochs):
+        for batch in batches(epoch, 0)[1]:
+            read[batch.history.items] = True
+    return read
 
 
 def learn_task(

@@ -97,6 +97,24 @@ def test_the_factor_of_the_start_is_fitted_on_users_of_any_length(monkeypatch):
     assert factor > 1
 
 
+@pytest.mark.parametrize("full_softmax", [100, 2000], ids=["sampled", "exact"])
+def test_items_that_no_step_has_read_are_not_trained(tmp_path, full_softmax):
+    users, count = np.arange(1000), 2000
+    items = np.random.default_rng(0).integers(1, count + 1, 10_000)
+    with DatasetWriter(tmp_path / "long", "long", count) as writer:
+        writer.histories(users, items, np.arange(1001) * 10, fold_of("long", users))
+    dataset, shape = Dataset(tmp_path / "long"), BackboneConfig(count, **BACKBONE)
+    config = PretrainConfig(epochs=2, epoch_tokens=512, batch_tokens=512, full_softmax=full_softmax, negatives=32)
+    model, _ = pretrain(dataset, shape, config)
+    torch.manual_seed(config.seed)
+    moved = (model.backbone.table != Backbone(shape).table).any(1)
+    known = model.backbone.trained_items
+    assert 0 < known.sum() <= 2 * 512
+    assert moved[known].all()
+    whole, _ = pretrain(dataset, shape, PretrainConfig(epochs=1, full_softmax=full_softmax, negatives=32))
+    assert torch.equal(whole.backbone.trained_items, item_counts(dataset) > 0)
+
+
 def test_a_backbone_of_another_catalogue_is_refused(dataset):
     with pytest.raises(ValueError, match="must be that of the dataset, got 7 and 50"):
         pretrain(dataset, BackboneConfig(7, **BACKBONE))
