@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -103,7 +105,21 @@ def _find_or_build(root: Path, name: str, build: Callable[[Path], None]) -> Path
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise _NotWritable(f"{root} must be a folder that can be written: {error}") from error
-    return _build(root / name, build)
+    with _alone(root / f"{name}.lock"):
+        return root / name if _is_whole(root / name) else _build(root / name, build)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Of many processes that open a new dataset at once, one builds and the others wait for it. Where the file system
+    has no locks each builds, and the first is taken."""
+    with lock.open("ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # who waits for it yet finds what was built
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,12 +1,15 @@
-"""Two processes that build at the same place: neither sweeps what the other is about to use."""
+"""Processes that build at the same place: none sweeps what another is about to use, and one builds for all."""
 
 import fcntl
+import multiprocessing
 import os
 import tempfile
+import time
 
 import pytest
 
 from pcl_ext.data import work_folder as module
+from pcl_ext.data.cache import cached
 
 MAKE, OPEN = tempfile.mkdtemp, os.open
 
@@ -41,3 +44,37 @@ def test_a_folder_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch
     assert not folder.exists()
     for descriptor in held:
         os.close(descriptor)
+
+
+def build_slowly(dataset, built):
+    def build(folder):
+        built.put(os.getpid())
+        (folder / "a.npy").write_bytes(b"x" * 1000)
+        time.sleep(0.3)
+
+    assert (cached(dataset, "histories", "0" * 16, build) / "a.npy").stat().st_size == 1000
+
+
+def test_of_many_processes_one_builds_a_cache(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    built = fork.Queue()
+    processes = [fork.Process(target=build_slowly, args=(tmp_path, built)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    built.get(timeout=60)
+    assert built.empty()
+    assert [path.name for path in (tmp_path / ".cache").iterdir()] == [f"histories-{'0' * 16}"]
+
+
+def test_a_build_that_fails_lets_the_next_one_begin(tmp_path):
+    with pytest.raises(ValueError, match="damaged"):
+        cached(tmp_path, "histories", "0" * 16, fail)
+    assert list((tmp_path / ".cache").iterdir()) == []
+    cached(tmp_path, "histories", "0" * 16, lambda folder: None)
+
+
+def fail(folder):
+    raise ValueError("damaged")
