@@ -30,8 +30,7 @@ def read_table(
     if not path.is_file():
         raise FileNotFoundError(f"{where}: file {path} is missing")
     if path.suffix not in (".parquet", ".pq"):
-        table = _read_csv(config, path, where)
-        return table.select(_choose(table.column_names, path, where, required, optional))
+        return _read_csv(config, path, where, required, optional)
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
@@ -46,22 +45,28 @@ def _choose(names: list[str], path: Path, where: str, required: set[str], option
     return [name for name in names if optional is None or name in required or name in optional]
 
 
-def _read_csv(config: TableConfig, path: Path, where: str) -> pa.Table:
-    source, delimiter = str(path), config.delimiter
+def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], optional) -> pa.Table:
+    delimiter, text = config.delimiter, None
     try:
         if len(delimiter) != 1:
-            text = path.read_text(encoding=config.encoding)
-            source, delimiter = io.BytesIO(text.replace(delimiter, _SEPARATOR).encode()), _SEPARATOR
-        encoding = "utf-8" if delimiter == _SEPARATOR else config.encoding
-        table = csv.read_csv(
-            source,
-            read_options=csv.ReadOptions(column_names=config.columns, encoding=encoding),
-            parse_options=csv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == _SEPARATOR else '"'),
-            convert_options=csv.ConvertOptions(
-                column_types=dict.fromkeys(config.text, pa.string()), strings_can_be_null=False, null_values=NULLS
-            ),
+            text = path.read_text(encoding=config.encoding).replace(delimiter, _SEPARATOR).encode()
+            delimiter = _SEPARATOR
+        encoding = "utf-8" if text is not None else config.encoding
+        options = {
+            "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding),
+            "parse_options": csv.ParseOptions(delimiter=delimiter, quote_char=False if text is not None else '"'),
+        }
+        convert = csv.ConvertOptions(
+            column_types=dict.fromkeys(config.text, pa.string()), strings_can_be_null=False, null_values=NULLS
         )
-        return _empty_texts_are_null(table)
+
+        def source():
+            return str(path) if text is None else io.BytesIO(text)
+
+        with csv.open_csv(source(), convert_options=convert, **options) as reader:
+            names = reader.schema.names
+        convert.include_columns = _choose(names, path, where, required, optional)
+        return _empty_texts_are_null(csv.read_csv(source(), convert_options=convert, **options))
     except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
         raise ValueError(f"{where}: {path} is not readable as CSV: {error}") from error
 

@@ -37,9 +37,12 @@ class ItemIds:
         """The dataset's ids of a history in the log's; 0, which a Predictor drops and counts, for unknown ones."""
         return [self._ids.get(str(item), 0) for item in history]
 
-    def original(self, items: Iterable[int]) -> list[int | str]:
-        """The log's ids of items 1..V."""
-        return [self._originals[item] for item in items]
+    def original(self, items: Iterable[int]) -> list[int | str | None]:
+        """The log's ids of items 1..V; None for 0, a rank without an item."""
+        items = [int(item) for item in items]
+        if unknown := [item for item in items if item and item not in self._originals]:
+            raise ValueError(f"items must be 0 or among those that {self.path} names, got {unknown[0]}")
+        return [self._originals[item] if item else None for item in items]
 
 
 def _is_number(text: str) -> bool:

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pcl_ext.serve import read_histories
+from pcl_ext.serve import ItemIds, read_histories
 from pcl_ext.serve.inputs import Histories
 
 LISTS = [[3, 1, 2], [], [7], [5, 5]]
@@ -100,3 +101,13 @@ def test_unknown_ids_are_dropped_and_counted():
     )
     known, unknown = histories.known(slice(1, 3), 5)
     assert (known.items.tolist(), known.offsets.tolist(), unknown.tolist()) == ([], [0, 0, 0], [2, 0])
+
+
+def test_items_have_their_own_names_and_a_rank_without_one_has_none(tmp_path):
+    names = {"item_id": [1, 2, 3], "original_id": ["71053", "84029", "22752"]}
+    pq.write_table(pa.table(names), tmp_path / "items.parquet")
+    ids = ItemIds(tmp_path / "items.parquet")
+    assert ids.known([84029, "22752", 5]) == [2, 3, 0]
+    assert ids.original(np.array([3, 1, 0])) == [22752, 71053, None]
+    with pytest.raises(ValueError, match=r"items must be 0 or among those that .*items\.parquet names, got 4"):
+        ids.original([1, 4])
