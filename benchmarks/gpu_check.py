@@ -1,7 +1,8 @@
 """What is to know about the CUDA kernels on this GPU, in one run of at most 8 minutes: `make gpu-check`.
 
 The tests on CUDA, compute-sanitizer where it is found, and the benchmarks, each a process of its own with a limit: what
-fails is in the report, and the rest goes on. Writes results/gpu-<name>.md, and the numbers beside it as JSON.
+fails is in the report, and the rest goes on. Writes results/gpu-<name>.md, and the numbers beside it as JSON, after
+every part; a part that fails leaves its whole output there too.
 
   --build  compile the modules in place first, for this GPU alone, with CMake and nanobind (two minutes more: give
            --seconds 570); `make gpu-check` installs the package
@@ -13,10 +14,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +29,11 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PARTS = {"gpu_step": 90, "gpu_attention": 120, "gpu_layout": 60}  # benchmarks, and the seconds each may take
-TESTS_S, SANITIZER_S, BUILD_S = 110, 70, 240
+SANITIZER_S, BUILD_S = 70, 240
+# A fault on a GPU ends the process it is in, for all that comes after it: processes of their own. What each takes, and
+# the seconds it may take.
+TESTS = {"tests of layout": ("not attention and not prefix", 40), "tests of attention": ("attention or prefix", 80)}
+OURS = "kernel_substring=3pcl"  # the mangled name of every kernel in namespace pcl
 # What each tool of compute-sanitizer watches: reads and writes outside tensors; races in shared memory, which are
 # searched for an access at a time.
 SANITIZED = {
@@ -55,17 +62,20 @@ def call(command: list, seconds: float, **options) -> dict:
     begin = time.monotonic()
     print("+", *command, flush=True)
     with tempfile.TemporaryFile("w+") as output:
+        streams = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
         try:
-            streams = {"stdout": output, "stderr": subprocess.STDOUT}
-            code = subprocess.run(command, timeout=seconds, check=False, cwd=HERE, **streams, **options).returncode
+            process = subprocess.Popen(command, cwd=HERE, **streams, **options)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            process.wait()
             code = "timeout"
         except OSError as error:
             code = str(error)
         output.seek(0)
         text = output.read()
     print(text[-2000:], flush=True)
-    return {"exit code": code, "seconds": round(time.monotonic() - begin, 1), "output": text[-6000:]}
+    return {"exit code": code, "seconds": round(time.monotonic() - begin, 1), "output": text}
 
 
 def build(seconds: float) -> dict:
@@ -74,11 +84,16 @@ def build(seconds: float) -> dict:
     major, minor = torch.cuda.get_device_capability()
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DPCL_CUDA=ON", "-DCMAKE_BUILD_TYPE=Release"]
     options += [f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}-real", "-DPCL_WERROR=OFF"]
+    options += ["-GNinja"] if shutil.which("ninja") else []
+    nvcc = Path("/usr/local/cuda/bin/nvcc")
+    options += [f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc.exists() and not shutil.which("nvcc") else []
     begin, result = time.monotonic(), call(["cmake", "-S", ROOT, "-B", folder, *options], seconds)
     if result["exit code"] == 0:
         result = call(["cmake", "--build", folder, "--parallel"], seconds)
     for module in [*folder.glob("_C*.so"), *folder.glob("_cuda*.so")]:
         shutil.copy(module, ROOT / "pcl_ext")
+    if result["exit code"] == 0 and not list(folder.glob("_cuda*.so")):
+        result["exit code"] = "no CUDA kernels were built"
     return {**result, "seconds": round(time.monotonic() - begin, 1)}
 
 
@@ -92,18 +107,19 @@ def environment() -> dict[str, str]:
 def run_tests(before: list, files: list[str], options: list[str], seconds: float, **more) -> dict:
     """Tests, called as `before` says; that all were skipped is a failure."""
     paths = [ROOT / "python_tests" / name for name in files]
-    command = [*before, sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rf", *paths, *options]
+    command = [*before, sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "--tb=short", "-rf", *paths, *options]
     result = call(command, seconds, env={**environment(), **more})
     if result["exit code"] == 0 and not re.search(r"[1-9]\d* passed", result["output"]):
         result["exit code"] = "nothing ran"
     return result
 
 
-def test(seconds: float, dry: bool) -> dict:
-    """The tests of the ops, and of a model's step, on CUDA."""
+def test(which: str, seconds: float, dry: bool) -> dict:
+    """Tests of the ops, and of a model's step, on CUDA; of many failures the first say most."""
     if dry:
         return run_tests([], ["ops/test_to_packed.py"], ["-k", "undoes"], seconds)
-    return run_tests([], ["ops", "model/test_step_on_cuda.py"], ["-m", "gpu"], seconds)
+    options = ["-m", "gpu", "-k", TESTS[which][0], "--maxfail=10"]
+    return run_tests([], ["ops", "model/test_step_on_cuda.py"], options, seconds)
 
 
 def sanitize(tool: str, seconds: float, dry: bool) -> dict:
@@ -112,7 +128,7 @@ def sanitize(tool: str, seconds: float, dry: bool) -> dict:
     if dry or not Path(program).exists():
         return {"exit code": "not run", "seconds": 0, "output": "on the CPU" if dry else "no compute-sanitizer here"}
     files = ["ops/test_prompt_attention_cuda.py", "ops/test_hostile_values.py"]
-    before = [program, "--tool", tool, "--error-exitcode", "9"]
+    before = [program, "--tool", tool, "--kernel-name", OURS, "--error-exitcode", "9"]
     options = ["-x", "-m", "gpu", "-k", SANITIZED[tool]]
     result = run_tests(before, files, options, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if "Device not supported" in result["output"]:
@@ -164,21 +180,29 @@ def machine(dry: bool) -> dict:
     }
 
 
+def no_kernels() -> str:
+    """Why the installed package has no CUDA kernels; empty where it has."""
+    from pcl_ext import ops
+    from pcl_ext.ops import _gpu
+
+    return ops.native_status("cuda") if _gpu.CUDA is None else ""
+
+
 def markdown(report: dict) -> str:
     """The whole report as one table, with what failed below it."""
     from measure import as_markdown
 
-    rows = [row for part in report["benchmarks"].values() for row in part["rows"]]
-    rates = next((part["rates"] for part in report["benchmarks"].values() if part["rates"]), {})
+    benchmarks = {name: part for name, part in report["parts"].items() if name in PARTS}
+    rows = [row for part in benchmarks.values() for row in part["rows"]]
+    rates = next((part["rates"] for part in benchmarks.values() if part["rates"]), {})
     lines = [f"# CUDA kernels on {report['machine']['GPU']}", ""]
     lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
     lines += [f"- {name}: {rate / 1e9:.4g} G{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()]
-    parts = {n: report[n] for n in ("build", "tests") if n in report} | report["benchmarks"] | report["sanitizer"]
-    for name, part in parts.items():
+    for name, part in report["parts"].items():
         ending = (part["output"].strip().splitlines() or [""])[-1] if name not in PARTS else ""
         lines.append(f"- {name}: exit code {part['exit code']}, {part['seconds']} s. {ending}".rstrip())
     lines += ["", as_markdown(COLUMNS, [[_shown(row[column]) for column in COLUMNS] for row in rows]), ""]
-    for name, part in report["benchmarks"].items():
+    for name, part in benchmarks.items():
         for failure in part["failures"]:
             lines += [f"{name} failed at {failure.splitlines()[0]}", "", "```", failure[-1500:].strip(), "```", ""]
     return "\n".join(lines) + "\n"
@@ -203,30 +227,43 @@ def main() -> int:
     if not arguments.dry and not torch.cuda.is_available():
         print("gpu_check needs a CUDA device; --dry shows on the CPU that it runs", file=sys.stderr)
         return 2
-    report = check(arguments.build, arguments.dry, Deadline(arguments.seconds))
     name = "dry" if arguments.dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = markdown(report)
-    (arguments.out / f"gpu-{name}.md").write_text(text)
-    write_json(arguments.out / f"gpu-{name}.json", report)
+    report = {"machine": {}, "parts": {}}
+    for part, result in check(arguments.build, arguments.dry, Deadline(arguments.seconds)):
+        if failed(result):
+            (arguments.out / f"gpu-{name}-{part.replace(' ', '-')}.log").write_text(result["output"])
+        report["parts"][part] = {**result, "output": result["output"][-6000:]}
+        report["machine"] = report["machine"] or machine(arguments.dry)
+        text = markdown(report)
+        (arguments.out / f"gpu-{name}.md").write_text(text)
+        write_json(arguments.out / f"gpu-{name}.json", report)
     print(text)
-    benchmarks = report["benchmarks"].values()
-    codes = [report["tests"]["exit code"], *(part["exit code"] for part in benchmarks)]
-    clean = all(tool["exit code"] in (0, "not run") for tool in report["sanitizer"].values())
-    return 0 if clean and not any(codes) and not any(part["failures"] for part in benchmarks) else 1
+    return int(any(map(failed, report["parts"].values())))
 
 
-def check(compile_first: bool, dry: bool, deadline: Deadline) -> dict:
-    """The whole report."""
-    report = {}
+def failed(result: dict) -> bool:
+    """Whether a part, or anything in it, went wrong."""
+    return result["exit code"] not in (0, "not run") or bool(result.get("failures"))
+
+
+def check(compile_first: bool, dry: bool, deadline: Deadline) -> Iterator[tuple[str, dict]]:
+    """(name, result) of one part after another; without kernels there is nothing to test or measure."""
     if compile_first:
-        report["build"] = build(deadline.limit(BUILD_S))
+        result = build(deadline.limit(BUILD_S))
         sys.path.insert(0, str(ROOT))
-    report["machine"] = machine(dry)
-    report["tests"] = test(deadline.limit(TESTS_S), dry)
-    report["benchmarks"] = {part: measure(part, deadline.limit(limit), dry) for part, limit in PARTS.items()}
-    report["sanitizer"] = {tool: sanitize(tool, deadline.limit(SANITIZER_S / 2), dry) for tool in SANITIZED}
-    return report
+        yield "build", result
+        if failed(result):
+            return
+    elif not dry and (missing := no_kernels()):
+        yield "kernels", {"exit code": "not there", "seconds": 0, "output": missing}
+        return
+    for which, (_, limit) in TESTS.items():
+        yield which, test(which, deadline.limit(limit), dry)
+    for part, limit in PARTS.items():
+        yield part, measure(part, deadline.limit(limit), dry)
+    for tool in SANITIZED:
+        yield tool, sanitize(tool, deadline.limit(SANITIZER_S / 2), dry)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,35 @@ def test_a_part_that_takes_too_long_is_stopped(modules):
     assert gpu_check.call(["/no/such/program"], 1)["exit code"] != 0
 
 
+def test_what_a_stopped_part_has_started_stops_too(modules, tmp_path):
+    gpu_check, _ = modules
+    child = f"import time; time.sleep(4); open({str(tmp_path / 'alive')!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu_check.call([sys.executable, "-c", code], 1)["exit code"] == "timeout"
+    time.sleep(5)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_the_report_is_written_after_every_part_and_a_failure_leaves_its_whole_output(modules, tmp_path, monkeypatch):
+    gpu_check, _ = modules
+    told = "first fault\n" + "more\n" * 5000
+
+    def parts(*_):
+        yield "tests of layout", {"exit code": 1, "seconds": 3, "output": told}
+        assert "tests of layout: exit code 1" in (tmp_path / "gpu-dry.md").read_text()
+        yield "tests of attention", {"exit code": 0, "seconds": 2, "output": "7 passed"}
+
+    monkeypatch.setattr(gpu_check, "check", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry", "--out", str(tmp_path)])
+    assert gpu_check.main() == 1
+    assert (tmp_path / "gpu-dry-tests-of-layout.log").read_text() == told
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu-dry-tests-of-layout.log",
+        "gpu-dry.json",
+        "gpu-dry.md",
+    ]
+
+
 @pytest.mark.needs_ext
 def test_tests_that_are_all_skipped_have_not_passed(modules):
     gpu_check, _ = modules
@@ -74,10 +104,10 @@ def test_the_report_shows_what_failed(modules):
         "failures": ["b: E\nmore"],
     }
     ran = {"exit code": 0, "seconds": 1, "output": "9 passed\n"}
-    report = {"machine": {"GPU": "G"}, "tests": ran, "sanitizer": {"memcheck": ran}, "benchmarks": {"gpu_layout": part}}
+    report = {"machine": {"GPU": "G"}, "parts": {"tests of layout": ran, "gpu_layout": part, "memcheck": ran}}
     text = gpu_check.markdown(report)
     assert "# CUDA kernels on G" in text
-    assert "- tests: exit code 0, 1 s. 9 passed" in text
+    assert "- tests of layout: exit code 0, 1 s. 9 passed" in text
     assert "| a copy | 0.5 | 50 | copies |  |  |" in text
     assert "copy: 3000 GB/s" in text
     assert "gpu_layout failed at b: E" in text
@@ -92,11 +122,13 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.slow
 @pytest.mark.needs_ext
-def test_it_runs_from_end_to_end(tmp_path):
+def test_it_runs_from_end_to_end(tmp_path, modules):
+    gpu_check, _ = modules
     command = [sys.executable, BENCHMARKS / "gpu_check.py", "--dry", "--seconds", "900", "--out", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-6000:]
     report = json.loads((tmp_path / "gpu-dry.json").read_text())
-    rows = {name: len(part["rows"]) for name, part in report["benchmarks"].items()}
+    assert list(report["parts"]) == [*gpu_check.TESTS, *gpu_check.PARTS, *gpu_check.SANITIZED]
+    rows = {name: len(report["parts"][name]["rows"]) for name in gpu_check.PARTS}
     assert rows == {"gpu_layout": 12, "gpu_attention": 7, "gpu_step": 2}
     assert "prompt-tuning step" in (tmp_path / "gpu-dry.md").read_text()
