@@ -28,9 +28,14 @@ def _inputs(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) ->
             x = to_rows(x, 2)
             rows.append(x)
             pointers.append(x.data_ptr())
-            strides += x.stride()[:2]
+            strides += _strides(x)
     prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
     return (*pointers, work.data_ptr()), (total, prefix_total, num_heads, dim, batch, num_prefixes, *strides), rows
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Row and head strides; 0 for one row or head alone, whose stride may be any number, aligned or not."""
+    return [step if size > 1 else 0 for size, step in zip(x.shape[:2], x.stride())]
 
 
 def _rows_of_16_bytes(x: Tensor, first: int) -> Tensor:
@@ -111,6 +116,8 @@ def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads
     work, batch, num_prefixes = work_of
     pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
     dtype, prefix = SCALARS[out.dtype], num_prefixes > 0 and any(needs[3:])
+    for grad in grads[3:]:  # kernels fill the rows of prefixes, and prefix_offsets, unread here, may not name all
+        grad.zero_()
     members = _members(work, batch, num_prefixes) if prefix else (None, None)
     grad_out = _rows_of_16_bytes(grad_out, 2)
     with torch.cuda.device_of(out):  # how much is needed depends on the GPU
@@ -118,7 +125,7 @@ def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads
     workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
     asked = (grad if need else None for grad, need in zip(grads, needs))
     rows = tuple(map(address, (grad_out, out, stats, *asked, *members)))
-    rest = (rows, *grad_out.stride()[:2], address(workspace))
+    rest = (rows, *_strides(grad_out), address(workspace))
     _gpu.launch("prompt_attention_bwd", out, pointers, numbers, causal, scale, dtype, *rest)
 
 

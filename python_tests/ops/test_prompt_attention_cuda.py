@@ -7,7 +7,7 @@ from test_hostile_values import LEAST, MOST, OFFSETS, TOTAL
 from test_prompt_attention import assert_as_right_as
 
 from pcl_ext import ops
-from pcl_ext.ops import _gpu
+from pcl_ext.ops import _gpu, prompt_attention_op
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -194,6 +194,24 @@ def test_rows_of_no_history_are_zeros(offsets, dtype, cuda):
         assert not got[name][last:].any()
     for name in ("prefix_k", "prefix_v"):
         torch.testing.assert_close(got[name], want[name], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_no_prefix_get_no_gradient(dtype, cuda):
+    case = on(make([9, 4], [16], dtype=dtype), cuda)
+    case.prefix_offsets = torch.tensor([2, 12], device=cuda)
+    got = case.run_with_grads(some_grad(case), impl="fused")
+    for name in ("prefix_k", "prefix_v"):
+        assert got[name][2:12].any(1).all()
+        assert not got[name][:2].any()
+        assert not got[name][12:].any()
+
+
+def test_a_single_row_or_head_has_no_stride():
+    """It may be any, and what kernels add to an address is to be a multiple of 16 bytes."""
+    x = torch.empty(64)
+    assert prompt_attention_op._strides(x.as_strided((1, 1, 16), (7, 3, 1))) == [0, 0]
+    assert prompt_attention_op._strides(x.as_strided((1, 2, 16), (7, 16, 1))) == [0, 16]
 
 
 def test_other_head_widths_take_the_twin(cuda):
