@@ -136,7 +136,11 @@ class Learner(nn.Module):
 
     def task_loss(self, batch: ExampleBatch, name: str) -> Tensor:
         task = self.model.task(name)
-        return task_loss(task.spec, self.output(batch.history, name), task.columns(batch.target), batch.target_row)
+        return task.loss(self.output(batch.history, name), task.columns(batch.target), batch.target_row)
+
+    def generator(self) -> torch.Generator:
+        """For what is drawn anew for every task: the draws of no other. Torch's own begins alike for all of them."""
+        return torch.Generator().manual_seed(1000 * self.world.seed + len(self.model.tasks))
 
     def learn(self, name: str) -> None:
         """One task from start to end."""
@@ -291,7 +295,10 @@ def batches_of(
 ) -> Iterator[ExampleBatch]:
     """Batches of examples; newest: how many of the newest events are seen, as many as the backbone takes by default."""
     max_len = model.backbone.config.max_len if newest is None else newest
-    return iterate(dataset, examples, max_tokens=16_384, max_len=max_len, seed=seed)
+    for batch in iterate(dataset, examples, max_tokens=16_384, max_len=max_len, seed=seed):
+        if newest is not None:  # what came before is not known, and so not ranked last
+            batch = replace(batch, history=replace(batch.history, older=None))
+        yield batch
 
 
 def trainable_copy(backbone: Backbone) -> Backbone:

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.continual.methods import CONTINUAL
 from benchmarks.continual.picture import new_figure, overview
 from benchmarks.continual.summary import Gain, Summary, contests, summarise
+from pcl_ext.metrics import higher_is_better
 from pcl_ext.report.charts import CHEAP, DPI, MUTED, OURS
 from pcl_ext.report.page import CSS, POLICY
 
@@ -172,8 +173,8 @@ def _curves(summary: Summary) -> str:
         if name not in summary.matrix or len(summary.matrix[name][0]) < 2:
             continue
         after, values = summary.matrix[name]
-        own = np.diag(values[:, : len(after)])
-        left = [float(np.mean(values[i, :i] / own[:i])) for i in range(1, len(after))]
+        own, up = np.diag(values[:, : len(after)]), [1 if higher_is_better(m) else -1 for m in summary.metric.values()]
+        left = [float(np.mean((values[i, :i] / own[:i]) ** up[:i])) for i in range(1, len(after))]
         mine = name == "pcl"
         axes.plot(range(1, len(after)), left, marker="o", ms=3, lw=2.5 if mine else 1.2, label=name)
     if not axes.lines:

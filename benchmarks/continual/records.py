@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.continual.trial import Trial
 from pcl_ext.checkpoint import differences
+from pcl_ext.metrics import higher_is_better
 from pcl_ext.run import PROTOCOL
 
 
@@ -82,12 +83,13 @@ def lines(trial: Trial, answer: dict[str, Any], dataset_name: str) -> list[dict[
         "choice": "grid point by valid users of the fold, first seed",
         "setting": identity["setting"],
         "order": ["next", *identity["tasks"]],
-        "forgetting": "R[j, j] - R[K, j]; 0 where all tasks are learned at once",
+        "forgetting": "R[j, j] - R[K, j], of errors the other way round; 0 where all tasks are learned at once",
     }
     last, found = answer["test"][-1]["values"], []
     first = {row["after"]: row["values"] for row in answer["test"]}
     for task, value in last.items():
         before = first[task][task] if task in first else value
+        lost = before - value if higher_is_better(answer["metric"][task]) else value - before
         found.append(
             {
                 "method": trial.method,
@@ -96,7 +98,7 @@ def lines(trial: Trial, answer: dict[str, Any], dataset_name: str) -> list[dict[
                 "seed": trial.seed,
                 "metric": answer["metric"][task],
                 "value": value,
-                "forgetting": before - value,
+                "forgetting": lost,
                 "parameters": answer["parameters"][task],
                 "seconds": answer["seconds"].get(task, 0.0),
                 "protocol": protocol,

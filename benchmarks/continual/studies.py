@@ -6,6 +6,7 @@ Results go to OUT/studies.jsonl, a line per study, variant, task, fold and seed,
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import random
 from collections.abc import Iterator
@@ -173,11 +174,13 @@ def _work(variant: Variant, out: Path) -> dict[str, Any] | None:
 
 
 def collect(variants: list[Variant], out: Path) -> None:
-    """studies.jsonl anew, from what is done."""
+    """What is done of these variants into studies.jsonl, in place of what it had of their studies, folds and seeds."""
     path = out / "studies.jsonl"
-    path.unlink(missing_ok=True)
+    ours = {(variant.study, variant.trial.fold, variant.trial.seed) for variant in variants}
+    others = [line for line in records.read_lines(path) if (line["study"], line["fold"], line["seed"]) not in ours]
     answers = [records.load_trial(out, variant.trial) for variant in variants]
-    records.append(path, [line for answer in answers if answer is not None for line in answer["lines"]])
+    found = [line for answer in answers if answer is not None for line in answer["lines"]]
+    records.write(path, "".join(json.dumps(line) + "\n" for line in others + found).encode())
 
 
 def main(arguments: list[str] | None = None) -> None:

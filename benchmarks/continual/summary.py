@@ -66,20 +66,14 @@ class Summary:
     keys: dict[str, dict[Key, str]]
 
     def gain(self, method: str, base: str) -> float:
-        """Mean over tasks of the relative gain over another method."""
-        gains = []
-        for task, name in self.metric.items():
-            ratio = self.rows[method].value[task] / self.rows[base].value[task] - 1.0
-            gains.append(ratio if higher_is_better(name) else -ratio)
-        return float(np.mean(gains))
+        """Mean over tasks of the relative gain over another method, on the folds and seeds that both have; NaN without
+        any."""
+        gains = self.paired(method, base)
+        return gains["mean"].mean if gains else float("nan")
 
     def strongest(self, methods: tuple[str, ...], ours: str) -> str | None:
-        """The one of these over which `ours` gains least, a mean over tasks. Those with fewer runs than others are not
-        complete yet and are left out."""
-        if ours not in self.rows:
-            return None
-        most = max((self.rows[name].runs for name in methods if name in self.rows), default=0)
-        present = [name for name in methods if name in self.rows and self.rows[name].runs == most]
+        """The one of these over which `ours` gains least, a mean over tasks."""
+        present = [name for name in methods if name in self.rows and ours in self.rows and self.paired(ours, name)]
         return min(present, key=lambda name: self.gain(ours, name), default=None)
 
     def paired(self, ours: str, other: str) -> dict[str, Gain]:

@@ -17,6 +17,7 @@ import benchmarks.continual
 import pcl_ext
 from benchmarks.continual import records, schedule, studies, unseen
 from benchmarks.continual.__main__ import folds_of, main
+from benchmarks.continual.learner import batches_of
 from benchmarks.continual.methods import CONTINUAL, LEARNERS, MULTI_TASK, NAMES
 from benchmarks.continual.page import write_page
 from benchmarks.continual.picture import overview, write_picture
@@ -289,6 +290,50 @@ def test_a_study_runs(study, comparison, out, inline, tiny_budget):
     assert {line["study"] for line in lines} == {study}
     assert {line["task"] for line in lines} >= {"segment", "range", "click"}
     assert all(np.isfinite(line["value"]) for line in lines)
+
+
+def test_another_study_in_the_same_folder_leaves_the_first_ones_lines(tmp_path, monkeypatch):
+    def variant(study, seed):
+        return SimpleNamespace(study=study, trial=SimpleNamespace(fold="a", seed=seed))
+
+    def line(study, seed, value):
+        return {"study": study, "fold": "a", "seed": seed, "value": value}
+
+    values = {("off", 0): 1, ("off", 1): 2, ("order", 0): 3}
+    monkeypatch.setattr(
+        records,
+        "load_trial",
+        lambda out, trial: {"lines": [line(*key, values[key]) for key in asked if key[1] == trial.seed]},
+    )
+    for asked in ([("off", 0), ("off", 1)], [("order", 0)], [("off", 0)]):
+        studies.collect([variant(*key) for key in asked], tmp_path)
+        values["off", 0] += 10
+    found = records.read_lines(tmp_path / "studies.jsonl")
+    assert found == [line("off", 1, 2), line("order", 0, 3), line("off", 0, 21)]
+
+
+def test_what_came_before_the_newest_events_is_not_known(learner):
+    made = learner("probe")
+    examples = made.world.dataset.examples("next", "test")
+    assert any(batch.history.older is not None for batch in batches_of(made.world.dataset, examples, made.model, None))
+    assert all(b.history.older is None for b in batches_of(made.world.dataset, examples, made.model, None, newest=2))
+
+
+def test_forgetting_of_an_error_is_how_far_it_rose(comparison, tiny_budget):
+    trial = Trial("fine", str(comparison / "data" / "tiny"), "tiny", 0, 0, tiny_budget, ("spend", "segment"))
+    rows = [
+        {"after": "spend", "values": {"spend": 1.0}},
+        {"after": "segment", "values": {"spend": 1.5, "segment": 0.5}},
+    ]
+    answer = {
+        "metric": {"spend": "rmse", "segment": "accuracy"},
+        "test": rows,
+        "seconds": {},
+        "identity": trial.identity(),
+    }
+    answer["parameters"] = {"spend": 1, "segment": 1}
+    lines = records.lines(trial, answer, "tiny")
+    assert {line["task"]: line["forgetting"] for line in lines} == {"spend": 0.5, "segment": 0.0}
 
 
 def test_an_unseen_tasks_prompt_is_made_from_the_closed_ones(learner):

@@ -1,7 +1,5 @@
 """What is made of the results: gains paired by fold, the hardest baseline, hindsight, intervals."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -59,8 +57,9 @@ def test_the_strongest_baseline_is_the_one_that_is_hardest_to_beat():
     assert summary.strongest(baselines, "pcl") == "ewc"
     assert summary.strongest(baselines, "lwf") is None
     assert summary.strongest(("hat",), "pcl") is None
-    rows["conure"] = replace(rows["conure"], runs=2)
-    assert summary.strongest(baselines, "pcl") == "conure", "the others are not complete"
+    assert summary.gain("pcl", "ewc") == pytest.approx(0.1)
+    values["conure"][("b", 0)] = {"next": 9.0, "segment": 9.0}
+    assert summary.gain("pcl", "conure") == pytest.approx(0.4), "on what both have"
 
 
 @pytest.mark.parametrize(

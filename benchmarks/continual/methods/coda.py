@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +26,10 @@ class Coda(PoolLearner):
         self.keys, self.attention, self.rows = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
 
     def begin(self, name: str) -> None:
-        dim = self.model.backbone.config.dim
+        dim, generator = self.model.backbone.config.dim, self.generator()
         for group, shape in ((self.keys, (dim,)), (self.attention, (dim,)), (self.rows, (LENGTH, dim))):
-            group.append(nn.Parameter(torch.randn(COMPONENTS, *shape) * dim**-0.5))
+            old = torch.cat([part.flatten(1) for part in group]) if len(group) else torch.zeros(0, math.prod(shape))
+            group.append(nn.Parameter(apart(old, generator).view(COMPONENTS, *shape)))
         self.parts[name] = len(self.keys)
 
     def trained(self) -> list[nn.Parameter]:
@@ -50,6 +53,13 @@ class Coda(PoolLearner):
 
     def extra_parameters(self, name: str) -> float:
         return sum(p.numel() for p in (self.keys[0], self.attention[0], self.rows[0]))
+
+
+@torch.no_grad()
+def apart(old: Tensor, generator: torch.Generator) -> Tensor:
+    """[COMPONENTS, F] orthonormal rows, orthogonal to those of old [M, F]; M + COMPONENTS at most F."""
+    rows, basis = torch.randn(COMPONENTS, old.shape[1], generator=generator), torch.linalg.qr(old.T).Q
+    return torch.linalg.qr((rows - rows @ basis @ basis.T).T).Q.T
 
 
 def overlap(rows: Tensor) -> Tensor:

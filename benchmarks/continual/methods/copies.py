@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from benchmarks.continual.learner import Learner, trainable_copy
-from pcl_ext.model import Backbone, freeze
+from pcl_ext.model import Backbone, Task, UserModel, freeze
 from pcl_ext.model.backbone import NamedModules
 
 
@@ -18,7 +18,7 @@ class Copy(Learner):
         """Where a task's own backbone starts."""
         return trainable_copy(self.model.backbone)
 
-    def start_task(self, name: str):
+    def start_task(self, name: str) -> Task:
         self.copies[name] = self.start()
         return super().start_task(name)
 
@@ -47,4 +47,13 @@ class Single(Copy):
     scratch = True
 
     def start(self) -> Backbone:
-        return Backbone(self.model.backbone.config)
+        backbone = Backbone(self.model.backbone.config)
+        backbone.trained_items.copy_(self.model.backbone.trained_items)
+        return backbone
+
+    def start_task(self, name: str) -> Task:
+        """Its rows start as those of its own backbone do, not at the pretrained ones."""
+        self.copies[name] = self.start()
+        alone = UserModel(self.copies[name])
+        self.model.tasks[name] = alone.add_task(self.world.dataset.task(name).spec, self.memory(name))
+        return self.model.task(name)

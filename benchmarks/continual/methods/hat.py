@@ -40,10 +40,17 @@ class Hat(Learner):
         self.end("next")
 
     def begin(self, name: str) -> None:
-        config = self.model.backbone.config
+        units, generator = widths(self.model.backbone.config), self.generator()
         self.open = nn.ParameterDict(
-            {u.replace(".", "_"): nn.Parameter(torch.randn(n)) for u, n in widths(config).items()}
+            {unit.replace(".", "_"): nn.Parameter(torch.randn(n, generator=generator)) for unit, n in units.items()}
         )
+
+    def fit_head(self, name: str) -> None:
+        """Features are standardised with all gates open: which of them stay closed is not known yet, and the deviation
+        of a closed one is 0."""
+        self.closed[name] = {unit: torch.ones_like(past) for unit, past in self.past.items()}
+        super().fit_head(name)
+        del self.closed[name]
 
     def gates(self, name: str) -> Gates:
         if name in self.closed:

@@ -16,7 +16,7 @@ from benchmarks.continual.learner import Learner
 from benchmarks.continual.union import Share, Union, UnionBatch
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import ExampleBatch
-from pcl_ext.model import Backbone, Encoded, Task, UserModel, task_loss
+from pcl_ext.model import Backbone, Encoded, Task, UserModel
 from pcl_ext.model.backbone import NamedModules
 from pcl_ext.model.encoded import encode
 from pcl_ext.model.layout import newest_rows
@@ -118,7 +118,7 @@ class Joint(Learner):
         """A task's loss on its part of a batch."""
         task = self.model.task(name)
         output = task(self.own(name, states).select(share.rows), self.model.backbone.table)
-        return task_loss(task.spec, output, task.columns(share.target), share.target_row)
+        return task.loss(output, task.columns(share.target), share.target_row)
 
     def own(self, name: str, states: Encoded) -> Encoded:
         """The shared states as one task reads them."""

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from benchmarks.continual.learner import Learner, trainable_copy
 from pcl_ext.data import ExampleBatch
-from pcl_ext.model import Backbone, freeze, task_loss
+from pcl_ext.model import Backbone, Task, freeze
 from pcl_ext.model.encoded import encode
-from pcl_ext.task import TaskSpec
 
 TEMPERATURE = 2.0
 
@@ -32,21 +31,22 @@ class Lwf(Learner):
         with torch.no_grad():
             then = self._encode(self.previous, batch.history, every)
         table, old_table = self.model.backbone.table, self.previous.table
-        kept = sum(distillation(task.spec, task(now, table), task(then, old_table)) for task in tasks)
+        kept = sum(distillation(task, task(now, table), task(then, old_table)) for task in tasks)
         return self.loss_of(own, own(now, table), batch) + self.world.setting.strength * kept / len(tasks)
 
     def _encode(self, backbone, history, every: bool):
         return encode(backbone, history, None, None, None, every_state=every)
 
     def loss_of(self, task, output: Tensor, batch: ExampleBatch) -> Tensor:
-        return task_loss(task.spec, output, task.columns(batch.target), batch.target_row)
+        return task.loss(output, task.columns(batch.target), batch.target_row)
 
 
-def distillation(spec: TaskSpec, now: Tensor, then: Tensor) -> Tensor:
-    """How far outputs are from earlier ones: cross-entropy at TEMPERATURE less its least value; squares for values."""
-    if spec.kind == "regression":
-        return F.mse_loss(now, then)
-    if spec.kind == "binary":
+def distillation(task: Task, now: Tensor, then: Tensor) -> Tensor:
+    """How far outputs are from earlier ones: cross-entropy at TEMPERATURE less its least value; squares for values, in
+    units of the targets' deviation."""
+    if task.spec.kind == "regression":
+        return F.mse_loss(now, then) / task.head.unit[1] ** 2
+    if task.spec.kind == "binary":
         now, then = (torch.stack([torch.zeros_like(x), x], 1) for x in (now, then))
     now, then = (F.log_softmax(x.float() / TEMPERATURE, 1) for x in (now, then))
     return F.kl_div(now, then, reduction="batchmean", log_target=True) * TEMPERATURE**2

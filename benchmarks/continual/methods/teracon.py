@@ -44,7 +44,8 @@ class Relations(nn.Module):
 
 
 class Teracon(Learner):
-    """Retention is one earlier task a step, drawn at random: its expectation is the sum over all of them."""
+    """Retention is one earlier task a step, drawn by its similarity: its expectation is the mean over all of them with
+    these weights."""
 
     adapts = True
     previous: tuple[UserModel, Relations] | None = None
@@ -67,9 +68,12 @@ class Teracon(Learner):
     def trained(self) -> list[nn.Parameter]:
         return [*self.model.backbone.parameters(), *self.relations.parameters()]
 
+    @property
+    def s(self) -> float:
+        return 1 / S_MAX + (S_MAX - 1 / S_MAX) * self.progress if self.training else S_MAX
+
     def gates(self, name: str) -> Gates:
-        s = 1 / S_MAX + (S_MAX - 1 / S_MAX) * self.progress if self.training else S_MAX
-        return self.relations(name, s)
+        return self.relations(name, self.s)
 
     def view(self, name: str) -> View:
         return View(self.model.backbone, gated(self.model.backbone, self.gates(name)))
@@ -83,15 +87,16 @@ class Teracon(Learner):
         return F.cosine_similarity(own, others, dim=0)
 
     def retention(self, batch: ExampleBatch, name: str) -> Tensor:
-        """Squared distance of an earlier task's outputs to the previous model's, weighted by its similarity."""
+        """Squared distance of an earlier task's outputs to the previous model's, both as open as `s` says."""
         earlier = [other for other in self.model.task_names if other != name]
-        other = earlier[int(torch.randint(len(earlier), ()))]
+        similar = torch.stack([self.similarity(name, other) for other in earlier])
+        other = earlier[int(similar.clamp_min(1e-6).multinomial(1))]
         task, (backbone, relations) = self.model.task(other), self.previous
         with torch.no_grad():
-            view = View(backbone, gated(backbone, relations(other, S_MAX)))
+            view = View(backbone, gated(backbone, relations(other, self.s)))
             then = task(self.encode(batch.history, other, view), view.table)
-        now = self.output(batch.history, other)
-        return len(earlier) * self.similarity(name, other) * F.mse_loss(now, then)
+        unit = task.head.unit[1] if task.spec.kind == "regression" else 1.0
+        return F.mse_loss(self.output(batch.history, other) / unit, then / unit)
 
     def extra_parameters(self, name: str) -> float:
         mlp = self.relations.mlp[self.relations.names.index(name)]
