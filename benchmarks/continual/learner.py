@@ -297,7 +297,7 @@ def batches_of(
     max_len = model.backbone.config.max_len if newest is None else newest
     for batch in iterate(dataset, examples, max_tokens=16_384, max_len=max_len, seed=seed):
         if newest is not None:  # what came before is not known, and so not ranked last
-            batch = replace(batch, history=replace(batch.history, older=None))
+            batch = batch._replace(history=replace(batch.history, older=None))
         yield batch
 
 
