@@ -1,4 +1,4 @@
-"""Every test: seeded, new buffers full of NaN, threads as they were; devices and the compiled module by marker."""
+"""Every test: seeded, new buffers full of NaN, threads and denormal numbers as they were; devices and the compiled module by marker."""
 
 from importlib.util import find_spec
 
@@ -54,6 +54,7 @@ def _repeatable():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)
