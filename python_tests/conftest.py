@@ -1,4 +1,4 @@
-"""Every test: seeded, new buffers full of NaN, threads and denormal numbers as they were; devices and the compiled module by marker."""
+"""Every test: seeded, new buffers full of NaN, threads and denormals as they were; devices and the module by marker."""
 
 from importlib.util import find_spec
 
