@@ -180,9 +180,7 @@ def _measure(
 ) -> None:
     """Add a learned task to the record: a row of the matrix, its curve, the hashes of its outputs and of its table."""
     scores = infer.evaluate(model, dataset, [*record["outputs"], name])  # a model may know tasks that no run taught it
-    same = set(compared) & set(
-        same_tables(record, dataset)
-    )  # a table may have been replaced while the task was learned
+    same = set(compared) & set(same_tables(record, dataset))  # a table may have been replaced meanwhile
     if changed := [task for task in changed_outputs(record, scores) if task in same]:
         raise ForgettingError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
     matrix = ResultMatrix.from_json(record["matrix"])

@@ -12,7 +12,7 @@ import torch
 from runs import BACKBONE, pretrain_in_memory, write_dataset
 
 from pcl_ext import infer, item_start
-from pcl_ext.data import Dataset, DatasetWriter, fold_of, make_batch
+from pcl_ext.data import Dataset, make_batch
 from pcl_ext.infer import Score
 from pcl_ext.item_start import start_items
 from pcl_ext.loop import Problem, fit
@@ -57,28 +57,6 @@ def test_a_dataset_without_train_users_is_refused(dataset, tmp_path):
     assert model.task_names == ["next"]
 
 
-def test_a_table_whose_targets_can_be_seen_is_refused(tmp_path):
-    users, items = np.arange(300), np.random.default_rng(0).permuted(np.tile(np.arange(1, 21), (300, 1)), axis=1)[:, :6]
-    with DatasetWriter(tmp_path / "leaks", "leaks", 20) as writer:
-        writer.histories(users, items.ravel(), np.arange(301) * 6, fold_of("leaks", users))
-        writer.task(TaskSpec("leak", "items"), users, items[:, 0], [6] * 300)
-    leaky = Dataset(tmp_path / "leaks")
-    model, _ = pretrain(leaky, BackboneConfig(20, **BACKBONE), PretrainConfig(epochs=1))
-    with pytest.raises(ValueError, match="target must not be among the first 6 items"):
-        learn_task(model, leaky, "leak")
-    assert model.task_names == ["next"]
-
-
-def test_pretraining_refuses_repeats_that_the_dataset_rules_out(tmp_path):
-    users = np.arange(300)
-    with DatasetWriter(tmp_path / "again", "again", 5) as writer:
-        writer.histories(users, np.tile([3, 1, 3], 300), np.arange(301) * 3, fold_of("again", users))
-    (tmp_path / "again" / "tasks").mkdir(exist_ok=True)
-    (tmp_path / "again" / "tasks" / "next.json").write_text('{"name": "next", "kind": "items", "repeats": false}')
-    with pytest.raises(ValueError, match="does not say repeats"):
-        pretrain(Dataset(tmp_path / "again"), BackboneConfig(5, **BACKBONE), PretrainConfig(epochs=1))
-
-
 def test_a_checkpoint_may_be_named_by_a_text(dataset, tmp_path):
     path = str(tmp_path / "next.safetensors")
     pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1), path)
@@ -95,24 +73,6 @@ def test_the_factor_of_the_start_is_fitted_on_users_of_any_length(monkeypatch):
     monkeypatch.setattr(item_start, "_FEWEST_USERS", 100)
     factor = item_start._factor(read, torch.eye(columns), torch.zeros(columns), (torch.arange(count), target))
     assert factor > 1
-
-
-@pytest.mark.parametrize("full_softmax", [100, 2000], ids=["sampled", "exact"])
-def test_items_that_no_step_has_read_are_not_trained(tmp_path, full_softmax):
-    users, count = np.arange(1000), 2000
-    items = np.random.default_rng(0).integers(1, count + 1, 10_000)
-    with DatasetWriter(tmp_path / "long", "long", count) as writer:
-        writer.histories(users, items, np.arange(1001) * 10, fold_of("long", users))
-    dataset, shape = Dataset(tmp_path / "long"), BackboneConfig(count, **BACKBONE)
-    config = PretrainConfig(epochs=2, epoch_tokens=512, batch_tokens=512, full_softmax=full_softmax, negatives=32)
-    model, _ = pretrain(dataset, shape, config)
-    torch.manual_seed(config.seed)
-    moved = (model.backbone.table != Backbone(shape).table).any(1)
-    known = model.backbone.trained_items
-    assert 0 < known.sum() <= 2 * 512
-    assert moved[known].all()
-    whole, _ = pretrain(dataset, shape, PretrainConfig(epochs=1, full_softmax=full_softmax, negatives=32))
-    assert torch.equal(whole.backbone.trained_items, item_counts(dataset) > 0)
 
 
 def test_a_backbone_of_another_catalogue_is_refused(dataset):

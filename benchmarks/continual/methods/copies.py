@@ -19,8 +19,11 @@ class Copy(Learner):
         return trainable_copy(self.model.backbone)
 
     def start_task(self, name: str) -> Task:
+        """Its rows start as those of its own backbone do."""
         self.copies[name] = self.start()
-        return super().start_task(name)
+        spec = self.world.dataset.task(name).spec
+        self.model.tasks[name] = UserModel(self.copies[name]).add_task(spec, self.memory(name))
+        return self.model.task(name)
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.copies[self.model.task_names[-1]].parameters())
@@ -50,10 +53,3 @@ class Single(Copy):
         backbone = Backbone(self.model.backbone.config)
         backbone.trained_items.copy_(self.model.backbone.trained_items)
         return backbone
-
-    def start_task(self, name: str) -> Task:
-        """Its rows start as those of its own backbone do, not at the pretrained ones."""
-        self.copies[name] = self.start()
-        alone = UserModel(self.copies[name])
-        self.model.tasks[name] = alone.add_task(self.world.dataset.task(name).spec, self.memory(name))
-        return self.model.task(name)
