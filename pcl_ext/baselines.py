@@ -160,6 +160,10 @@ class Markov:
         self.dataset, self.columns = dataset, _columns(dataset, spec)
         users = dataset.examples("next", "train").user
         order = torch.randperm(len(users), generator=torch.Generator().manual_seed(0))
+        if not len(users):
+            raise ValueError(
+                f"{dataset.path} has no train users with two events or more: a Markov chain learns nothing"
+            )
         lengths = torch.from_numpy(np.diff(dataset.offsets))[users]
         kept = order[: int((lengths[order].cumsum(0) <= _MOST_PAIRS).sum())].sort().values
         whole = Examples.without_targets(users[kept].numpy(), lengths[kept].numpy())

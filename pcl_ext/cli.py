@@ -101,8 +101,8 @@ def _prepare(parser) -> None:
     parser.add_argument("--config", type=Path, help="TOML file that describes an event log (events)")
     parser.add_argument("--out", type=Path, required=True, help="dataset folder to write")
     parser.add_argument("--rotate", type=int, help="fold 0..4 of the rotated split instead of the fixed one")
-    parser.add_argument("--users", type=int, default=3000, help="users to generate (synthetic)")
-    parser.add_argument("--seed", type=int, default=0, help="of the generator (synthetic)")
+    parser.add_argument("--users", type=int, help="users to generate, 3000 by default (synthetic)")
+    parser.add_argument("--seed", type=int, help="of the generator, 0 by default (synthetic)")
 
 
 def _pretrain(parser) -> None:

@@ -32,12 +32,14 @@ DEMO_LEARN = LearnConfig(epochs=12, patience=4, learning_rate=1e-2, head_rate=5e
 
 
 def prepare(args) -> int:
+    _refuse_idle(args)
     if args.source == "events":
         if args.config is None:
             raise ValueError("events needs --config, a TOML file that describes the log")
         events.prepare(args.config, args.out, rotate=args.rotate)
     elif args.source == "synthetic":
-        synthetic.prepare(args.out, num_users=args.users, seed=args.seed, rotate=args.rotate)
+        users = 3000 if args.users is None else args.users
+        synthetic.prepare(args.out, num_users=users, seed=args.seed or 0, rotate=args.rotate)
     else:
         if args.folder is None:
             raise ValueError(f"{args.source} needs --from, the folder with its files")
@@ -45,6 +47,15 @@ def prepare(args) -> int:
         source.prepare(args.folder, args.out, rotate=args.rotate)
     _show_dataset(Dataset(args.out))
     return 0
+
+
+def _refuse_idle(args) -> None:
+    """ValueError for an option that would do nothing: who gave it believes that it does."""
+    of = {"config": ("events",), "folder": ("online-retail", "ml-1m"), "users": ("synthetic",), "seed": ("synthetic",)}
+    for name, sources in of.items():
+        if getattr(args, name) is not None and args.source not in sources:
+            option = "from" if name == "folder" else name
+            raise ValueError(f"--{option} is for {' and '.join(sources)}, not for {args.source}")
 
 
 def _show_dataset(dataset: Dataset) -> None:

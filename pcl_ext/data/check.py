@@ -100,7 +100,7 @@ def _checked_chunks(dataset: Dataset):
 
 
 def _check_times(dataset: Dataset, table: TaskTable, file: Path) -> None:
-    if dataset.times is None:
+    if dataset.times is None or not len(dataset.times):
         return
     for start in range(0, len(table), _EVENTS):
         piece = slice(start, start + _EVENTS)

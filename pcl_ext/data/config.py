@@ -36,6 +36,16 @@ class TableConfig:
     text: list = _key(LIST, ())
     encoding: str = _key(TEXT, "utf-8")
 
+    @property
+    def as_text(self) -> list[str]:
+        """Columns of a CSV that are read as text."""
+        return list(self.text)
+
+    @property
+    def keys(self) -> list[str]:
+        """Columns of a CSV in which NA, NaN, nan and null mean an empty cell, text as they are."""
+        return []
+
 
 @dataclass(frozen=True)
 class EventsConfig(TableConfig):
@@ -61,6 +71,22 @@ class EventsConfig(TableConfig):
     skip_empty: bool = _key(YES_NO, False)
     min_length: int = _key(WHOLE, 1)
     until: Any = _key(ANY, None)
+
+    def __post_init__(self):
+        if self.time is None:
+            for key, idle in (("time_unit", self.time_unit != "s"), ("time_format", self.time_format is not None)):
+                if idle:
+                    raise ValueError(f"[events]: {key} is for a log with `time`, the name of its column")
+        if self.min_length < 0:
+            raise ValueError(f"[events]: min_length must be from 1 up, got {self.min_length}")
+
+    @property
+    def as_text(self) -> list[str]:
+        return [*self.text, self.time] if self.time_format is not None else list(self.text)
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.user, self.item, *([self.time] if self.time else [])]
 
 
 @dataclass(frozen=True)
@@ -104,6 +130,12 @@ class SubsetConfig:
     modulo: int | None = _key(WHOLE, None)
     remainder: int = _key(WHOLE, 0)
     where: tuple[Condition, ...] = _key(LIST, ())
+
+    def __post_init__(self):
+        if not 0 <= self.remainder < (self.modulo or 1):
+            raise ValueError(
+                f"items: remainder must be in 0..modulo - 1, got {self.remainder} and modulo {self.modulo}"
+            )
 
 
 @dataclass(frozen=True)
@@ -180,6 +212,8 @@ class TaskConfig:
                 raise ValueError(where + f"{idle[0]} is for {needed}")
 
     def _check_labels(self, where: str) -> None:
+        if self.labels is not None and (twice := [x for i, x in enumerate(self.labels) if x in self.labels[:i]]):
+            raise ValueError(where + f"labels must differ, {twice[0]!r} is there twice")
         given = [key for key in ("threshold", "positive", "bins", "labels") if getattr(self, key) is not None]
         allowed = {"binary": ("threshold", "positive", "labels"), "classes": ("bins", "labels")}.get(self.kind, ())
         if wrong := [key for key in given if key not in allowed]:

@@ -42,8 +42,12 @@ class Dataset:
         source = self.path / FILE
         if not source.is_file():
             raise FileNotFoundError(f"{source} is missing")
-        key = identity([source], repr((self.num_items, recorded)))
-        folder = cached(self.path, "histories", key, lambda out: build_histories(source, self.num_items, recorded, out))
+        self.key = identity(
+            [source], repr((self.num_items, recorded))
+        )  # of the histories' cache, and so of the tables'
+        folder = cached(
+            self.path, "histories", self.key, lambda out: build_histories(source, self.num_items, recorded, out)
+        )
         self.user_id: np.ndarray = load(folder, "user_id")
         self.items: np.ndarray = load(folder, "items")
         self.offsets: np.ndarray = load(folder, "offsets")
@@ -116,9 +120,8 @@ class Dataset:
     def rows_of(self, user_ids) -> np.ndarray:
         """Rows of the users with these ids, [m] int64; -1 for unknown ones."""
         ids = np.asarray(user_ids, np.int64)
-        sorter = None if self._order is None else self._order
-        at = np.searchsorted(self.user_id, ids, sorter=sorter).clip(max=max(0, self.num_users - 1))
-        rows = at if sorter is None else sorter[at]
+        at = np.searchsorted(self.user_id, ids, sorter=self._order).clip(max=max(0, self.num_users - 1))
+        rows = at if self._order is None else self._order[at]
         if not self.num_users:
             return np.full(len(ids), -1)
         return np.where(self.user_id[rows] == ids, rows, -1)

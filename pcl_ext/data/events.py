@@ -99,6 +99,8 @@ def _item_ids(log: EventLog, targets: dict[str, ItemTargets], all_items: bool) -
     known[log.item.codes[log.history]] = True
     for rows in targets.values():
         known[rows.item] = True
+        if rows.catalogue is not None:
+            known[log.item.codes[rows.catalogue[log.item.codes]]] = True
     if all_items:
         known[log.listed_items] = True
     return np.cumsum(known), known
@@ -143,8 +145,6 @@ def _write_label_task(writer: DatasetWriter, task: TaskConfig, log: EventLog, us
 
 def _user_values(log: EventLog, task: TaskConfig, users: pa.Table) -> pa.Array:
     """The task's column of the users table, one value per kept user; null for users who are not in it."""
-    if task.column not in users.column_names:
-        raise ValueError(f"task {task.name!r}: [users] has no column {task.column!r}")
     codes = log.user.find(users[log.config.users.user], "[users] user")
     row = np.full(len(log.user), -1)
     row[codes[codes >= 0]] = np.flatnonzero(codes >= 0)
@@ -152,6 +152,4 @@ def _user_values(log: EventLog, task: TaskConfig, users: pa.Table) -> pa.Array:
         twice = np.flatnonzero(np.bincount(codes[codes >= 0]) > 1)[0]
         raise ValueError(f"[users]: user must be unique, {log.user.values[twice].as_py()!r} is there twice")
     chosen = row[log.users]
-    column = users[task.column].combine_chunks()
-    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    return column.take(pa.array(chosen, mask=chosen < 0))
+    return users[task.column].combine_chunks().take(pa.array(chosen, mask=chosen < 0))

@@ -80,7 +80,7 @@ def numbers(column: pa.ChunkedArray | pa.Array, where: str) -> np.ndarray:
         column, kind = column.cast(pa.float64() if pa.types.is_decimal(kind) else pa.int8()), pa.float64()
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise ValueError(f"{where} must hold numbers, got {kind}")
-    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
 def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels:
@@ -97,6 +97,8 @@ def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels
     user = np.flatnonzero(~np.isnan(target))
     if not len(user):
         raise ValueError(f"{label}: no user has a value")
+    if (largest := np.abs(target[user]).max()) > np.finfo(np.float32).max:
+        raise ValueError(f"{label}: targets are float32, at most 3.4e38, got {largest:g}")
     return Labels(user, target[user].astype(np.float32 if task.kind == "regression" else np.int64), names)
 
 
@@ -117,8 +119,16 @@ def _from_numbers(values: np.ndarray, task: TaskConfig, train: np.ndarray) -> tu
         edges = task.bins
     target = np.where(np.isnan(values), np.nan, np.searchsorted(edges, values, side="right"))
     shown = [f"{edge:g}" for edge in edges]
+    if len(set(shown)) < len(shown):
+        shown = [repr(edge) for edge in edges]
     middle = [f"{low} to {high}" for low, high in zip(shown, shown[1:], strict=False)]
-    return target, [f"below {shown[0]}", *middle, f"{shown[-1]} or more"]
+    names = [f"below {shown[0]}", *middle, f"{shown[-1]} or more"]
+    if isinstance(task.bins, int):
+        counts = np.bincount(target[train & ~np.isnan(target)].astype(np.int64), minlength=task.bins)
+        if not counts.all():  # many users have the lowest value
+            empty = names[int(counts.argmin())]
+            raise ValueError(f"task {task.name!r}: bins = {task.bins} leaves {empty!r} empty; give edges yourself")
+    return target, names
 
 
 def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.ndarray, list[str]]:

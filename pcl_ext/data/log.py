@@ -12,7 +12,6 @@ from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.conditions import Condition, holds
 from pcl_ext.data.config import EventsConfig, LogConfig, SubsetConfig
 from pcl_ext.data.split import hash_modulo
-from pcl_ext.data.tablefile import NULLS
 from pcl_ext.data.times import TimeColumn
 
 _LOG = logging.getLogger(__name__)
@@ -47,10 +46,7 @@ def encode(columns: list[pa.ChunkedArray], names: list[str]) -> Ids:
     if any(column.type != plain[0].type for column in plain):
         raise ValueError(f"{' and '.join(names)} must be of one type, got {plain[0].type} and {plain[-1].type}")
     encoded = pa.chunked_array([c for column in plain for c in column.chunks], plain[0].type).dictionary_encode()
-    if not encoded.num_chunks:
-        return Ids(pa.array([], plain[0].type), np.empty(0, np.int64))
     encoded = encoded.combine_chunks()
-    encoded = encoded if isinstance(encoded, pa.DictionaryArray) else encoded.chunk(0)
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
@@ -67,7 +63,10 @@ def _plain_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         raise ValueError(f"{where} must hold integers or text, got {column.type}")
     if column.null_count:
         raise ValueError(f"{where} must not be null, {column.null_count} of {len(column)} rows are")
-    return column.cast(kind).cast(target)
+    try:
+        return column.cast(kind).cast(target)
+    except pa.ArrowException as error:
+        raise ValueError(f"{where} must be ids of at most 63 bits, or text: {error}") from error
 
 
 class EventLog:
@@ -85,8 +84,6 @@ class EventLog:
     def __init__(self, config: LogConfig, events: pa.Table, items: pa.Table | None):
         self.config, self._events, self._items = config, events, items
         names = config.events
-        for name in {names.user, names.item} - set(events.column_names):
-            raise ValueError(f"[events]: column {name!r} is missing")
         self._events = events = _without_empty(events, names)
         self.user = encode([events[names.user]], ["[events] user"])
         columns, labels = [events[names.item]], ["[events] item"]
@@ -140,8 +137,6 @@ class EventLog:
         """[all items] bool: the items of a task's subset."""
         kept = np.ones(len(self.item), bool)
         if subset.modulo is not None:
-            if not 0 <= subset.remainder < subset.modulo:
-                raise ValueError(f"{label}: remainder must be in 0..modulo - 1, got {subset.remainder}")
             name, ids = self.config.name, self.item.values.to_pylist()
             kept &= hash_modulo(name, "item", ids, subset.modulo) == subset.remainder
         for condition in subset.where:
@@ -195,10 +190,7 @@ class EventLog:
 
 def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
     """Events with a user, an item and a time. Raises ValueError where some have none and are not to be skipped."""
-    keys = [names.user, names.item, *([names.time] if names.time else [])]
-    for name in keys:
-        events = _null_words_as_null(events, name)
-    empty = {name: events[name].null_count for name in keys if events[name].null_count}
+    empty = {name: events[name].null_count for name in names.keys if events[name].null_count}
     if empty and not names.skip_empty:
         counts = ", ".join(f"{name!r} in {count:,}" for name, count in empty.items())
         raise ValueError(
@@ -213,17 +205,6 @@ def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
     if not len(events):
         raise ValueError(f"[events]: {names.file} holds no events")
     return events
-
-
-def _null_words_as_null(events: pa.Table, name: str) -> pa.Table:
-    """A key that is written as a missing value is none, though another text may read so."""
-    column = events[name]
-    if not pa.types.is_string(column.type):
-        return events
-    none = pa.scalar(None, column.type)
-    return events.set_column(
-        events.column_names.index(name), name, pc.if_else(pc.is_in(column, pa.array(NULLS)), none, column)
-    )
 
 
 def first_of_pairs(a: np.ndarray, b: np.ndarray, width: int) -> np.ndarray:

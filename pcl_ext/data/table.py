@@ -48,11 +48,11 @@ def load_task(dataset: Dataset, name: str) -> TaskTable:
     path = dataset.path / "tasks" / f"{name}.parquet"
     if name == NEXT and not path.exists():
         spec = _next_spec(dataset)
-        key = identity([dataset.path / "histories.parquet"])
+        key = identity([], dataset.key)
         folder = cached(dataset.path, "next", key, lambda out: _build_next(dataset, out))
     else:
         spec = _read_spec(dataset, path.with_suffix(".json"), name)
-        key = identity([path, dataset.path / "histories.parquet"], repr(spec))
+        key = identity([path], repr((spec, dataset.key)))
         folder = cached(dataset.path, f"task-{name}", key, lambda out: _build_table(dataset, path, spec, out))
     arrays = {column: load(folder, column) for column in ("user", "cut", "target", "time")}
     return TaskTable(spec, **arrays)

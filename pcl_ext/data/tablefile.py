@@ -10,19 +10,13 @@ from pcl_ext.data._arrow import csv, pa, pc, pq
 from pcl_ext.data.config import TableConfig
 
 _SEPARATOR = "\x1f"
-NULLS = [
-    "",
-    "NA",
-    "NaN",
-    "nan",
-    "null",
-]  # numbers, and keys of events; another text is missing where it is empty
+_NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and keys; another text is missing where it is empty
 
 
 def read_table(
     config: TableConfig, folder: Path, where: str, required: set[str], optional: Iterable[str] | None = None
 ) -> pa.Table:
-    """The `required` columns and those of `optional` that are there (None: all).
+    """The `required` columns and those of `optional` that are there (None: all). NaN is null.
 
     Raises FileNotFoundError, or ValueError naming the TOML table, the file and the column.
     """
@@ -34,12 +28,17 @@ def read_table(
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
-        return file.read(columns=_choose(names, path, where, required, optional))
+        table = file.read(columns=_choose(names, path, where, required, optional))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: {path} is not a readable Parquet file: {error}") from error
+    for name in config.keys:
+        table = _empty_as_null(table, name, [""])
+    return _nan_as_null(table)
 
 
 def _choose(names: list[str], path: Path, where: str, required: set[str], optional) -> list[str]:
+    if twice := sorted(name for name in required if names.count(name) > 1):
+        raise ValueError(f"{where}: {path} has two columns {twice[0]!r}")
     if missing := sorted(required - set(names)):
         raise ValueError(f"{where}: {path} has no column {missing[0]!r}; it has {', '.join(names)}")
     return [name for name in names if optional is None or name in required or name in optional]
@@ -56,8 +55,9 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
             "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding),
             "parse_options": csv.ParseOptions(delimiter=delimiter, quote_char=False if text is not None else '"'),
         }
+        options["parse_options"].newlines_in_values = text is None
         convert = csv.ConvertOptions(
-            column_types=dict.fromkeys(config.text, pa.string()), strings_can_be_null=False, null_values=NULLS
+            column_types=dict.fromkeys(config.as_text, pa.string()), strings_can_be_null=False, null_values=_NULLS
         )
 
         def source():
@@ -65,15 +65,30 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
 
         with csv.open_csv(source(), convert_options=convert, **options) as reader:
             names = reader.schema.names
+        _choose(names, path, where, set(config.text), ())
         convert.include_columns = _choose(names, path, where, required, optional)
-        return _empty_texts_are_null(csv.read_csv(source(), convert_options=convert, **options))
+        table = csv.read_csv(source(), convert_options=convert, **options)
     except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
         raise ValueError(f"{where}: {path} is not readable as CSV: {error}") from error
+    for name in table.column_names:
+        table = _empty_as_null(table, name, _NULLS if name in config.keys else [""])
+    return table
 
 
-def _empty_texts_are_null(table: pa.Table) -> pa.Table:
+def _empty_as_null(table: pa.Table, name: str, empty: list[str]) -> pa.Table:
+    """A column of text with null for what is written as one of these; any other column as it is."""
+    column = table[name]
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return table
+    column = column.cast(kind)
+    column = pc.if_else(pc.is_in(column, pa.array(empty, kind)), pa.scalar(None, kind), column)
+    return table.set_column(table.column_names.index(name), name, column)
+
+
+def _nan_as_null(table: pa.Table) -> pa.Table:
     for place, field in enumerate(table.schema):
-        if pa.types.is_string(field.type):
-            column = table.column(place)
-            table = table.set_column(place, field, pc.if_else(pc.equal(column, ""), None, column))
+        column = table.column(place)
+        if pa.types.is_floating(field.type) and pc.any(pc.is_nan(column)).as_py():
+            table = table.set_column(place, field, pc.if_else(pc.is_nan(column), pa.scalar(None, field.type), column))
     return table

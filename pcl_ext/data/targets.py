@@ -31,6 +31,8 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
     if task.items is not None:
         catalogue = log.subset(task.items, f"{label}: items")
         kept &= catalogue[log.item.codes]
+    if task.cut == "end" and start is not None:
+        _check_window(log, task, start)
     chosen = np.flatnonzero(kept)
     chosen = chosen[np.argsort(log.rank[chosen])]
     user, item = log.row_of[log.user.codes[chosen]], log.item.codes[chosen]
@@ -40,6 +42,9 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
     else:
         cut = np.searchsorted(log.rank[log.history], log.rank[chosen]) - log.offsets[user]
         wanted = np.flatnonzero(cut > 0)
+        if task.pick == "all":  # an item that is bought twice between two events of the history
+            place = np.cumsum(np.diff(user[wanted], prepend=-1) | np.diff(cut[wanted], prepend=-1) != 0)
+            wanted = wanted[first_of_pairs(place, item[wanted], len(log.item))]
     chosen, user, item, cut = chosen[wanted], user[wanted], item[wanted], cut[wanted]
     if not task.repeats:
         fresh = ~_visible(log, user, item, cut)
@@ -55,8 +60,19 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
             f"{label}: every event that satisfies where, from, until and items is part of the visible history, or has "
             "none before it: hold `items` out, start after [events] until, or say repeats = true"
         )
-    after = task.cut == "before" or (start is not None and log.until is not None and start >= log.until)
+    after = task.cut == "before" or start is not None
     return ItemTargets(user, item, cut, log.time[chosen] if after and log.config.events.time else None, catalogue)
+
+
+def _check_window(log: EventLog, task: TaskConfig, start: int) -> None:
+    """A task with `from` is about what comes after the histories: whatever they show has to lie before it."""
+    if seen := int((log.time[log.history] >= start).sum()):
+        ends = "have no end" if log.until is None else f"end at {log.config.events.until}"
+        raise ValueError(
+            f"task {task.name!r}: {seen} events of the histories, which {ends}, are not before its `from`, {task.start}: "
+            f'they would be visible. Write [events] until = {task.start}, or cut = "before", or leave `from` out where '
+            "the targets are held out and say nothing of the time"
+        )
 
 
 def _visible(log: EventLog, user: np.ndarray, item: np.ndarray, cut: np.ndarray) -> np.ndarray:

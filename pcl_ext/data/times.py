@@ -9,6 +9,7 @@ import numpy as np
 
 from pcl_ext.data._arrow import pa, pc
 
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -32,39 +33,59 @@ def parse_time(value: Any, where: str) -> int | dt.datetime:
 
 
 class TimeColumn:
-    """The times of all events, [n] int64, and their unit, so that dates can be compared with them."""
+    """The times of all events, [n] int64, and their unit, so that dates and raw times can be compared with them.
+
+    unit  what `values` count; raw  what integers of the TOML file count
+    """
 
     def __init__(self, column: pa.ChunkedArray, unit: str, time_format: str | None, where: str):
         if unit not in _PER_SECOND:
             raise ValueError(f"{where}_unit must be one of {', '.join(_PER_SECOND)}, got {unit!r}")
-        if column.null_count:
-            raise ValueError(f"{where}: {column.null_count} of {len(column)} times are null")
-        self.where = where
+        numbers = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        if numbers and time_format is not None:
+            raise ValueError(f"{where}_format is for times that are text, got {column.type}; leave it out")
+        self.raw = unit if numbers else "us"
         if pa.types.is_integer(column.type):
             self.unit, self.values = unit, column.cast(pa.int64()).to_numpy()
-        elif pa.types.is_floating(column.type):  # keeps fractions: whole microseconds
-            self.unit = "us"
-            scaled = column.to_numpy().astype(np.float64) * (10**6 / _PER_SECOND[unit])
-            if not np.isfinite(scaled).all():
-                raise ValueError(f"{where} must be finite, got NaN or infinite times")
-            self.values = np.round(scaled).astype(np.int64)
+        elif pa.types.is_floating(column.type):
+            self.unit, self.values = "us", _whole_microseconds(column.to_numpy(), unit, where)
         else:
             self.unit, self.values = "us", _microseconds(column, time_format, where)
 
     def bound(self, value: Any, where: str) -> int | None:
-        """The first raw time that is not before `value`; None for None."""
+        """The first of `values` that would not be before `value`; None for None."""
         if value is None:
             return None
         date = parse_time(value, where)
         if isinstance(date, int):
-            return date
-        seconds = (date - dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)) / dt.timedelta(microseconds=1) / 10**6
-        bound = round(seconds * _PER_SECOND[self.unit])
-        largest = int(np.abs(self.values).max(initial=0))
-        if largest > 10**11 * _PER_SECOND[self.unit]:
-            text = f"times reach {largest}, which is no date in {self.unit!r}"
-            raise ValueError(f"{where} is a date, but {text}; give [events] time_unit")
+            return _rescale(date, self.raw, self.unit)
+        bound = _rescale((date - _EPOCH) // dt.timedelta(microseconds=1), "us", self.unit)
+        self._check_dates(bound, where)
         return bound
+
+    def _check_dates(self, bound: int, where: str) -> None:
+        """ValueError where a date is compared with times that are none."""
+        largest, second = int(np.abs(self.values).max(initial=0)), _PER_SECOND[self.unit]
+        late, early = largest > 10**11 * second, largest < 10**8 * second < bound  # 5138, and 1973
+        if late or early:
+            text = f"is a date, but times reach {largest}, {'no date' if late else 'before 1973'} in {self.unit!r}"
+            hint = "give [events] time_unit; or time_format, where they are dates as in 20240115"
+            raise ValueError(f"{where} {text}: {hint}")
+
+
+def _rescale(time: int, unit: str, to: str) -> int:
+    """The first whole time of the unit `to` that is not before `time`."""
+    return -(-time * _PER_SECOND[to] // _PER_SECOND[unit])
+
+
+def _whole_microseconds(times: np.ndarray, unit: str, where: str) -> np.ndarray:
+    """Of times with a fraction."""
+    scaled = np.round(times.astype(np.float64) * (10**6 / _PER_SECOND[unit]))
+    if not np.isfinite(scaled).all():
+        raise ValueError(f"{where} must be finite, got infinite times")
+    if np.abs(scaled).max(initial=0) >= 2.0**63:
+        raise ValueError(f"{where}: times reach {np.abs(times).max():g}, too many {unit!r}; give [events] time_unit")
+    return scaled.astype(np.int64)
 
 
 def _microseconds(column: pa.ChunkedArray, time_format: str | None, where: str) -> np.ndarray:
@@ -113,6 +134,6 @@ def to_date_column(column: pa.ChunkedArray, value: Any) -> tuple[pa.ChunkedArray
     """A temporal column and a date value (or a list of them) as microseconds, comparable."""
     values = value if isinstance(value, list) else [value]
     dates = [parse_time(v, "the value") for v in values]
-    micro = [round((d - dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)) / dt.timedelta(microseconds=1)) for d in dates]
+    micro = [(d - _EPOCH) // dt.timedelta(microseconds=1) for d in dates]
     column = column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=False).cast(pa.int64())
     return column, micro if isinstance(value, list) else micro[0]

@@ -39,7 +39,7 @@ class DatasetWriter:
         self.check = check
         self.counts: dict[str, Any] = {"users": dict.fromkeys(FOLDS, 0), "events": 0, "tasks": {}}
         self._writers: dict[str, pq.ParquetWriter] = {}
-        self._specs: set[str] = set()
+        self._specs: dict[str, TaskSpec] = {}
 
     def __enter__(self) -> DatasetWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,9 @@ class DatasetWriter:
         """user_id [m], target [m], cut [m], time [m] or None: m more rows of the task's table."""
         if spec.name not in self._specs:
             _write_json(self.folder / "tasks" / f"{spec.name}.json", spec.to_json())
-            self._specs.add(spec.name)
+            self._specs[spec.name] = spec
+        if self._specs[spec.name] != spec:
+            raise ValueError(f"task {spec.name!r} was begun as {self._specs[spec.name]}, got {spec}")
         target = np.asarray(target, np.float32) if spec.kind == "regression" else _integers("target", target)
         columns = {
             "user_id": pa.array(_integers("user_id", user_id)),

@@ -332,6 +332,33 @@ def test_a_changed_table_is_read_again(write_folder):
     assert Dataset(folder).task("toy").target.tolist() == [6, 7]
 
 
+def test_a_table_is_cached_for_the_histories_it_was_read_with(write_folder):
+    """A dataset that stayed open while its histories were written anew, with users in another order."""
+    folder = write_folder(
+        task={"name": "vip", "kind": "regression"}, rows={"user_id": [10, 14], "target": [1.0, 5.0], "cut": [0, 0]}
+    )
+    old = Dataset(folder)
+    turned = pq.read_table(folder / "histories.parquet").take([4, 3, 2, 1, 0])
+    write_folder(**{name: turned[name] for name in turned.column_names})
+    assert {old.user_id[row]: y for row, y in zip(*_column(old, "vip"), strict=True)} == {10: 1.0, 14: 5.0}
+    new = Dataset(folder)
+    assert {new.user_id[row]: y for row, y in zip(*_column(new, "vip"), strict=True)} == {10: 1.0, 14: 5.0}
+
+
+def _column(dataset, name):
+    table = dataset.task(name)
+    return table.user.tolist(), table.target.tolist()
+
+
+def test_a_table_is_read_again_where_there_are_fewer_items(write_folder):
+    rows = {"user_id": [10], "target": [7], "cut": [0]}
+    folder = write_folder(task={"name": "t", "kind": "items", "repeats": True}, rows=rows)
+    assert Dataset(folder).task("t").target.tolist() == [7]
+    write_folder({"num_items": 6}, items=pa.array([[1]] * 5, pa.list_(pa.int32())))
+    with pytest.raises(ValueError, match=r"t\.parquet: target must be an item id 1\.\.6, got 7"):
+        Dataset(folder).task("t")
+
+
 def test_tables_are_those_that_are_there_now(write_folder):
     folder = write_folder()
     dataset, rows = Dataset(folder), {"user_id": [10], "target": [1], "cut": [1]}

@@ -158,3 +158,12 @@ def test_a_killed_writer_leaves_no_dataset_and_is_swept(tmp_path):
     write(out)
     assert leftovers(tmp_path) == []
     assert Dataset(out).num_users == 2
+
+
+def test_a_task_is_begun_once(tmp_path):
+    with DatasetWriter(tmp_path / "d", "d", 3) as writer:
+        writer.histories([1], [1], [0, 1], [0])
+        writer.task(TaskSpec("age", "regression"), [1], [3.0], [1])
+        with pytest.raises(ValueError, match="task 'age' was begun as TaskSpec"):
+            writer.task(TaskSpec("age", "binary"), [1], [1], [1])
+    assert len(Dataset(tmp_path / "d").task("age")) == 1

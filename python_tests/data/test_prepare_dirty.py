@@ -1,5 +1,7 @@
 """`prepare events` on logs with empty cells, words for missing values, misspelt labels and times that are none."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from shop_log import BASE, LOG, histories, rows, task
 
@@ -50,3 +52,52 @@ def test_a_text_that_reads_like_a_missing_number_is_a_text(prepare):
     assert rows(dataset, "t") == [("ann", 1, 4), ("bob", 0, 3)]
     assert dataset.task("t").spec.labels == ("NA", "null")
     assert rows(prepare(task('kind = "regression"\ncolumn = "age"'), users=users), "t") == [("ann", 25, 4)]
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_a_parquet_says_itself_what_is_missing(tmp_path, prepare, text):
+    """There NA is an id as any other; an empty text is none."""
+    table = {"user_id": ["NA", "DE", "NA", ""], "item_id": ["a", "nan", "b", "c"], "time": [1, 2, 3, 4]}
+    columns = {name: pa.array(values).cast(text) if name != "time" else values for name, values in table.items()}
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    toml = BASE.replace("log.csv", "log.parquet")
+    assert histories(prepare(toml + "skip_empty = true\n")) == {"NA": ["a", "b"], "DE": ["nan"]}
+    with pytest.raises(ValueError, match="empty cells among 4 rows: 'user_id' in 1"):
+        prepare(toml)
+
+
+@pytest.mark.parametrize("keys", ['kind = "classes"', 'kind = "binary"\npositive = 31', 'kind = "regression"'])
+def test_nan_in_a_parquet_is_no_value(tmp_path, prepare, keys):
+    ages = pa.array([31.0, 25.0, float("nan"), None])
+    pq.write_table(pa.table({"user_id": ["bob", "ann", "cat", "dan"], "age": ages}), tmp_path / "users.parquet")
+    toml = task(keys + '\ncolumn = "age"').replace("users.csv", "users.parquet")
+    assert {user for user, *_ in rows(prepare(toml), "t")} == {"ann", "bob"}
+
+
+def test_nan_satisfies_no_condition(tmp_path, prepare):
+    ratings = [5.0, float("nan"), 4.0]
+    table = {"user_id": ["ann"] * 3, "item_id": ["a", "b", "c"], "time": [1, 2, 3], "rating": ratings}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    toml = BASE.replace("log.csv", "log.parquet") + 'where = [["rating", "!=", 5]]\n'
+    assert histories(prepare(toml)) == {"ann": ["c"]}
+
+
+def test_bins_that_would_be_empty_are_refused(prepare):
+    log = "user_id,item_id,time\n" + "".join(f"u{i},a,1\n" for i in range(100))
+    users = "user_id,count\n" + "".join(f"u{i},{max(0, i - 60)}\n" for i in range(100))
+    keys = 'kind = "classes"\ncolumn = "count"\nbins = '
+    with pytest.raises(ValueError, match="task 't': bins = 2 leaves 'below 0' empty; give edges yourself"):
+        prepare(task(keys + "2"), log=log, users=users)
+    assert prepare(task(keys + "[1, 20]"), log=log, users=users).task("t").spec.labels[0] == "below 1"
+
+
+def test_bins_whose_edges_are_close_have_names_of_their_own(prepare):
+    users = "user_id,city,age\nann,x,1234567\nbob,x,1234568\ncat,x,1234569\n"
+    dataset = prepare(task('kind = "classes"\ncolumn = "age"\nbins = [1234568, 1234569]'), users=users)
+    assert dataset.task("t").spec.labels == ("below 1234568", "1234568 to 1234569", "1234569 or more")
+
+
+def test_a_quoted_cell_may_have_lines_wherever_the_file_is_cut(prepare):
+    text = "line\nof text\n" * 40
+    log = "user_id,item_id,time,note\n" + "".join(f'ann,i{n},{n},"{text}"\n' for n in range(5000))
+    assert len(histories(prepare(BASE, log))["ann"]) == 5000

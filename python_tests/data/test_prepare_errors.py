@@ -1,8 +1,10 @@
 """Every mistake in a TOML file or its tables is named by key, rule and what came; nothing is left behind."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pcl_ext.data import prepare_events
+from pcl_ext.data import Dataset, prepare_events
 
 GOOD = """\
 name = "shop"
@@ -69,6 +71,10 @@ def test_the_good_file_is_good(tmp_path):
             'time = "time"\ntime_unit = "min"',
             "[events] time_unit must be one of s, ms, us, ns, got 'min'",
         ),
+        ('time = "time"', 'time_unit = "ms"', "[events]: time_unit is for a log with `time`"),
+        ('time = "time"', 'time_format = "%Y"', "[events]: time_format is for a log with `time`"),
+        ('time = "time"', "min_length = -3", "[events]: min_length must be from 1 up, got -3"),
+        ('time = "time"', 'time = "time"\ntext = ["item"]', "log.csv has no column 'item'; it has user_id, item_id"),
         ('time = "time"', 'item = "price"', "[events] item must hold integers or text, got double"),
         ('"users.csv"', '"nobody.csv"', "nobody.csv is missing"),
         ('[users]\nfile = "users.csv"\n', "", "task 'age': source users needs a [users] table"),
@@ -106,6 +112,8 @@ def test_the_good_file_is_good(tmp_path):
         ('name = "age"\n', "", "[[task]] 1: name is missing"),
         ('source = "events"', "", "kind items needs source"),
         ("{ modulo = 2 }", "{ modulo = 2, remainder = 2 }", "remainder must be in 0..modulo - 1, got 2"),
+        ("{ modulo = 2 }", "{ remainder = 3 }", "remainder must be in 0..modulo - 1, got 3 and modulo None"),
+        ('kind = "regression"', 'kind = "classes"\nlabels = [3, 4, 4]', "labels must differ, 4 is there twice"),
         ("{ modulo = 2 }", "{ modulus = 2 }", "unknown key 'modulus'"),
         ("{ modulo = 2 }", "5", "items must be dict, got 5"),
         ("{ modulo = 2 }", '{ where = [["kind", "==", "z"]] }', "must hold at least one item, got none"),
@@ -139,6 +147,8 @@ def test_mistakes_in_the_file(tmp_path, old, new, words):
         ({"log": "user_id,item_id,time\n"}, "[events]"),
         ({"log": ""}, "not readable as CSV"),
         ({"users": "user_id,age\n7,3\n"}, "task 'age': no user has a value"),
+        ({"users": "user_id,age\n1,1e300\n"}, "task 'age': targets are float32, at most 3.4e38, got 1e+300"),
+        ({"log": "user_id,item_id,item_id,time\n1,1,1,1\n"}, "log.csv has two columns 'item_id'"),
     ],
     ids=str,
 )
@@ -153,6 +163,20 @@ def test_a_date_needs_the_unit_of_the_times(tmp_path):
     log = "user_id,item_id,time\n1,1,1300000000000\n"
     with pytest.raises(ValueError, match="give \\[events\\] time_unit"):
         run(tmp_path, GOOD.replace('time = "time"', 'time = "time"\nuntil = 2011-09-10'), log=log)
+
+
+def test_ids_of_more_than_63_bits_are_named(tmp_path):
+    table = {"user_id": pa.array([2**63 + 1], pa.uint64()), "item_id": [1], "time": [1], "price": [1.0]}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    with pytest.raises(
+        ValueError, match=r"\[events\] user must be ids of at most 63 bits, or text: .*9223372036854775809"
+    ):
+        run(tmp_path, GOOD.replace("log.csv", "log.parquet"))
+
+
+def test_large_whole_labels_are_rounded_as_floats_are(tmp_path):
+    run(tmp_path, users=f"user_id,age\n1,{2**60 + 1}\n")
+    assert Dataset(tmp_path / "out").task("age").target.tolist() == [2.0**60]
 
 
 def test_a_missing_config(tmp_path):

@@ -1,0 +1,62 @@
+"""Times of a log: bounds by date and by raw time, fractions, formats, and numbers that are no times."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from shop_log import BASE, histories, rows
+
+HEAD = "user_id,item_id,time\n"
+
+
+def log_of(times):
+    return HEAD + "".join(f"ann,{item},{time}\n" for item, time in zip("abcdefg", times, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("form", "times"),
+    [
+        ("%Y%m%d", ["20240115", "20240215", "20240515", "20240615"]),
+        ("%d%m%Y", ["15012024", "15022024", "15052024", "15062024"]),
+        ("%Y-%d-%m", ["2024-01-01", "2024-01-02", "2024-01-05", "2024-01-06"]),
+    ],
+)
+def test_a_format_is_followed_though_the_cells_look_like_numbers_or_dates(prepare, form, times):
+    toml = BASE + f'time_format = "{form}"\nuntil = 2024-04-01\n'
+    assert histories(prepare(toml, log_of(times))) == {"ann": ["a", "b"]}
+
+
+def test_a_format_of_times_that_are_numbers_is_refused(tmp_path, prepare):
+    pq.write_table(pa.table({"user_id": ["ann"], "item_id": ["a"], "time": [20240115]}), tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match=r"\[events\] time_format is for times that are text, got int64"):
+        prepare(BASE.replace("log.csv", "log.parquet") + 'time_format = "%Y%m%d"\n')
+
+
+def test_a_date_is_not_compared_with_numbers_that_are_none(prepare):
+    with pytest.raises(ValueError, match=r"until is a date, but times reach 20240615, before 1973 .* 20240115"):
+        prepare(BASE + "until = 2024-04-01\n", log_of(["20240115", "20240615"]))
+
+
+@pytest.mark.parametrize(("until", "want"), [(5, ["a", "b"]), ("1970-01-01T00:00:07Z", ["a", "b", "c"])])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_bounds_of_times_with_a_fraction(prepare, unit, until, want):
+    scale = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+    until = until * scale if isinstance(until, int) else f'"{until}"'
+    log = log_of([f"{time * scale:.1f}" for time in (1.5, 2, 6, 7)])
+    assert histories(prepare(BASE + f'time_unit = "{unit}"\nuntil = {until}\n', log)) == {"ann": want}
+
+
+def test_a_bound_between_two_whole_seconds_is_the_later_one(prepare):
+    toml = BASE + 'until = "1970-01-01T00:00:05.4Z"\n'
+    assert histories(prepare(toml, log_of([4, 5, 6]))) == {"ann": ["a", "b"]}
+
+
+def test_a_task_of_fractions_begins_at_its_raw_time(prepare):
+    toml = BASE + 'until = 5\n[[task]]\nname = "t"\nkind = "items"\nsource = "events"\nfrom = 7\n'
+    assert rows(prepare(toml, log_of([1.0, 2.0, 6.0, 7.0])), "t") == [("ann", "d", 2)]
+
+
+def test_times_too_large_for_their_unit_are_refused(prepare):
+    with pytest.raises(ValueError, match=r"times reach 1\.7e\+18, too many 's'; give \[events\] time_unit"):
+        prepare(BASE, log_of(["1.7e18", "1.6e18"]))
+    toml = BASE + 'time_unit = "ns"\n'
+    assert histories(prepare(toml, log_of(["1.7e18", "1.6e18"]))) == {"ann": ["b", "a"]}
