@@ -53,7 +53,7 @@ class EventsConfig(TableConfig):
 
     time         sorts each user's events (stable); left out: the order of the file
     time_unit    s, ms, us or ns: what integers in `time` count since 1970; only needed to compare them with dates
-    time_format  strptime format of times that are text; ISO 8601 where left out
+    time_format  strptime format of times, which are read as text; ISO 8601 where left out
     where        conditions an event of a history satisfies
     distinct     keep only the first event of each (user, item)
     skip_empty   leave out rows without a user, item or time; they are refused otherwise
@@ -144,9 +144,9 @@ class TaskConfig:
 
     source "users"   `column` of the users table
     source "events"  events with `where`, at or after `from`, before `until` ([events] where and until do not apply):
-                     kind items: the items of these events, each once a user
+                     kind items: the items of these events, each once a user (cut "before": and place in the history)
                      other kinds: one value a user, `reduce` over `column`; any (1 or 0) and count need no column
-    items            a subset of the items (SubsetConfig)
+    items            a subset of the items (SubsetConfig); kind items: the catalogue, all of them that occur in the log
     pick             all, first or last: which of a user's events count; kind items
     cut              "end": the whole history is visible; "before": the events before the picked one; kind items
     repeats          targets may be items of the visible history; otherwise such targets are left out

@@ -69,9 +69,9 @@ def _check_window(log: EventLog, task: TaskConfig, start: int) -> None:
     if seen := int((log.time[log.history] >= start).sum()):
         ends = "have no end" if log.until is None else f"end at {log.config.events.until}"
         raise ValueError(
-            f"task {task.name!r}: {seen} events of the histories, which {ends}, are not before its `from`, {task.start}: "
-            f'they would be visible. Write [events] until = {task.start}, or cut = "before", or leave `from` out where '
-            "the targets are held out and say nothing of the time"
+            f"task {task.name!r}: {seen} events of the histories, which {ends}, are not before its `from`, "
+            f'{task.start}: they would be visible. Write [events] until = {task.start}, or cut = "before", or leave '
+            "`from` out where the targets are held out and say nothing of the time"
         )
 
 
