@@ -8,9 +8,10 @@
 //     prefix_offsets  [R + 1]
 //     prefix_index    [B]       -1 without a prefix
 //     members         [B]       histories by prefix, then by number
-//     chunk_begin     [B + 1]   chunk c is members[chunk_begin[c] : chunk_begin[c + 1]]; all B where there is no such
-//     chunk chunk_order     [B]       chunks by falling cost; entries past num_chunks are their own number prefix_chunk
-//     [R + 1]   prefix r is seen by the chunks prefix_chunk[r] .. prefix_chunk[r + 1] - 1 num_chunks      [1]
+//     chunk_begin     [B + 1]   chunk c is members[chunk_begin[c] : chunk_begin[c + 1]]; B where there is no such chunk
+//     chunk_order     [B]       chunks by falling cost; entries past num_chunks are their own number
+//     prefix_chunk    [R + 1]   prefix r is seen by the chunks prefix_chunk[r] .. prefix_chunk[r + 1] - 1
+//     num_chunks      [1]
 // A chunk is a run of members that share a prefix and whose first rows fall into the same chunk_rows(T) of all
 // members' rows. It is the unit of work, and sums its histories' prefix gradients: chunks depend on offsets and
 // prefixes alone.

@@ -28,7 +28,10 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-pcl::Isa choose(int isa) { return isa < 0 ? pcl::best_isa() : static_cast<pcl::Isa>(isa); }
+pcl::Isa choose(int isa) {
+  const pcl::Isa best = pcl::best_isa();  // asks the system for AMX, whichever is chosen
+  return isa < 0 ? best : static_cast<pcl::Isa>(isa);
+}
 
 struct AttentionCall {
   pcl::AttentionArgs args;

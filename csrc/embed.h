@@ -6,9 +6,8 @@
 //   position      [max_len, D] by row stride; null for none
 //   prompt        [K, P, D]    contiguous; null for none
 //   prompt_index  [B]          int64, -1 for none; null: all histories use prompt 0
-//   out           [T, D]       table[items[t]] + position[r] + prompt[prompt_index[b], P - 1 - r], r steps before the
-//   end of b;
-//                              no prompt where r >= P
+//   out           [T, D]       table[items[t]] + position[r] + prompt[prompt_index[b], P - 1 - r], r steps before
+//                              the end of b; no prompt where r >= P
 // Backward: each row of a gradient is the sum over the rows that read it, in their order, taken in double.
 // Values are checked here on the CPU, before anything is read through them; shapes, dtypes, strides and device by the
 // caller.

@@ -2,9 +2,10 @@
 //
 //   x            [T, D]   by row stride
 //   norm_weight, norm_bias [D]  of a layer norm of each row of x; null for none (both or neither)
-//   weight       [N, D]   by row stride; float32 and float64 as x is, or bfloat16 for bfloat16 products (then D is
-//   even) bias         [N]      null for none residual     [T, N]   by row stride; null for none out          [T, N]
-//   contiguous: residual + norm(x) weight^T + bias
+//   weight       [N, D]   by row stride; float32 and float64 as x is, or bfloat16 for bfloat16 products (D even then)
+//   bias         [N]      null for none
+//   residual     [T, N]   by row stride; null for none
+//   out          [T, N]   contiguous: residual + norm(x) weight^T + bias
 // Backward, for frozen weights: grad_x of grad_out (grad_residual is grad_out itself). It reads weight_t [D, N], the
 // transposed weight, in the place of weight.
 // norm_weight, norm_bias and bias are float, double for double rows. Products are summed in the same. A row of the

@@ -12,10 +12,32 @@
 namespace pcl {
 namespace {
 
+// How the calling thread computes with floating-point numbers (what rounds, whether denormal ones are 0): its workers
+// have to do alike, or results would depend on who ran a task.
+class FloatMode {
+ public:
+#if defined(__x86_64__)
+  FloatMode() : bits_(__builtin_ia32_stmxcsr()) {}
+  void set() const { __builtin_ia32_ldmxcsr(bits_); }
+
+ private:
+  unsigned bits_;
+#elif defined(__aarch64__)
+  FloatMode() { asm volatile("mrs %0, fpcr" : "=r"(bits_)); }
+  void set() const { asm volatile("msr fpcr, %0" : : "r"(bits_)); }
+
+ private:
+  unsigned long bits_;
+#else
+  void set() const {}
+#endif
+};
+
 struct Job {
   TaskBody body;
   void* context;
   int64_t tasks;
+  FloatMode mode;
   std::atomic<int64_t> next{0};
   std::mutex error_mutex;
   std::exception_ptr error;
@@ -98,6 +120,7 @@ class Pool {
       --seats_;
       ++working_;
       lock.unlock();
+      job.mode.set();
       job.work();
       lock.lock();
       if (--working_ == 0) done_.notify_one();
@@ -123,7 +146,7 @@ Pool& pool() {
 void parallel_run(int64_t tasks, int threads, TaskBody body, void* context) {
   if (tasks < threads) threads = static_cast<int>(tasks);
   if (threads > 1 && !in_forked_child.load()) {
-    Job job{body, context, tasks, {}, {}, {}};
+    Job job{body, context, tasks, {}, {}, {}, {}};
     if (pool().try_run(job, threads)) {
       if (job.error) std::rethrow_exception(job.error);
       return;

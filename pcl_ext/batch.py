@@ -103,7 +103,7 @@ class PackedBatch:
         """The first cut [b] int64 events of the histories rows [b] int64 of a stored CSR, as `ops.gather_histories`
         takes them: the newest max_len are read."""
         read = ops.gather_histories(values, offsets, rows, max_len, cut)
-        before = torch.as_tensor(cut) - max_len
+        before = torch.as_tensor(cut, device="cpu") - max_len
         older, most = None, int(before.max()) if len(before) else 0
         if most > 0:
             items, ends = ops.gather_histories(values, offsets, rows, most, before.clamp_min(0))

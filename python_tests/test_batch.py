@@ -148,3 +148,11 @@ def test_batches_are_compared_as_objects():
     assert one != other
     assert one.older != other.older
     assert len({one, other, one}) == 2
+
+
+def test_another_default_device_is_no_matter():
+    values, offsets, rows = np.arange(1, 8), np.array([0, 3, 7]), np.array([1])
+    with torch.device("meta"):
+        batch = PackedBatch.from_stored(values, offsets, rows, np.array([4]), 2)
+    assert batch.items.tolist() == [6, 7]
+    assert batch.older.items.tolist() == [4, 5]

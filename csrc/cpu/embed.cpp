@@ -27,8 +27,8 @@ EmbedKernels kernels_of(Scalar dtype, Isa isa) {
 bool check_histories(const EmbedRows& rows, const EmbedShape& shape) {
   if (rows.offsets[0] != 0 || rows.offsets[shape.batch] != shape.total) return false;
   for (int64_t b = 0; b < shape.batch; ++b) {
-    const int64_t length = rows.offsets[b + 1] - rows.offsets[b];
-    if (length < 0 || (shape.max_len >= 0 && length > shape.max_len)) return false;
+    const int64_t begin = rows.offsets[b], end = rows.offsets[b + 1];
+    if (end < begin || (shape.max_len >= 0 && end - begin > shape.max_len)) return false;
     if (rows.prompt_index && (rows.prompt_index[b] < -1 || rows.prompt_index[b] >= shape.num_prompts)) return false;
   }
   return true;
@@ -89,7 +89,7 @@ bool embed_bwd_cpu(const EmbedRows& rows, const void* grad_out, void* grad_table
   }
   const int64_t distances = std::max(grad_position ? shape.max_len : 0, grad_prompt ? shape.prompt_len : 0);
   share(distances, kDistancesPerTask, threads, [&](const EmbedTask& task) {
-    std::vector<double> sums(distance_sums(shape, task.last - task.first), 0.0);
+    std::vector<double> sums(distance_sums(shape, grads, task), 0.0);
     kernels.bwd_distances(rows, grads, shape, task, sums.data());
   });
   return true;

@@ -226,13 +226,12 @@ void add_few(const Few<T>& few, int first, int last, const EmbedShape& shape, in
 // The sums of a task: the prompts' are the positions' where all histories see the one prompt there is.
 struct DistanceSums {
   double *position, *prompt;
-  int64_t prompt_end;  // distances below it have a prompt row
+  int64_t prompted;  // distances with a prompt row, the task's first ones
 
   DistanceSums(const EmbedRows& rows, const EmbedGrads& grads, const EmbedShape& shape, const EmbedTask& task,
                double* sums)
-      : position(sums), prompt(nullptr), prompt_end(task.first) {
-    if (!grads.prompt || task.first >= shape.prompt_len) return;
-    prompt_end = task.last < shape.prompt_len ? task.last : shape.prompt_len;
+      : position(sums), prompt(nullptr), prompted(prompt_distances(shape, grads, task)) {
+    if (prompted == 0) return;
     const bool all_see_it = shape.num_prompts == 1 && !rows.prompt_index;
     prompt = all_see_it ? position : position + (task.last - task.first) * shape.dim;
   }
@@ -250,8 +249,8 @@ void add_histories(const Few<T>& few, const EmbedShape& shape, const EmbedTask& 
     next = i + 1;
     while (next < few.count && few.prompt[next] == few.prompt[i]) ++next;
     if (few.prompt[i] < 0) continue;
-    double* to = sums.prompt + few.prompt[i] * (task.last - task.first) * shape.dim;
-    add_few<T, kBytes>(few, i, next, shape, task.first, sums.prompt_end, to);
+    double* to = sums.prompt + few.prompt[i] * sums.prompted * shape.dim;
+    add_few<T, kBytes>(few, i, next, shape, task.first, task.first + sums.prompted, to);
   }
 }
 
@@ -278,8 +277,8 @@ void bwd_distances(const EmbedRows& rows, const EmbedGrads& grads, const EmbedSh
   }
   for (int64_t k = 0; k < shape.num_prompts && sums.prompt; ++k) {
     T* to = static_cast<T*>(grads.prompt) + ((k + 1) * shape.prompt_len - 1) * dim;
-    for (int64_t distance = task.first; distance < sums.prompt_end; ++distance) {
-      write_row(sums.prompt + (k * distances + distance - task.first) * dim, dim, to - distance * dim);
+    for (int64_t i = 0; i < sums.prompted; ++i) {
+      write_row(sums.prompt + (k * sums.prompted + i) * dim, dim, to - (task.first + i) * dim);
     }
   }
 }

@@ -42,9 +42,15 @@ EmbedKernels embed_kernels_baseline(Scalar dtype);
 EmbedKernels embed_kernels_avx2(Scalar dtype);
 EmbedKernels embed_kernels_avx512(Scalar dtype);
 
+// How many of a task's distances have a prompt row whose gradient is asked for.
+static inline int64_t prompt_distances(const EmbedShape& shape, const EmbedGrads& grads, const EmbedTask& task) {
+  if (!grads.prompt || task.first >= shape.prompt_len) return 0;
+  return (task.last < shape.prompt_len ? task.last : shape.prompt_len) - task.first;
+}
+
 // One row of sums a distance for the positions, one a distance and prompt for the prompts.
-static constexpr inline int64_t distance_sums(const EmbedShape& shape, int64_t distances) {
-  return (1 + shape.num_prompts) * distances * shape.dim;
+static inline int64_t distance_sums(const EmbedShape& shape, const EmbedGrads& grads, const EmbedTask& task) {
+  return (task.last - task.first + shape.num_prompts * prompt_distances(shape, grads, task)) * shape.dim;
 }
 
 }  // namespace pcl

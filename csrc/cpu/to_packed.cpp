@@ -9,8 +9,8 @@ namespace pcl {
 bool padded_check_cpu(const int64_t* offsets, const PaddedShape& shape) {
   if (offsets[0] != 0 || offsets[shape.batch] != shape.total) return false;
   for (int64_t b = 0; b < shape.batch; ++b) {
-    const int64_t length = offsets[b + 1] - offsets[b];
-    if (length < 0 || length > shape.max_seqlen) return false;
+    const int64_t begin = offsets[b], end = offsets[b + 1];
+    if (end < begin || end - begin > shape.max_seqlen) return false;
   }
   return true;
 }

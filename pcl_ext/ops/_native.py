@@ -2,6 +2,7 @@
 
 from functools import wraps
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,10 +32,18 @@ def has_fused() -> bool:
     return C is not None
 
 
+def _source_folder() -> Path | None:
+    """The folder that pcl_ext was imported from, where that is a checkout of its sources."""
+    folder = Path(__file__).parents[2]
+    return folder if (folder / "CMakeLists.txt").is_file() and (folder / "csrc").is_dir() else None
+
+
 def native_status(device: str = "cpu") -> str:
     """One line about the compiled module for a kind of device, "cpu" or "cuda", for `pcl info`."""
     if device == "cuda":
         return _gpu.cuda_status()
+    if C is None and (folder := _source_folder()) is not None:
+        return f"not built: {folder} holds the sources, not the installed package; start Python in another folder"
     if C is None:
         return "not built: every op runs on its PyTorch reference (install without -Cwheel.cmake=false to build it)"
     return f"{C.__file__}, {C.compiler()}, instruction sets {', '.join(C.isas())}, using {C.isas()[-1]}"
@@ -142,7 +151,7 @@ def call(op, kernel, *args):
             if grad and a.requires_grad:
                 return op(*args)
             # what lies in memory may still be to be negated, which the dispatcher does
-            ordinary = ordinary and (kind is Tensor or kind is Parameter) and not a.is_neg()
+            ordinary = ordinary and (kind is Tensor or kind is Parameter) and not (a.is_neg() or a._is_zerotensor())
     return kernel(*args) if ordinary else below_autograd(op, *args)
 
 

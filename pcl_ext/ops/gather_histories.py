@@ -18,9 +18,9 @@ def gather_histories(values, offsets, rows, max_len: int, cut=None, *, impl: str
 
     History r is values[offsets[r] : offsets[r + 1]], or its first cut entries where cut [n] int64 is given; the newest
     max_len of them are kept. values and offsets may be CPU tensors, numpy arrays or memory maps; only what is picked is
-    read. Raises ValueError or TypeError naming what is wrong.
+    read, unless they have strides: then they are copied first. Raises ValueError or TypeError naming what is wrong.
     """
-    max_len = check_count("max_len", max_len)
+    max_len = min(check_count("max_len", max_len), len(values))
     if use_fused(impl, _ON_CPU, cpu=()):
         return _gather(values, offsets, rows, max_len, cut)
     begin, lengths = _ranges(values, offsets, rows, max_len, cut)
@@ -37,7 +37,7 @@ def _gather(values, offsets, rows, max_len: int, cut) -> tuple[Tensor, Tensor]:
     count, dtype = rows.shape[0], torch.int64 if values.itemsize == 8 else torch.int32
     packed_offsets = torch.empty(count + 1, dtype=torch.int64, device=CPU)
     stored = (values_at, offsets_at, values.shape[0], offsets.shape[0] - 1, values.itemsize)
-    picked = (rows_at, cut_at, count, min(max_len, values.shape[0]), packed_offsets.data_ptr())
+    picked = (rows_at, cut_at, count, max_len, packed_offsets.data_ptr())
     total = C.gather_offsets(*stored, *picked)
     if total < 0:
         _ranges(values, offsets, rows, max_len, cut)

@@ -23,10 +23,10 @@ def linear(
     """residual + layer_norm(x) @ weight.T + bias: x [T, D], weight [N, D], bias [N], residual [T, N] -> [T, N].
 
     norm is the layer norm's weight and bias, [D] each; bias, norm and residual may be left out. The fused path is for
-    frozen weights: it gives gradients of x and residual, and where another tensor asks for one, impl="auto" takes the
-    PyTorch path. There a row's result has the same bits in any company. All tensors share dtype and device; under
-    autocast the product is in its dtype, with sums in float32, and a residual keeps its own. Raises ValueError or
-    TypeError naming what is wrong.
+    frozen weights: it gives gradients of x and residual, and a row's result has the same bits in any company. Where
+    another tensor asks for a gradient, or the processor has the plain C++ products alone (no AVX2), impl="auto" takes
+    the PyTorch path. All tensors share dtype and device; under autocast the product is in its dtype, with sums in float32,
+    and a residual keeps its own. Raises ValueError or TypeError naming what is wrong.
     """
     check_tensor("x", x, 2, FLOATS)
     check_tensor("weight", weight, 2, FLOATS)
@@ -71,7 +71,7 @@ def use_frozen(impl: str, x: Tensor, parts: dict[str, Tensor], residual: Tensor 
     trained = [name for name, t in parts.items() if t.requires_grad and torch.is_grad_enabled()]
     if impl == "fused" and trained:
         raise ValueError(f"impl='fused' takes frozen weights, got {trained[0]} that asks for a gradient")
-    if trained or not use_fused(impl, x):
+    if trained or not use_fused(impl, x) or (impl == "auto" and not linear_op.PAYS):
         return False
     dtypes = [t.dtype for t in (x, residual, *parts.values()) if t is not None]
     if is_autocast(x):

@@ -17,6 +17,7 @@ from pcl_ext.ops._native import (
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
 _SUMS = (torch.float32, torch.float64)  # the dtypes that sums are taken in
+PAYS = C is not None and len(C.isas()) > 1  # the plain C++ products, all there is without AVX2, are slower than torch's
 
 
 def matrix(rows: Tensor | None) -> tuple[int, int, int]:
@@ -41,7 +42,13 @@ def operands(isa: int, *weights: Tensor) -> list[Tensor]:
     dimensions are whole tiles, else the dtype of the sums."""
     isa = len(C.isas()) - 1 if isa == BEST_ISA else isa
     pairs = isa >= AVX512_BF16 and all(w.dtype == torch.bfloat16 and not any(n % 32 for n in w.shape) for w in weights)
-    return [w.contiguous() if pairs else wide(w) for w in weights]
+    return [_pairs(w) if pairs else wide(w) for w in weights]
+
+
+def _pairs(weight: Tensor) -> Tensor:
+    """Contiguous bfloat16, where pairs of numbers are read at once: at an address of whole pairs."""
+    weight = weight.contiguous()
+    return weight if weight.data_ptr() % 4 == 0 else weight.clone()
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, residual, eps, *, isa=BEST_ISA):

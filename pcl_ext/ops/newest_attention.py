@@ -8,7 +8,7 @@ from pcl_ext.ops._check import FLOATS, autocast, check_like, check_shape, check_
 from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import call
 from pcl_ext.ops.attention_plan import check_layout, check_values, resolve_prefix_index, work_list
-from pcl_ext.ops.prompt_attention import check_prefix, prompt_attention, use_fused_width
+from pcl_ext.ops.prompt_attention import check_head_width, check_prefix, prompt_attention, use_fused_width
 
 
 def newest_attention(
@@ -32,6 +32,7 @@ def newest_attention(
     """
     q, k, v, prefix_k, prefix_v = autocast(q, k, v, prefix_k, prefix_v)
     check_tensor("q", q, 3, FLOATS)
+    check_head_width(q)
     for name, value in (("k", k), ("v", v)):
         check_tensor(name, value, 3)
         check_like(name, value, "q", q)
@@ -113,4 +114,5 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], counts: Te
     weight = (stats[..., 0] - highest).exp() / stats[..., 1]
     added = torch.where(counts[:, None], (more_stats[..., 0] - highest).exp() / more_stats[..., 1], 0.0)
     share = (added / (weight + added))[..., None]
-    return torch.where(counts[:, None, None], rows + share.to(rows.dtype) * (more - rows), rows)
+    both = (1 - share) * rows + share * more  # in the dtype of the sums; rows + share * (more - rows) would cancel
+    return torch.where(counts[:, None, None], both.to(rows.dtype), rows)

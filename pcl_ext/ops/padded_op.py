@@ -24,7 +24,8 @@ def to_padded(packed, offsets, max_seqlen, fill):
     packed, offsets = packed_rows(packed.resolve_conj(), 1), offsets.contiguous()
     batch, (total, *row) = offsets.shape[0] - 1, packed.shape
     padded = torch.empty(batch, max_seqlen, *row, dtype=packed.dtype, device=packed.device)
-    padding = None if fill == 0 else packed.new_full(row, fill)
+    zero = fill == 0 and str(fill) != "-0.0"
+    padding = None if zero else packed.new_full(row, fill)
     size = packed.element_size()
     sizes = (batch, max_seqlen, total, math.prod(row) * size, packed.stride(0) * size)
     pointers = map(address, (packed, offsets, padding, padded))

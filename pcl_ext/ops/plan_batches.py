@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pcl_ext.ops import reference
 from pcl_ext.ops._check import check_count, check_tensor
-from pcl_ext.ops._native import C, use_fused
+from pcl_ext.ops._native import CPU, C, use_fused
 
 
 def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str = "auto") -> list[Tensor]:
@@ -24,13 +24,13 @@ def plan_batches(lengths: Tensor, max_tokens: int, *, seed: int = 0, impl: str =
     if lengths.min() < 0:
         raise ValueError(f"lengths must be at least 0, got {int(lengths.min())} at index {int(lengths.argmin())}")
     assign = _assign if use_fused(impl, lengths, cpu=()) else reference.plan_batches
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(lengths), generator=generator)
+    generator = torch.Generator(CPU).manual_seed(seed)
+    shuffled = torch.randperm(len(lengths), generator=generator, device=CPU)
     cost = lengths.clamp(min=1)
     order = shuffled[torch.argsort(cost[shuffled], descending=True, stable=True)]
     alone = int((cost > max_tokens).sum())
     batches = [order[i : i + 1] for i in range(alone)] + _fill(assign, cost, order[alone:], max_tokens)
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator, device=CPU).tolist()]
 
 
 def _fill(assign, cost: Tensor, order: Tensor, max_tokens: int) -> list[Tensor]:

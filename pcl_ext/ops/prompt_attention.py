@@ -42,6 +42,8 @@ def prompt_attention(
         check_layout(offsets, prefix_offsets, prefix_index, "q", q)
         if plan is not None:
             _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k)
+            if torch.compiler.is_compiling() and q.is_cpu and not _is_of(plan, offsets, prefix_offsets, prefix_index):
+                plan = None  # values could not be compared: it is made anew
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not isinstance(scale, (int, float)):
@@ -86,6 +88,12 @@ def use_fused_width(impl: str, q: Tensor) -> bool:
     return False
 
 
+def _is_of(plan: AttentionPlan, offsets, prefix_offsets, prefix_index) -> bool:
+    """Whether plan was made from these very tensors."""
+    same_index = plan.index_left_out if prefix_index is None else prefix_index is plan.prefix_index
+    return offsets is plan.offsets and prefix_offsets is plan.prefix_offsets and same_index
+
+
 def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan) -> bool:
     """Whether plan was made from these very offsets and prefixes, which were checked then, and the rows fit it.
 
@@ -93,7 +101,7 @@ def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_inde
     """
     if torch.compiler.is_compiling() or type(plan) is not AttentionPlan or not is_plain(q, 3, FLOATS):
         return False
-    if offsets is not plan.offsets or prefix_offsets is not plan.prefix_offsets or not offsets.is_cpu:
+    if not offsets.is_cpu or not _is_of(plan, offsets, prefix_offsets, prefix_index):
         return False
     shape, dtypes = q.shape, (q.dtype,)
     if not (is_plain(k, 3, dtypes) and is_plain(v, 3, dtypes) and shape == k.shape and shape == v.shape):
@@ -103,10 +111,8 @@ def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_inde
         return False
     if prefix_offsets is None:
         return prefix_k is None and prefix_v is None and prefix_index is None
-    same_index = plan.index_left_out if prefix_index is None else prefix_index is plan.prefix_index
     return (
-        same_index
-        and is_plain(prefix_k, 3, dtypes)
+        is_plain(prefix_k, 3, dtypes)
         and is_plain(prefix_v, 3, dtypes)
         and prefix_k.shape == prefix_v.shape == (plan.prefix_total, num_heads, dim)
     )
@@ -114,13 +120,17 @@ def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_inde
 
 def _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index) -> None:
     check_tensor("q", q, 3, FLOATS)
-    if q.shape[2] == 0:
-        raise ValueError(f"q must have a head width d of at least 1, got shape {tuple(q.shape)}")
+    check_head_width(q)
     for name, value in (("k", k), ("v", v)):
         check_tensor(name, value, 3)
         check_like(name, value, "q", q)
         check_shape(name, value, q.shape, "[T, H, d]")
     check_prefix(q, prefix_k, prefix_v, prefix_offsets, prefix_index)
+
+
+def check_head_width(q: Tensor) -> None:
+    if q.shape[2] == 0:
+        raise ValueError(f"q must have a head width d of at least 1, got shape {tuple(q.shape)}")
 
 
 def check_prefix(q, prefix_k, prefix_v, prefix_offsets, prefix_index) -> None:

@@ -93,7 +93,7 @@ def embed(items, offsets, table, position=None, prompt=None, prompt_index=None) 
         which = torch.zeros_like(user) if prompt_index is None else prompt_index[user]
         prompted = (distance < length) & (which >= 0)
         row = torch.where(prompted, which * length + length - 1 - distance, num_prompts * length)
-        rows = torch.cat([prompt.reshape(-1, dim), prompt.new_zeros(1, dim)])
+        rows = torch.cat([prompt.flatten(0, 1), prompt.new_zeros(1, dim)])
         out = out + F.embedding(row, rows)
     return out
 
@@ -150,4 +150,4 @@ def plan_batches(cost: Tensor, capacity: int, num_bins: int) -> Tensor | None:
             return None
         heapq.heapreplace(bins, (load + c, b))
         where.append(b)
-    return torch.tensor(where, dtype=torch.int64)
+    return torch.tensor(where, dtype=torch.int64, device=cost.device)

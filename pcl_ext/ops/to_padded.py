@@ -22,13 +22,13 @@ def to_padded(packed: Tensor, offsets: Tensor, max_seqlen: int, fill: float = 0,
     max_seqlen = check_count("max_seqlen", max_seqlen)
     if isinstance(fill, Tensor) or not isinstance(fill, (bool, int, float, complex)):
         raise TypeError(f"fill must be a number, got {type(fill).__name__}")
-    try:
-        if use_fused(impl, packed, cpu=(), cuda=()):
-            return call(torch.ops.pcl_ext.to_padded.default, padded_op.to_padded, packed, offsets, max_seqlen, fill)
-        if reads_values(packed):
-            check_padded_values(offsets, packed.shape[0], "len(packed)", max_seqlen)
-        return reference.to_padded(packed, offsets, max_seqlen, fill)
-    except RuntimeError as error:
-        if "overflow" in str(error):
+    if fill != 0:
+        try:
+            packed.new_full((), fill)
+        except (RuntimeError, OverflowError) as error:
             raise ValueError(f"fill must fit {packed.dtype}, got {fill}") from error
-        raise
+    if use_fused(impl, packed, cpu=(), cuda=()):
+        return call(torch.ops.pcl_ext.to_padded.default, padded_op.to_padded, packed, offsets, max_seqlen, fill)
+    if reads_values(packed):
+        check_padded_values(offsets, packed.shape[0], "len(packed)", max_seqlen)
+    return reference.to_padded(packed, offsets, max_seqlen, fill)

@@ -292,3 +292,36 @@ MISTAKES = [
 def test_mistakes_are_named(name, value, error, message, impl):
     with pytest.raises(error, match=message):
         ops.embed(**{"impl": impl, **make([3, 2]), name: value})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_without_width(impl):
+    arguments = make([2, 3], dim=0)
+    assert ops.embed(**arguments, impl=impl).shape == (5, 0)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("wanted", [("position",), ("prompt",), ("position", "prompt")])
+def test_prompts_end_within_a_task(wanted):
+    """A task has 8 distances; prompts of 4, 11 and 30 rows end in the first, in the second and past the histories."""
+    for prompt_len in (4, 11, 30):
+        arguments = make([20, 3, 0, 9, 12], prompts=5, prompt_len=prompt_len)
+        grad = torch.randn(44, 8)
+        tables = [arguments[name] for name in wanted]
+        got, want = (torch.autograd.grad(ops.embed(**arguments, impl=i), tables, grad) for i in ("fused", "reference"))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize(
+    "offsets", [[0, 2**63 - 1, -2, 3], [0, 2**63 - 2**30, -(2**30) - 1, 3], [0, -(2**63), 3]], ids=str
+)
+def test_offsets_whose_difference_overflows_are_refused(offsets):
+    arguments = make([3], prompts=1)
+    arguments |= {"offsets": torch.tensor(offsets), "position": None, "prompt_index": None}
+    with pytest.raises(ValueError, match="offsets must never decrease"):
+        ops.embed(**arguments, impl="fused")
+    with pytest.raises(ValueError, match="offsets must never decrease"):
+        ops.to_padded(torch.randn(3, 4), arguments["offsets"], 5, impl="fused")
+    with pytest.raises(ValueError, match="offsets must never decrease"):
+        ops.to_packed(torch.randn(len(offsets) - 1, 5, 4), arguments["offsets"], 3, impl="fused")

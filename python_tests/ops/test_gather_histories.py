@@ -111,3 +111,10 @@ def test_mistakes_are_named(name, value, error, message, impl):
     right = {"values": torch.arange(10), "offsets": to_offsets([4, 6]), "rows": torch.tensor([0, 1]), "max_len": 3}
     with pytest.raises(error, match=message):
         ops.gather_histories(**{**right, "impl": impl, name: value})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_max_len_may_be_any_size(impl):
+    packed, offsets = ops.gather_histories(np.arange(5), np.array([0, 2, 5]), np.array([1, 0]), 2**70, impl=impl)
+    assert packed.tolist() == [2, 3, 4, 0, 1]
+    assert offsets.tolist() == [0, 3, 5]

@@ -230,3 +230,12 @@ def test_mistakes_are_named(message):
     case = to(CASES["wide"](), torch.float32)
     with pytest.raises((ValueError, TypeError), match=message):
         replace(case, **WRONG[message]).run()
+
+
+@pytest.mark.needs_ext
+def test_a_weight_at_an_odd_place():
+    """Pairs of bfloat16 numbers are read at once, at addresses of whole pairs."""
+    x, numbers = torch.randn(4, 64).bfloat16(), torch.randn(64 * 64 + 1).bfloat16()
+    weight = numbers[1:].view(64, 64)
+    assert weight.data_ptr() % 4 == 2
+    assert torch.equal(ops.linear(x, weight, impl="fused"), ops.linear(x, weight.clone(), impl="fused"))

@@ -1,6 +1,7 @@
 """The compiled module: missing is fine, broken is loud; its pool sleeps."""
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -114,3 +115,45 @@ def test_the_pool_sleeps_between_calls():
     before = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before < 0.1
+
+
+@pytest.mark.needs_ext
+def test_all_threads_count_denormal_numbers_alike():
+    """Each thread of a processor has a mode of its own; the pool's do as their caller does."""
+    rows, offsets = torch.full((20_000, 64), 1e-40), torch.arange(0, 20_001, 100)
+    position = torch.zeros(100, 64)
+    torch.set_num_threads(3)
+    items = torch.arange(20_000)
+    assert (ops.embed(items, offsets, rows, position) > 0).all()
+    for flush in (True, False):
+        torch.set_flush_denormal(flush)
+        for _ in range(5):
+            assert ((ops.embed(items, offsets, rows, position) == 0) == flush).all()
+
+
+@pytest.mark.needs_ext
+def test_a_tensor_of_zeros_that_lies_nowhere():
+    zeros = torch._efficientzerotensor((5, 2, 16))
+    out = ops.prompt_attention(zeros, zeros, zeros, torch.tensor([0, 2, 5]))
+    assert torch.equal(out, torch.zeros(5, 2, 16))
+
+
+def test_sources_are_not_called_an_install(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "CMakeLists.txt").touch()
+    package = tmp_path / "pcl_ext"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shutil.copytree(PACKAGE / "ops", package / "ops")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom pcl_ext import ops; print(ops.native_status())"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert f"not built: {tmp_path} holds the sources, not the installed package" in result.stdout
+
+
+def test_without_fast_products_torch_multiplies(monkeypatch):
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    monkeypatch.setattr(ops.linear_op, "PAYS", False)
+    monkeypatch.setattr(ops.linear_op, "forward", None)
+    torch.testing.assert_close(ops.linear(x, weight), x @ weight.T)
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    ops.feed_forward(x, (ones, zeros), weight, torch.zeros(5), weight.T, zeros)

@@ -36,9 +36,10 @@ def case_of(prefix):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_equals_prompt_attention(prefix, impl):
-    case = case_of(prefix)
+def test_equals_prompt_attention(prefix, dtype, impl):
+    case = case_of(prefix).to(dtype)
     with torch.no_grad():
         got, reference = newest_of(case, impl)
         exact = newest_of(case.to(torch.float64), "reference")[1]
@@ -59,6 +60,17 @@ def test_gradients_are_those_of_prompt_attention(prefix, impl):
         torch.autograd.grad(exact, exact_inputs, grad.double()),
     ):
         as_right_as(ours, theirs, right)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_values_that_nobody_looks_at_cost_nothing(dtype):
+    """The newest row and the prefix are far below the row before in score, and their values far above."""
+    key = torch.tensor([0.0, -50.0]).view(2, 1, 1).expand(2, 1, 16).to(dtype)
+    value = torch.tensor([1.0, 1e8]).view(2, 1, 1).expand(2, 1, 16).to(dtype)
+    shared = (key[1:], value[1:], torch.tensor([0, 1]))
+    got = ops.newest_attention(torch.ones(1, 1, 16, dtype=dtype), key, value, torch.tensor([0, 2]), *shared)
+    assert torch.equal(got, torch.ones_like(got))
 
 
 @pytest.mark.needs_ext
@@ -112,6 +124,14 @@ def test_more_queries_than_histories_on_cuda(cuda):
     rows = torch.randn(4, 2, 16, device=cuda)
     with pytest.raises(ValueError, match="m at most B and T"):
         ops.newest_attention(rows, rows, rows, torch.tensor([0, 1, 4], device=cuda))
+
+
+@pytest.mark.parametrize("prefix", ["none", "shared"])
+def test_a_head_has_a_width(prefix):
+    q, k, v, *shared = (None if x is None else x.detach()[..., :0] for x in rows_of(case_of(prefix)))
+    shared = () if prefix == "none" else (*shared, torch.tensor([0, 16]))
+    with pytest.raises(ValueError, match="q must have a head width d of at least 1"):
+        ops.newest_attention(q[:5], k, v, case_of(prefix).offsets, *shared)
 
 
 def test_the_number_of_queries_must_fit():

@@ -79,3 +79,12 @@ def test_mistakes_are_named(name, value, error, message, impl):
     right = {"lengths": torch.tensor([3, 1]), "max_tokens": 4, "impl": impl}
     with pytest.raises(error, match=message):
         ops.plan_batches(**{**right, name: value})
+
+
+def test_another_default_device_is_no_matter():
+    lengths = torch.randint(1, 200, (100,))
+    want = ops.plan_batches(lengths, 1000)
+    with torch.device("meta"):
+        got = ops.plan_batches(lengths, 1000)
+        rows = ops.plan_batches(lengths, 1000, impl="reference")
+    assert [b.tolist() for b in got] == [b.tolist() for b in want] == [b.tolist() for b in rows]

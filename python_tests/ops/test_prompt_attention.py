@@ -120,6 +120,17 @@ def test_opcheck(name, grad):
 
 
 @pytest.mark.needs_ext
+def test_a_plan_of_other_offsets_does_no_harm_where_it_is_compiled():
+    """Values cannot be compared there, so that it is not believed."""
+    q, k, v = torch.randn(3, 8, 2, 16).unbind()
+    plan, offsets = ops.attention_plan(torch.tensor([0, 6, 8])), torch.tensor([0, 1, 8])
+    with pytest.raises(ValueError, match="plan must be made from the same offsets"):
+        ops.prompt_attention(q, k, v, offsets, plan=plan)
+    compiled = torch.compile(lambda *rows: ops.prompt_attention(*rows, plan=plan), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, offsets), ops.prompt_attention(q, k, v, offsets))
+
+
+@pytest.mark.needs_ext
 @pytest.mark.parametrize("planned", [True, False])
 def test_compiles_as_one_graph(planned):
     case = make(*CASES["some see none"])

@@ -124,3 +124,21 @@ def test_mistakes_are_named(name, value, error, message, impl):
 def test_fill_that_does_not_fit(impl):
     with pytest.raises(ValueError, match="fill must fit torch.uint8, got 300"):
         ops.to_padded(torch.ones(1, dtype=torch.uint8), to_offsets([1]), 2, 300, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_whole_number_beyond_any_does_not_fit(impl):
+    with pytest.raises(ValueError, match="fill must fit torch.int64, got 1180591620717411303424"):
+        ops.to_padded(torch.ones(1, dtype=torch.int64), to_offsets([1]), 2, 2**70, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_block_too_large_is_not_called_a_fill(impl):
+    with pytest.raises(RuntimeError, match="[oO]verflow|memory"):
+        ops.to_padded(torch.ones(1), to_offsets([1]), 2**62, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_negative_zero_is_kept(impl):
+    padded = ops.to_padded(torch.ones(1), to_offsets([1]), 2, -0.0, impl=impl)
+    assert torch.equal(padded.signbit(), torch.tensor([[False, True]]))
