@@ -89,12 +89,20 @@ def learn_all(
     known = {task["name"] for task in store.read_manifest(folder)["tasks"]}
     for name in tasks:
         record = run.learn(folder, dataset, name, config, memory)
+        if name not in record["outputs"]:
+            print(f"{name}: known to the model, which this run did not teach it: no result", flush=True)
+            continue
         metric = record["matrix"]["metric"][name]
         value = ResultMatrix.from_json(record["matrix"]).value(-1, name)
-        earlier = len(record["outputs"]) - 1
-        unchanged = f"outputs of {earlier} earlier tasks unchanged, bit for bit"
-        what = "learned before, left as it is" if name in known else unchanged
+        what = "learned before, left as it is" if name in known else _unchanged(record, dataset, name)
         print(f"{name}: {metric} {value:.4f}; {what}", flush=True)
+
+
+def _unchanged(record: dict, dataset: Dataset, name: str) -> str:
+    earlier = [task for task in record["outputs"] if task != name]
+    same = [task for task in run.same_tables(record, dataset) if task != name]
+    rest = "".join(f"; {task} not compared: its table is another now" for task in earlier if task not in same)
+    return f"outputs of {len(same)} earlier tasks unchanged, bit for bit{rest}"
 
 
 def evaluate(args) -> int:
@@ -102,8 +110,15 @@ def evaluate(args) -> int:
     dataset = Dataset(args.data)
     run.check_dataset(args.run, record, dataset)
     if args.json:
+        if args.json.is_dir():
+            raise ValueError(f"--json must be a file, {args.json} is a folder")
         args.json.parent.mkdir(parents=True, exist_ok=True)
-    scores = infer.evaluate(store.from_pretrained(args.run), dataset, fold=args.fold)
+    model = store.from_pretrained(args.run)
+    names = [name for name in model.task_names if name in dataset.task_names]
+    for name in model.task_names:
+        if name not in names:
+            print(f"pcl evaluate: {dataset.path} has no table of {name}, which is left out", file=sys.stderr)
+    scores = infer.evaluate(model, dataset, names, fold=args.fold)
     result = {
         "tasks": {name: score.metrics for name, score in scores.items()},
         "standard_error": {name: score.standard_error for name, score in scores.items()},
@@ -185,7 +200,7 @@ def _history(line: bytes, number: int, kinds: tuple[type, ...]) -> list:
 
 
 def _is_id(item, kinds: tuple[type, ...]) -> bool:
-    return type(item) in kinds and (type(item) is str or abs(item) < 2**63)
+    return type(item) in kinds and (str in kinds or abs(item) < 2**63)  # a log's own ids may be larger
 
 
 def encode(args) -> int:

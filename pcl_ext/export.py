@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcl_ext.batch import PackedBatch
+from pcl_ext.data.work_folder import sync_one, work_folder
 from pcl_ext.model import Task, UserModel
 from pcl_ext.model.catalogue import SEEN_SCORE
 from pcl_ext.model.memories import ItemMemory, LastState, LearnedPool, MeanStates, Memory
@@ -61,6 +61,8 @@ class PlainModel(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         config, table = self.backbone.config, self.backbone.table
+        # a column that is no event: a block of length 0, of new users alone, ends a compiled package's process
+        items = torch.cat([items.new_zeros(items.shape[0], 1), items], 1)
         known = (items >= 1) & (items <= config.num_items)
         newer = known.long().flip(1).cumsum(1).flip(1) - known.long()  # events between each and the history's end
         used = known & (newer < config.max_len)
@@ -183,17 +185,19 @@ def export(
             raise ImportError(missing[name])
     plain, out, files = PlainModel(model, task).eval(), Path(out), {}
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as work, _quiet(), torch.no_grad():
+    with work_folder(out, ".export-") as work, _quiet(), torch.no_grad():
         for name in formats or [name for name in FORMATS if name not in missing]:
             suffix, write = _WRITERS[name]
             _LOG.info("writing the %s of task %s", name, task)
-            draft = Path(work) / f"{task}{suffix}"
+            draft = work / f"{task}{suffix}"
             run = write(plain, draft)
             _check(model, task, name, run)
             files[name] = out / draft.name
+            sync_one(draft)
             os.replace(draft, files[name])
-        facts = Path(work) / f"{task}.json"
+        facts = work / f"{task}.json"
         facts.write_text(json.dumps(_facts(model, task), indent=1) + "\n")
+        sync_one(facts)
         os.replace(facts, out / facts.name)
     fsync_folder(out)
     return files, {} if formats else missing
@@ -254,11 +258,11 @@ def _check(model: UserModel, task: str, name: str, run: Callable[[Tensor], Tenso
     config, generator = model.backbone.config, torch.Generator().manual_seed(0)
     lengths = [0, 1, 2, config.max_len // 2, config.max_len, config.max_len + 3]
     histories = [torch.randint(0, config.num_items + 2, (n,), generator=generator) for n in lengths]
-    batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)
-    want = model(batch.to(model.device), task)
+    blocks = [histories, [histories[0]] * 2, [histories[1]]]  # of length 0, and a single event
     try:
-        if run is not None:
-            got = run(nn.utils.rnn.pad_sequence(histories, batch_first=True))
+        for block in blocks if run is not None else []:
+            batch = PackedBatch.from_lists(block, num_items=config.num_items, max_len=config.max_len)
+            got, want = run(nn.utils.rnn.pad_sequence(block, batch_first=True)), model(batch.to(model.device), task)
             torch.testing.assert_close(got, want, rtol=RTOL, atol=ATOL * _unit(model.task(task)))
     except AssertionError as error:
         raise ValueError(f"the {name} of task {task!r} does not answer as the run and is not kept: {error}") from error

@@ -61,6 +61,7 @@ def pretrain(
             check_dataset(out, record, dataset)
             for key, value in settings.items():
                 _same(key, record["config"].get(key), value, out)
+            _remove(checkpoint)  # of a process that was killed after it had saved the run
             return store.from_pretrained(out)
         record = _new_record(dataset, settings)
         record["references"]["next"] = _references(dataset, "next", checkpoint)
@@ -125,12 +126,11 @@ def learn(
         record = store.read_manifest(run)["record"]
         check_dataset(run, record, dataset)
         model = store.from_pretrained(run)
-        if name not in model.task_names:
-            _check_before(dataset, name)
-        if _other_machine(record["machine"]):
-            _take_outputs_again(model, dataset, record)
         checkpoint, table = run / "checkpoints" / f"{name}.safetensors", dataset.task_sha256(name)
         if name not in model.task_names:
+            _check_before(dataset, name)
+            if _other_machine(record["machine"]):
+                _take_outputs_again(model, dataset, record)
             compared = _compared(model, dataset, record)
             checkpoint.parent.mkdir(exist_ok=True)
             record["references"][name] = _references(dataset, name, checkpoint)
@@ -191,6 +191,9 @@ def _measure(
     record["outputs"][name] = scores[name].outputs
     record["dataset"]["tasks"][name] = dataset.task_sha256(name)
     record["standard_error"][name] = scores[name].standard_error
+    for task in set(scores) - same - {name}:  # measured on another table than what cheap models reached
+        record["standard_error"][task] = scores[task].standard_error
+        record["references"].pop(task, None)
 
 
 def _references(dataset: Dataset, name: str, checkpoint: Path) -> dict[str, Any]:
@@ -246,8 +249,10 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
         dataset = Dataset(path)
     answer["not_checked"] = _why_not_checked(record, dataset)
     if answer["not_checked"] is None:
-        same = same_tables(record, dataset)
-        scores = infer.evaluate(store.from_pretrained(run), dataset, same)
+        same, model = same_tables(record, dataset), store.from_pretrained(run)
+        scores = infer.evaluate(model, dataset, same)
+        untaught = [name for name in model.task_names if name not in record["outputs"]]
+        answer["tasks"] |= dict.fromkeys(untaught, "not compared: this run did not teach it")
         changed = changed_outputs(record, scores)
         for name in record["outputs"]:
             state = "changed" if name in changed else "equal"

@@ -17,14 +17,14 @@ from pcl_ext.export import PlainModel, export
 
 TASKS = ["next", "range_b", "ctr", "age", "spend"]
 HISTORIES = [[1, 2, 3], [], [5] * 9, [20, 99, 7, -1], [11, 8, 15, 16, 2, 3, 4, 8], [0]]
-PARTS = [HISTORIES, HISTORIES[:1], HISTORIES[2:4], [[3]], [[0]], [[0]] * 3]
+PARTS = [HISTORIES, HISTORIES[:1], HISTORIES[2:4], [[3]], [[0]], [[0]] * 3, [[]], [[], []]]
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 def padded(histories, front=False):
     longest = max(map(len, histories))
     rows = [([0] * (longest - len(h)) + h) if front else (h + [0] * (longest - len(h))) for h in histories]
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def output(model, task, histories):

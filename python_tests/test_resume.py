@@ -254,3 +254,30 @@ def test_training_lowers_the_loss(whole, tmp_path, precision):
     run.learn(tmp_path / "run", Dataset(whole[0]), "segment", type(LEARN)(epochs=4, precision=precision), MEMORY)
     for curve in store.read_manifest(tmp_path / "run")["record"]["curves"].values():
         assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+def test_a_checkpoint_left_by_a_kill_after_the_last_save_is_removed(whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "run")
+    left = tmp_path / "run" / "checkpoints" / "next.safetensors"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"left")
+    pretrain(whole[0], tmp_path / "run")
+    assert not left.exists()
+
+
+def test_what_is_known_is_not_measured_again_on_another_machine(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[2], tmp_path / "run")
+    here = run.machine()
+    monkeypatch.setattr(run, "machine", lambda: here | {"threads": 99})
+    monkeypatch.setattr(run.infer, "evaluate", None)
+    learn(whole[0], tmp_path / "run")
+
+
+def test_a_lock_that_is_a_link_empties_nothing(whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "run")
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run" / ".lock").unlink(missing_ok=True)
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(store.StoreError, match="must be a file, which is locked, not a link or a folder; remove it"):
+        pretrain(whole[0], tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"

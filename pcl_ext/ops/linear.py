@@ -25,8 +25,8 @@ def linear(
     norm is the layer norm's weight and bias, [D] each; bias, norm and residual may be left out. The fused path is for
     frozen weights: it gives gradients of x and residual, and a row's result has the same bits in any company. Where
     another tensor asks for a gradient, or the processor has the plain C++ products alone (no AVX2), impl="auto" takes
-    the PyTorch path. All tensors share dtype and device; under autocast the product is in its dtype, with sums in float32,
-    and a residual keeps its own. Raises ValueError or TypeError naming what is wrong.
+    the PyTorch path. All tensors share dtype and device; under autocast the product is in its dtype, with sums in
+    float32, and a residual keeps its own. Raises ValueError or TypeError naming what is wrong.
     """
     check_tensor("x", x, 2, FLOATS)
     check_tensor("weight", weight, 2, FLOATS)

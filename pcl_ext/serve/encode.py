@@ -1,12 +1,13 @@
 """User vectors of a whole dataset, in any number of processes, each of which may be killed at any time.
 
-A shard is a run of at most SHARD_USERS users of one row group of histories.parquet. Its vectors become one file in
+A shard is a run of at most SHARD_USERS users. Its vectors become one file in
 <out>.parts, written under another name and renamed: that it bears its name is the mark that it is done. Whoever finds
 all of them there puts them together, in order, as <out>, again by a rename, and removes the folder.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ from pcl_ext import store
 from pcl_ext.data import Dataset
 from pcl_ext.data._arrow import pa, pq
 from pcl_ext.data.cache import release
-from pcl_ext.data.histories import FILE
 from pcl_ext.data.progress import progress
 from pcl_ext.serve.inputs import Histories
 from pcl_ext.serve.predictor import Predictor
@@ -71,13 +71,8 @@ class EncodeJob:
     @cached_property
     def shards(self) -> list[range]:
         """Rows of the dataset, shard by shard."""
-        metadata = pq.ParquetFile(self.dataset.path / FILE).metadata
-        shards, first = [], 0
-        for group in range(metadata.num_row_groups):
-            last = first + metadata.row_group(group).num_rows
-            shards += [range(at, min(at + SHARD_USERS, last)) for at in range(first, last, SHARD_USERS)]
-            first = last
-        return shards
+        last = self.dataset.num_users
+        return [range(at, min(at + SHARD_USERS, last)) for at in range(0, last, SHARD_USERS)]
 
     def run(self, rank: int = 0, world_size: int = 1) -> Share:
         """Encode this process's share, shards rank, rank + world_size, ..; the one that ends last writes `out`."""
@@ -109,12 +104,12 @@ class EncodeJob:
                 file.write(json.dumps(self.identity).encode())
                 file.flush()
                 os.fsync(file.fileno())
-                os.link(file.name, path)
+                _name_first(file.name, path)
         self._same(json.loads(path.read_text()), self.parts)
 
     def _same(self, then: dict[str, Any], where: Path) -> None:
         for key, value in self.identity.items():
-            if then.get(key) != value:
+            if json.dumps(then.get(key)) != json.dumps(value):  # as text: the order of the tasks counts
                 raise ValueError(
                     f"{where} was made from another {key} ({str(then.get(key)):.60}, now {str(value):.60}); remove it, "
                     "or choose another file"
@@ -134,6 +129,8 @@ class EncodeJob:
     def _metadata(self, path: Path) -> dict[str, Any]:
         try:
             values = pq.read_schema(path).metadata or {}
+        except FileNotFoundError:
+            raise
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is there and is no Parquet file: {error}; choose another file") from error
         if _KEY not in values:
@@ -183,6 +180,8 @@ class EncodeJob:
             return False
         try:
             with locked(self.parts / "finish.lock", "being finished", "wait for it"):
+                if self._finished():  # by another process, between our look at the parts and the lock
+                    return True
                 unknown = sum(self._metadata(part)["unknown"] for part in parts)
                 with self._writer(self.out, unknown) as writer:
                     for part in parts:
@@ -191,6 +190,16 @@ class EncodeJob:
         except store.StoreError:
             return False  # another process is at it
         return True
+
+
+def _name_first(draft: str, path: Path) -> None:
+    """Give a file its name, or raise FileExistsError where another process was first."""
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        os.replace(draft, path)  # no hard links there: the last one's stays, and who reads another than its own stops
 
 
 def _lists(vectors: np.ndarray) -> pa.ListArray:

@@ -93,6 +93,8 @@ def _from_arrow(data: Any, column: str) -> Histories:
         data = pa.concat_arrays(data.chunks) if data.num_chunks else pa.array([], data.type)
     kind = data.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if lists and pa.types.is_null(kind.value_type):  # new users alone: nothing says what their items would be
+        kind, data = pa.list_(pa.int64()), data.cast(pa.list_(pa.int64()))
     if not lists or not pa.types.is_integer(kind.value_type):
         raise TypeError(f"{column} must be a list column of integers, got {kind}")
     if data.null_count:
@@ -114,8 +116,10 @@ def _from_packed(values: Any, offsets: Any) -> Histories:
 
 def _from_lists(data: Sequence, name: str) -> Histories:
     if isinstance(data, np.ndarray) and data.ndim == 2:
-        data = _ids(data.reshape(-1), name.partition("[")[0]).reshape(data.shape)
-        return Histories(data.reshape(-1), np.arange(len(data) + 1) * data.shape[1])
+        if data.dtype.kind not in "iu" and data.size:
+            raise TypeError(f"histories must be integers, got {data.dtype} of shape {list(data.shape)}")
+        items = _ids(data.reshape(-1), "histories")
+        return Histories(items, np.arange(len(data) + 1) * data.shape[1])
     rows = [_ids_of(history, name, row) for row, history in enumerate(data)]
     items = np.concatenate(rows) if rows else np.empty(0, np.int64)
     return Histories(items, _offsets(np.fromiter(map(len, rows), np.int64, len(rows))))

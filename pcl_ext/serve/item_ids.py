@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pcl_ext.data._arrow import pa, pq
+from pcl_ext.data._arrow import pa, pc, pq
 
 
 class ItemIds:
@@ -23,6 +23,9 @@ class ItemIds:
             table = pq.read_table(path, columns=["item_id", "original_id"])
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} must be a table of item_id and original_id: {error}") from error
+        for name in ("item_id", "original_id"):
+            if table[name].null_count or len(pc.unique(table[name])) < len(table):
+                raise ValueError(f"{path}: {name} must name every item once, got a null or one twice")
         ids, originals = table["item_id"].to_pylist(), [str(text) for text in table["original_id"].to_pylist()]
         self._ids = dict(zip(originals, ids))
         self._originals = dict(zip(ids, map(int, originals) if all(map(_is_number, originals)) else originals))

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,10 +97,25 @@ def _try_lock(file: BinaryIO) -> bool:
     return True
 
 
+def _open_lock(path: Path) -> BinaryIO:
+    """For reading and appending, made where it is missing; a link would empty the file that it points to."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.fdopen(os.open(path, flags, 0o666), "a+b")
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise StoreError(f"{path} must be a file, which is locked, not a link or a folder; remove it") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise StoreError(f"{path} must be a file, which is locked; remove it")
+    return file
+
+
 @contextmanager
 def locked(path: Path, busy: str, advice: str) -> Iterator[None]:
     """Hold the lock file `path` of a folder, or raise StoreError: the folder is `busy`, by whom, and what to do."""
-    with path.open("a+b") as file:
+    with _open_lock(path) as file:
         if not _try_lock(file):
             file.seek(0)
             holder = file.read(200).decode(errors="replace") or "another process"

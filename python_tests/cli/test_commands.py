@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from pcl_ext import PackedBatch, commands, store
 from pcl_ext.cli import main
 from pcl_ext.data import Dataset
 from pcl_ext.run import PROTOCOL
+from pcl_ext.task import TaskSpec
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 TASKS = ["click", "segment", "spend", "range"]
@@ -128,7 +130,11 @@ def test_predict(made, pcl, task):
     assert task != "range" or all(set(answer["items"]) <= set(catalogue) for answer in answers)
 
 
-@pytest.mark.parametrize("own", [lambda item: 7000 - item, lambda item: f"sku-{item}"], ids=["numbers", "text"])
+@pytest.mark.parametrize(
+    "own",
+    [lambda item: 7000 - item, lambda item: f"sku-{item}", lambda item: 2**64 + item],
+    ids=["numbers", "text", "hashes"],
+)
 def test_predict_takes_and_answers_the_logs_own_ids(made, pcl, tmp_path, own):
     count = Dataset(made.data).num_items
     ids = pa.table({"item_id": range(1, count + 1), "original_id": [str(own(item)) for item in range(1, count + 1)]})
@@ -288,3 +294,37 @@ def test_help_and_version(capsys, argv):
         main(argv)
     assert ended.value.code == 0
     assert ("--memory.contextual" in capsys.readouterr().out) == ("learn" in argv)
+
+
+def test_learn_counts_what_it_compared(made, pcl, copy, tmp_path):
+    """The table of click was replaced since: its outputs are compared with nothing, its results are of the new one."""
+    shutil.copytree(made.data, tmp_path / "data")
+    path = tmp_path / "data" / "tasks" / "click.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(1, "target", pa.array(1 - table["target"].to_numpy())), path)
+    status, out, _ = pcl("learn", copy, "loyal", "--data", tmp_path / "data", "--learn.epochs", 1)
+    assert status == 0
+    want = "outputs of 4 earlier tasks unchanged, bit for bit; click not compared: its table is another now"
+    assert out[0].endswith(want)
+    record = record_of(copy)
+    assert "click" not in record["references"]
+    assert record["standard_error"]["click"] != record_of(made.run)["standard_error"]["click"]
+
+
+def test_a_task_that_no_run_taught(made, pcl, copy):
+    """Added by hand to a run's model: one with a table is measured, what has none is left out, and both are named."""
+    model = store.from_pretrained(copy)
+    for name in ("loyal", "mine"):
+        model.add_task(TaskSpec(name, "binary"))
+        model.freeze_task(name)
+    store.save_pretrained(model, copy)
+    status, out, err = pcl("evaluate", copy, "--data", made.data)
+    assert (status, err) == (0, [f"pcl evaluate: {made.data} has no table of mine, which is left out"])
+    assert [line.split()[0] for line in out] == ["next", *TASKS, "loyal"]
+    status, out, _ = pcl("learn", copy, "loyal", "click", "--data", made.data)
+    assert status == 0
+    assert out[0] == "loyal: known to the model, which this run did not teach it: no result"
+    assert out[1].endswith("learned before, left as it is")
+    status, out, _ = pcl("verify", copy, "--data", made.data)
+    assert status == 0
+    assert "  mine: outputs on all test users, bit for bit: not compared: this run did not teach it" in out

@@ -1,5 +1,6 @@
 """A dataset encoded by any number of processes, killed at any time: each user once, none missing, the same bits."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -74,10 +75,10 @@ def test_the_file_is_what_a_predictor_gives(made, want):
         torch.testing.assert_close(torch.tensor(want[task].to_pylist()), torch.from_numpy(rows))
 
 
-def test_shards_do_not_cross_row_groups(made, tmp_path):
+def test_shards_are_of_one_size_however_the_dataset_was_written(made, tmp_path):
     shards = job(made, tmp_path / "users.parquet").shards
     assert [row for shard in shards for row in shard] == list(range(GROUPS * USERS))
-    assert {len(shard) for shard in shards} == {10, 5}
+    assert [len(shard) for shard in shards] == [10] * 30
 
 
 def test_processes_share_the_work(made, want, tmp_path):
@@ -170,13 +171,18 @@ def test_killed_twenty_times_and_restarted(made, want, tmp_path, monkeypatch, wo
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [("tasks", "was made from another tasks"), ("dataset", "was made from another dataset")]
+    ("change", "message"),
+    [
+        ("tasks", "was made from another tasks"),
+        ("order", "was made from another tasks"),
+        ("dataset", "was made from another dataset"),
+    ],
 )
 @pytest.mark.parametrize("done", [True, False], ids=["complete", "begun"])
 def test_another_job_is_refused(made, tmp_path, change, message, done):
     out = tmp_path / "users.parquet"
     job(made, out).run(0, 1 if done else 2)
-    other = job(made, out, ["ctr"]) if change == "tasks" else job(made, out)
+    other = job(made, out, {"tasks": ["ctr"], "order": ["age", "ctr"]}.get(change, ("ctr", "age")))
     if change == "dataset":
         other.identity["dataset"] = "another"
     with pytest.raises(ValueError, match=f"{message} .* remove it, or choose another file"):
@@ -196,3 +202,33 @@ def test_a_process_that_is_there_already(made, tmp_path):
 def test_a_rank_that_cannot_be(made, tmp_path, rank, world_size):
     with pytest.raises(ValueError, match=f"rank must be in 0..{world_size - 1}, got {rank}"):
         job(made, tmp_path / "users.parquet").run(rank, world_size)
+
+
+def test_a_file_that_another_process_finished_between_a_look_and_the_lock(made, want, tmp_path, monkeypatch):
+    out, real = tmp_path / "users.parquet", encode.locked
+    late = job(made, out)
+    job(made, out).run(0, 2)
+
+    def slow(path, *words):
+        if path.name == "finish.lock":
+            monkeypatch.setattr(encode, "locked", real)
+            assert job(made, out).run(1, 2).complete
+            late.parts.mkdir()  # as if the lock were opened before the folder went
+        return real(path, *words)
+
+    late._write_parts(late.shards[1::2], "")
+    monkeypatch.setattr(encode, "locked", slow)
+    assert late._finish()
+    check(out, want)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_folder_without_hard_links(made, want, tmp_path, monkeypatch, number):
+    def refuse(*paths):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    out = tmp_path / "users.parquet"
+    assert not job(made, out).run(0, 2).complete
+    assert job(made, out).run(1, 2).complete
+    check(out, want)

@@ -72,6 +72,9 @@ def test_nothing(data):
         (pa.table({"ids": column()}), "the Arrow table must have a column 'items', it has ids"),
         (pa.table({"items": [1, 2]}), "items must be a list column of integers, got int64"),
         (pa.array([[1.5]]), "items must be a list column of integers"),
+        (pa.array([[None]]), "items must hold item ids, got 1 nulls"),
+        ([[1.5, 2.0]], r"history 0 must be a flat list"),
+        (np.ones((2, 3)), r"histories must be integers, got float64 of shape \[2, 3\]"),
         (pa.array([[1], None]), "items must be without nulls, got one in row 1"),
         (pa.array([[1, None]]), "items must hold item ids, got 1 nulls"),
     ],
@@ -111,3 +114,16 @@ def test_items_have_their_own_names_and_a_rank_without_one_has_none(tmp_path):
     assert ids.original(np.array([3, 1, 0])) == [22752, 71053, None]
     with pytest.raises(ValueError, match=r"items must be 0 or among those that .*items\.parquet names, got 4"):
         ids.original([1, 4])
+
+
+@pytest.mark.parametrize("data", [pa.array([[], []]), pa.array([[], []], pa.large_list(pa.null())), [[], []]])
+def test_new_users_alone(data):
+    got = read_histories(data)
+    assert (got.items.tolist(), got.offsets.tolist()) == ([], [0, 0, 0])
+
+
+@pytest.mark.parametrize("names", [["a", "a", "b"], ["a", None, "b"]])
+def test_items_are_named_once(tmp_path, names):
+    pq.write_table(pa.table({"item_id": [1, 2, 3], "original_id": names}), tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match="original_id must name every item once, got a null or one twice"):
+        ItemIds(tmp_path / "items.parquet")
