@@ -1,7 +1,8 @@
 """A pretraining step over a large catalogue: sampled softmax and exact cross-entropy in chunks, against full logits.
 
 Forward, loss at every position, backward, AdamW. Each way runs in a process of its own, so that its peak memory is its
-own: weights, gradients, optimiser and all, less what the process held before it made the model. Rows are events.
+own: weights, gradients, optimiser and all, less what the process held before it made the model; memory is the C
+library's as it comes, not kept for reuse as in other benchmarks. Rows are events.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""embed in float32 against gather + add + add in PyTorch, whose indices are made outside the clock."""
+"""embed in float32 against gather + add + add in PyTorch, whose indices are made outside the clock, and against the
+shorter way where all users share one prompt: it is added to the first positions, then gather + add."""
 
 import torch
 import torch.nn.functional as F
@@ -27,22 +28,29 @@ def bench(report: Report, mean: int, dim: int) -> None:
         rows = torch.cat([prompt[0], prompt.new_zeros(1, dim)])
         return F.embedding(items, table) + F.embedding(distance, position) + F.embedding(row, rows)
 
+    def folded(position, prompt):
+        count = min(PROMPTS, len(position))
+        first = position[:count] + prompt[0].flip(0)[:count]
+        return F.embedding(items, table) + F.embedding(distance, torch.cat([first, position[count:]]))
+
     def backward(way):
         leaves = [x.detach().requires_grad_() for x in (position, prompt)]
         return torch.autograd.grad(way(*leaves), leaves, grad_out)
 
-    torch.testing.assert_close(fused(position, prompt), theirs(position, prompt))  # no speed without truth
-    torch.testing.assert_close(backward(fused), backward(theirs), rtol=1e-4, atol=1e-4)
-    ways = {"fused": fused, "theirs": theirs}
-    ours, other = medians_ms({name: lambda way=way: way(position, prompt) for name, way in ways.items()}).values()
-    report.row(f"mean {mean}, D {dim}, forward", other / ours, ours, other)
-    ours, other = medians_ms({name: lambda way=way: backward(way) for name, way in ways.items()}).values()
-    report.row(f"mean {mean}, D {dim}, forward and backward", other / ours, ours, other)
+    for way in (theirs, folded):  # no speed without truth
+        torch.testing.assert_close(fused(position, prompt), way(position, prompt))
+        torch.testing.assert_close(backward(fused), backward(way), rtol=1e-4, atol=1e-4)
+    ways = (fused, theirs, folded)
+    for what, run in (("forward", lambda way: way(position, prompt)), ("forward and backward", backward)):
+        ours, three, two = medians_ms({way.__name__: lambda way=way, run=run: run(way) for way in ways}).values()
+        report.row(f"mean {mean}, D {dim}, {what}", three / ours, two / ours, ours, three, two)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    report = Report(f"embed, float32, {USERS} users; milliseconds", ["what", "ratio", "fused", "gather + add + add"])
+    columns = ["what", "gather + add + add / fused", "prompt in the positions / fused", "fused"]
+    columns += ["gather + add + add", "prompt in the positions"]
+    report = Report(f"embed, float32, {USERS} users; milliseconds", columns)
     for shape in report.shapes(SHAPES):
         bench(report, *shape)
     report.close()

@@ -23,13 +23,13 @@ from padded_model import (
 
 def bench(report: Report, users: int, dim: int, num_heads: int) -> None:
     model, batch = make_model(dim, num_heads).eval(), make_batch(users)
-    groups_of, gflop = padded_ways(batch), sum(forward_gflop(batch, dim))
+    gflop = sum(forward_gflop(batch, dim))
 
     def ways_of(task: str, twin: PaddedModel) -> dict:
         prompt, readout = model.task(task).tail().detach().to(twin.dtype), TASKS[task][1]
         ways = {"fused": lambda: model.encode(batch, [task])[task]}
-        for way, groups in groups_of.items():
-            ways[way] = lambda groups=groups: twin.vectors(groups, prompt, readout)[0]
+        for way, (groups, newest_only) in padded_ways(batch, readout).items():
+            ways[way] = lambda groups=groups, newest=newest_only: twin.vectors(groups, prompt, readout, newest)[0]
         return ways
 
     for task, (_, readout) in TASKS.items():

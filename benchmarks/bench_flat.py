@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from measure import Report, lengths_of, medians_ms, to_offsets
-from padded_model import MAX_LEN, make_model
+from padded_model import MAX_LEN, PaddedModel, in_groups, make_model
 from torch import Tensor
 
 from pcl_ext import UserModel, ops
@@ -49,6 +49,19 @@ def encode_calls(model: UserModel, items: Tensor, offsets: Tensor, size: int) ->
     return lambda: [call(part) for part in users.split(size)]
 
 
+def reference_attention(rows: Tensor, lengths: Tensor) -> Tensor:
+    """What attention gives the first 100 users, by the op's twin."""
+    offsets = to_offsets(lengths[:100])
+    return ops.prompt_attention(*rows[: int(offsets[-1])].unbind(1), offsets, impl="reference")
+
+
+def padded_vectors(model: UserModel, items: Tensor, lengths: Tensor) -> Tensor:
+    """The vectors of the first 100 users, by the padded model."""
+    offsets = to_offsets(lengths[:100])
+    groups = in_groups(PackedBatch.from_packed(items[: int(offsets[-1])], offsets), 1)
+    return PaddedModel(model.backbone).vectors(groups, model.task("items").tail(), ("last",))[0]
+
+
 def bench(report: Report, sizes: list[int]) -> None:
     model, most = make_model(DIM, HEADS).eval(), max(s for s in sizes if s <= 10_000)
     lengths = lengths_of(most, 64).clamp_max(MAX_LEN)
@@ -60,10 +73,12 @@ def bench(report: Report, sizes: list[int]) -> None:
         offsets, total[size] = to_offsets(lengths.repeat(times)), times * len(items)
         attention[size] = attention_calls(rows.repeat(times, 1, 1, 1) if times > 1 else rows, offsets, size)
         encode[size] = encode_calls(model, items.repeat(times), offsets, size)
-    for ways in (attention, encode):
-        want = torch.cat(ways[sizes[0]]())
-        for size in sizes[1:]:
-            torch.testing.assert_close(torch.cat(ways[size]())[: len(want)], want)  # no speed without truth
+    for ways, want in (
+        (attention, reference_attention(rows, lengths)),
+        (encode, padded_vectors(model, items, lengths)),
+    ):
+        for way in ways.values():
+            torch.testing.assert_close(torch.cat(way())[: len(want)], want)  # no speed without truth
     per_row = []
     for ways in (attention, encode):
         times = medians_ms(ways, least=3)

@@ -72,6 +72,7 @@ def their_step(
     target: Tensor,
     short: bool,
     dtype=torch.float32,
+    newest_only: bool = False,
 ) -> Step:
     twin = PaddedModel(model.backbone, dtype, torch.bfloat16 if short else None)
     (spec, readout), task = TASKS[name], model.task(name)
@@ -79,7 +80,7 @@ def their_step(
     head, seen = deepcopy(task.head).to(dtype), (batch.users, batch.items - 1)
 
     def loss() -> Tensor:
-        features, newest = twin.vectors(groups, prompt, readout)
+        features, newest = twin.vectors(groups, prompt, readout, newest_only)
         if spec.kind != "items":
             return F.cross_entropy(head(features).to(dtype), target)
         scores = F.linear(head.queries(features, newest), twin.weights["table"][1:], head.bias)
@@ -90,14 +91,17 @@ def their_step(
 
 def bench(report: Report, users: int, dim: int, num_heads: int) -> None:
     model, batch = make_model(dim, num_heads).train(), make_batch(users)
-    groups_of, (linear, attention) = padded_ways(batch), forward_gflop(batch, dim)
+    linear, attention = forward_gflop(batch, dim)
     gflop = 2 * linear + 3.5 * attention
     targets = {"items": torch.randint(ITEMS // 2, ITEMS, (users,)), "label": torch.randint(CLASSES, (users,))}
     for name in TASKS:
-        task = (batch, name, targets[name])
-        exact = their_step(model, groups_of["padded"], *task, False, torch.double).gradients()
+        task, ways_of = (batch, name, targets[name]), padded_ways(batch, TASKS[name][1])
+        exact = their_step(model, ways_of["padded"][0], *task, False, torch.double).gradients()
         for short, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-            ways = {way: their_step(model, groups, *task, short) for way, groups in groups_of.items()}
+            ways = {
+                way: their_step(model, groups, *task, short, newest_only=newest)
+                for way, (groups, newest) in ways_of.items()
+            }
             ways = {"fused": our_step(deepcopy(model), *task, short), **ways}
             got = {way: step.gradients() for way, step in ways.items()}
             for gradients in got.values():

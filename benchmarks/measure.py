@@ -39,7 +39,6 @@ def release_memory() -> None:
         trim(0)
 
 
-MEMORY = keep_memory()
 PRODUCT_GFLOP = 2 * 1024**3 / 1e9
 
 
@@ -156,7 +155,7 @@ class Report:
             "python": platform.python_version(),
             "native": ops.native_status().split(".so, ")[-1],
             "threads": torch.get_num_threads(),
-            "memory": MEMORY,
+            "memory": keep_memory(),
         }
         print(f"# {title}\n\n{json.dumps(self.machine)}\n\n{describe_rates(self.rates)}\n\n{as_markdown(columns, [])}")
 

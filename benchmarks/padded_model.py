@@ -63,7 +63,8 @@ def _group(batch: PackedBatch, users: Tensor) -> Group:
 
 
 class PaddedModel:
-    """The same weights on padded groups. The top layer is computed for every row, as a model that reads all does.
+    """The same weights on padded groups. The top layer is computed for every row, as a model that reads all does; with
+    `newest_only` at the newest rows, as one can that reads these.
 
     dtype         of what is added, normalised and read
     linear_dtype  of the linear layers' weights: bfloat16 for use under autocast, which then has nothing to cast
@@ -75,20 +76,39 @@ class PaddedModel:
             linear = name.startswith("layers.") and ".norm" not in name
             self.weights[name] = x.to(linear_dtype if linear and linear_dtype else dtype)
 
-    def states(self, group: Group, prompt: Tensor) -> list[Tensor]:
-        """Embeddings, then each layer's rows [b, L, D], the last ones normalised. prompt [P, D]."""
+    def states(self, group: Group, prompt: Tensor, newest_only: bool = False) -> list[Tensor]:
+        """Embeddings, then each layer's rows [b, L, D], the last ones normalised; newest_only: these are [b, D].
+        prompt [P, D]."""
         rows = torch.cat([prompt, prompt.new_zeros(1, prompt.shape[1])])
         x = F.embedding(group.items, self.weights["table"]) + F.embedding(group.distance, self.weights["position"])
         states = [x + F.embedding(group.prompt_row, rows)]
-        for depth in range(self.config.num_layers):
-            states.append(self._layer(states[-1], f"layers.{depth}."))
+        layers = [f"layers.{depth}." for depth in range(self.config.num_layers)]
+        for layer in layers[:-1] if newest_only else layers:
+            states.append(self._layer(states[-1], layer))
+        if newest_only:
+            states.append(self._newest_rows(states[-1], group, layers[-1]))
         return [*states[:-1], self._norm(states[-1], "norm")]
 
     def _layer(self, x: Tensor, layer: str) -> Tensor:
         heads = (3, self.config.num_heads, -1)
         qkv = self._linear(self._norm(x, layer + "norm_attention"), layer + "qkv").unflatten(2, heads)
         mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
-        x = x + self._linear(mixed.transpose(1, 2).flatten(2), layer + "out")
+        return self._after(x, mixed.transpose(1, 2).flatten(2), layer)
+
+    def _newest_rows(self, x: Tensor, group: Group, layer: str) -> Tensor:
+        """The layer at the newest rows [b, D] of x [b, L, D]: keys and values of all rows, the rest of these."""
+        newest, dim = (torch.arange(len(x), device=x.device), group.lengths - 1), x.shape[2]
+        normed, heads = self._norm(x, layer + "norm_attention"), self.config.num_heads
+        weight, bias = self.weights[layer + "qkv.weight"], self.weights[layer + "qkv.bias"]
+        k, v = F.linear(normed, weight[dim:], bias[dim:]).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        q = F.linear(normed[newest], weight[:dim], bias[:dim]).unflatten(1, (heads, 1, -1))
+        seen = torch.arange(x.shape[1], device=x.device) < group.lengths[:, None]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+        return self._after(x[newest], mixed.flatten(1), layer)
+
+    def _after(self, x: Tensor, mixed: Tensor, layer: str) -> Tensor:
+        """What a layer does with what attention has mixed."""
+        x = x + self._linear(mixed, layer + "out")
         hidden = F.gelu(self._linear(self._norm(x, layer + "norm_ffn"), layer + "ffn_in"))
         return x + self._linear(hidden, layer + "ffn_out")
 
@@ -98,12 +118,15 @@ class PaddedModel:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"])
 
-    def vectors(self, groups: list[Group], prompt: Tensor, readout: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    def vectors(
+        self, groups: list[Group], prompt: Tensor, readout: tuple[str, ...], newest_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """What the head reads [B, F], and the newest states [B, D], in the order of the batch."""
         features, newest = [], []
         for group in groups:
-            states = self.states(group, prompt)
-            last = states[-1][torch.arange(len(group.users), device=group.users.device), group.lengths - 1]
+            states = self.states(group, prompt, newest_only)
+            newest_row = (torch.arange(len(group.users), device=group.users.device), group.lengths - 1)
+            last = states[-1] if newest_only else states[-1][newest_row]
             parts = [last]
             if "mean" in readout:
                 parts += [torch.bmm(group.weights.to(state.dtype), state)[:, 0] for state in states]
@@ -127,9 +150,14 @@ def make_model(dim: int, num_heads: int) -> UserModel:
     return model
 
 
-def padded_ways(batch: PackedBatch) -> dict:
-    """Groups of each PyTorch way: "padded", and the numbers of buckets."""
-    return {"padded": in_groups(batch, 1), **{groups: in_groups(batch, groups) for groups in BUCKETS}}
+def padded_ways(batch: PackedBatch, readout: tuple[str, ...]) -> dict:
+    """(groups, newest_only) of each PyTorch way: "padded", the numbers of buckets, and ("newest", buckets) where the
+    newest state is all that is read: their top layer is computed at the newest rows alone."""
+    buckets = {groups: in_groups(batch, groups) for groups in BUCKETS}
+    ways = {"padded": (in_groups(batch, 1), False), **{key: (groups, False) for key, groups in buckets.items()}}
+    if readout == ("last",):
+        ways |= {("newest", key): (groups, True) for key, groups in buckets.items()}
+    return ways
 
 
 def make_batch(users: int) -> PackedBatch:
@@ -155,11 +183,14 @@ def forward_gflop(batch: PackedBatch, dim: int, num_layers: int = 2) -> tuple[fl
 
 
 def report_ways(report: Report, name: str, ways: dict, gflop: float, dtype: torch.dtype) -> None:
-    """Time "fused", "padded", each number of buckets and a matrix product of the dtype in turn; one row."""
+    """Time "fused", the ways of `padded_ways` and a matrix product of the dtype in turn; one row."""
     ms = medians_ms({**ways, "product": matrix_product(dtype)}, least=3)
     ours, padded, buckets = ms["fused"], ms["padded"], min(ms[groups] for groups in BUCKETS)
+    newest = min((ms[way] for way in ms if isinstance(way, tuple)), default="")
     share = 100 * (gflop / ours) / (PRODUCT_GFLOP / ms["product"])
-    report.row(name, padded / ours, buckets / ours, ours, padded, buckets, share)
+    ratios = padded / ours, buckets / ours, newest and newest / ours
+    report.row(name, *ratios, ours, padded, buckets, newest, share)
 
 
-COLUMNS = ["what", "padded / fused", "buckets / fused", "fused", "padded", "best of 8, 16, 32 buckets", "% of product"]
+COLUMNS = ["what", "padded / fused", "buckets / fused", "buckets, newest rows / fused"]
+COLUMNS += ["fused", "padded", "best of 8, 16, 32 buckets", "the same, top layer at the newest rows", "% of product"]
