@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pcl_ext.metrics import higher_is_better
 from pcl_ext.report.content import Content, TaskResult
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 160
+_MOST_NUMBERS = 26  # tasks: beyond, cells of the result matrix are too small for theirs
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 OURS, CHEAP, TRIVIAL = "#1f6feb", "#d9822b", "#9aa5b1"
 _STYLE = {
@@ -75,17 +78,19 @@ def heat_map(content: Content) -> Figure | None:
     axes = figure.add_subplot()
     shade = shades(content)
     from matplotlib import colormaps
+    from matplotlib.colors import to_rgba
 
     colours = colormaps["Blues"]
+    cells = np.broadcast_to(to_rgba("#f5f7fa"), (count, count, 4)).copy()
     for i in range(count):
-        for j in range(count):
-            if j > i:
-                axes.add_patch(_cell(j, i, facecolor="#f5f7fa", edgecolor="white"))
-                continue
+        for j in range(i + 1):
             strength = 0.12 + 0.68 * shade[j][i]
-            axes.add_patch(_cell(j, i, facecolor=colours(strength), edgecolor="white"))
-            ink = "white" if strength > 0.55 else INK
-            axes.text(j, i, number(matrix.value(i, j)), ha="center", va="center", color=ink, fontsize=9)
+            cells[i, j] = colours(strength)
+            if count <= _MOST_NUMBERS:
+                ink = "white" if strength > 0.55 else INK
+                axes.text(j, i, number(matrix.value(i, j)), ha="center", va="center", color=ink, fontsize=9)
+    edges = np.arange(count + 1) - 0.5
+    axes.pcolormesh(edges, edges, cells, edgecolors="white", linewidth=1)
     names = matrix.tasks[:count]
     axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), ylabel="after learning")
     axes.set_xticks(range(count), [f"{label(task, 14)}\n{matrix.metric[task]}" for task in names])
@@ -108,12 +113,6 @@ def shades(content: Content) -> list[list[float]]:
         scaled = [min(max((v - low) / (high - low), 0.0), 1.0) if high > low else 0.5 for v in values]
         columns.append([0.0] * j + scaled)
     return columns
-
-
-def _cell(x: int, y: int, **style: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, linewidth=1.5, **style)
 
 
 def references(content: Content) -> Figure | None:
