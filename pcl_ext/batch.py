@@ -76,6 +76,8 @@ class PackedBatch:
 
         Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are read.
         """
+        if max_len < 1:
+            raise ValueError(f"max_len must be at least 1, got {max_len}")
         kept, before, dropped = [], [], 0
         for row, history in enumerate(histories):
             ids = _as_ids(history, row)

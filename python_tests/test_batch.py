@@ -18,6 +18,12 @@ def test_the_newest_known_ids_are_kept():
     assert batch.users.tolist() == [0, 0, 3, 3]
 
 
+@pytest.mark.parametrize("max_len", [0, -1])
+def test_a_history_has_room_for_an_event(max_len):
+    with pytest.raises(ValueError, match=f"max_len must be at least 1, got {max_len}"):
+        PackedBatch.from_lists([[1]], num_items=5, max_len=max_len)
+
+
 def test_what_is_older_comes_along():
     batch = PackedBatch.from_lists([[4, 1, 9, 2, 3], [5], [3, 2, 1]], num_items=5, max_len=2)
     for part in (batch, pickle.loads(pickle.dumps(batch)), batch.to("cpu")):

@@ -104,7 +104,7 @@ def define(
         LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"pcl_ext::{name}", fake, lib=LIBRARY)
     if autograd is not None:
-        LIBRARY.impl(name, lambda *args: autograd.apply(*args), "Autograd")
+        LIBRARY.impl(name, autograd.apply, "Autograd")
 
 
 class _NoSecondDerivative(torch.autograd.Function):

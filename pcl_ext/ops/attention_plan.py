@@ -66,13 +66,13 @@ def attention_plan(
     the GPU, and kernels stay inside their tensors whatever a plan holds.
     """
     check_layout(offsets, prefix_offsets, prefix_index, "offsets", offsets)
-    unread = runs_cuda(offsets)
+    unread, index = runs_cuda(offsets), resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     return AttentionPlan(
         offsets=offsets,
         prefix_offsets=prefix_offsets,
-        prefix_index=resolve_prefix_index(offsets, prefix_offsets, prefix_index),
+        prefix_index=index,
         index_left_out=prefix_index is None,
-        work=(cuda_list if unread else work_list)(offsets, prefix_offsets, prefix_index),
+        work=(cuda_list if unread else work_list)(offsets, prefix_offsets, index),
         batch=offsets.shape[0] - 1,
         num_prefixes=0 if prefix_offsets is None else prefix_offsets.shape[0] - 1,
         total=None if unread else int(offsets[-1]),
