@@ -78,7 +78,7 @@ class EventsConfig(TableConfig):
                 if idle:
                     raise ValueError(f"[events]: {key} is for a log with `time`, the name of its column")
         if self.min_length < 0:
-            raise ValueError(f"[events]: min_length must be from 1 up, got {self.min_length}")
+            raise ValueError(f"[events]: min_length must not be negative, got {self.min_length}")
 
     @property
     def as_text(self) -> list[str]:

@@ -42,12 +42,10 @@ class Dataset:
         source = self.path / FILE
         if not source.is_file():
             raise FileNotFoundError(f"{source} is missing")
-        self.key = identity(
-            [source], repr((self.num_items, recorded))
-        )  # of the histories' cache, and so of the tables'
-        folder = cached(
-            self.path, "histories", self.key, lambda out: build_histories(source, self.num_items, recorded, out)
-        )
+        # as the file is now: what is cached of its tables later is of these histories
+        self.key = identity([source], repr((self.num_items, recorded)))
+        parts = (source, self.num_items, recorded)
+        folder = cached(self.path, "histories", self.key, lambda out: build_histories(*parts, out))
         self.user_id: np.ndarray = load(folder, "user_id")
         self.items: np.ndarray = load(folder, "items")
         self.offsets: np.ndarray = load(folder, "offsets")

@@ -73,7 +73,7 @@ def test_the_good_file_is_good(tmp_path):
         ),
         ('time = "time"', 'time_unit = "ms"', "[events]: time_unit is for a log with `time`"),
         ('time = "time"', 'time_format = "%Y"', "[events]: time_format is for a log with `time`"),
-        ('time = "time"', "min_length = -3", "[events]: min_length must be from 1 up, got -3"),
+        ('time = "time"', "min_length = -3", "[events]: min_length must not be negative, got -3"),
         ('time = "time"', 'time = "time"\ntext = ["item"]', "log.csv has no column 'item'; it has user_id, item_id"),
         ('time = "time"', 'item = "price"', "[events] item must hold integers or text, got double"),
         ('"users.csv"', '"nobody.csv"', "nobody.csv is missing"),
