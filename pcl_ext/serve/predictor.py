@@ -80,6 +80,9 @@ class Predictor:
             raise ValueError("a Predictor that is called needs a task, or encode; or use its methods")
         kept = {name: _column(batch, name) for name in self.keep}
         histories = read_histories(batch, self.column)
+        for name, values in kept.items():
+            if len(values) != len(histories):
+                raise ValueError(f"{name} must be as long as the histories, {len(histories)}, got {len(values)}")
         if self.task is not None:
             answer = self.predict(histories, self.task, self.k, skip_seen=self.skip_seen)
         else:

@@ -213,6 +213,8 @@ def test_calls_that_cannot_be(run):
         Predictor(run, "ctr", keep=["user_id"])([[1]])
     with pytest.raises(ValueError, match="keep must not name what the answer holds itself, got probability"):
         Predictor(run, "ctr", keep=["probability"])({"items": [[1]], "probability": [1.0]})
+    with pytest.raises(ValueError, match="user_id must be as long as the histories, 1, got 2"):
+        Predictor(run, "ctr", keep=["user_id"])({"items": [[1]], "user_id": [7, 8]})
     with pytest.raises(ValueError, match="task must be one of"):
         Predictor(run).predict([[1]], "churn")
 
