@@ -63,6 +63,7 @@ class Checkpoint:
             raise FileNotFoundError(f"the folder of the checkpoint {path} is missing")
         self.seconds, self.identity = seconds, json.loads(json.dumps(identity))
         self.trained, self.optimizer, self.written, self.took = trained, optimizer, time.monotonic(), 0.0
+        self.cuda = next((p.device for p in trained.values() if p.is_cuda), None)  # dropout draws there
 
     def save(self, progress: Progress, best: dict[str, Tensor], average: dict[str, Tensor], now: bool = False) -> None:
         """Write where `seconds` have passed since the last time, or `now`; but not before 20 times what that save took:
@@ -76,6 +77,8 @@ class Checkpoint:
         tensors |= {f"average/{name}": value for name, value in average.items()}
         tensors |= {f"optimizer/{i}/{key}": t for i, part in state["state"].items() for key, t in part.items()}
         tensors["generator"] = torch.get_rng_state()
+        if self.cuda is not None:
+            tensors["cuda_generator"] = torch.cuda.get_rng_state(self.cuda)
         store.save_tensors(self.path, tensors, {"identity": self.identity, "progress": asdict(progress)})
         self.written = time.monotonic()
         self.took = self.written - started
@@ -107,4 +110,6 @@ class Checkpoint:
             state.setdefault(int(place), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["generator"])
+        if self.cuda is not None and "cuda_generator" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda_generator"], self.cuda)
         return Progress(**meta["progress"]), groups["best"], groups["average"]

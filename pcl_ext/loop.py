@@ -77,7 +77,8 @@ class Problem:
     identity  JSON values: a checkpoint made for others is refused
     keep_start    the weights are good as they are: kept where no epoch beats them
     average       what is validated and kept is the average over the epochs so far, the e-th with weight e
-    ties_by_loss  epochs whose metric is within one standard error of the best one's are ties: the least loss is kept
+    ties_by_loss  an epoch whose metric is within one standard error, its own, of the best so far is a tie: it replaces
+                  the kept one where its loss is less or that one is no tie any more
     """
 
     label: str

@@ -73,7 +73,7 @@ class NextItemLoss:
 
 def shift(history: PackedBatch) -> tuple[PackedBatch, Tensor]:
     """Histories of n items -> histories of their first n - 1, and the item [T] that follows each row."""
-    rows = torch.arange(history.items.numel())
+    rows = torch.arange(history.items.numel(), device=history.items.device)
     first, last = torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows, dtype=torch.bool)
     filled = history.lengths > 0
     first[history.offsets[:-1][filled]] = True

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_IGNORED = ("maximize", "amsgrad", "capturable", "differentiable", "fused")  # by the step of rows
+_STEP = inspect.unwrap(torch.optim.AdamW.step)  # without hooks: those of this class are called already
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -13,7 +18,14 @@ class RowAdamW(torch.optim.AdamW):
 
     Such a row sees AdamW as if its own steps were all there are: moments, bias correction and weight decay stand still
     while it has no gradient. Time and memory of a step are those of the rows, beside the two moments of the table.
+    A parameter's gradients are sparse in every step or in none. ValueError for options of torch's that rows have not.
     """
+
+    def __init__(self, params, *args, **options):
+        super().__init__(params, *args, **options)
+        for group in self.param_groups:
+            if refused := [name for name in _IGNORED if group[name]]:
+                raise ValueError(f"RowAdamW takes no {refused[0]}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As torch's, which leaves steps where they were saved: those of rows are read beside the rows."""
@@ -23,7 +35,12 @@ class RowAdamW(torch.optim.AdamW):
                 kept["step"] = kept["step"].to(parameter.device)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """closure, where there is one, computes the loss and its gradients first, as torch's optimisers have it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         sparse = []
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -31,9 +48,12 @@ class RowAdamW(torch.optim.AdamW):
                     sparse.append((parameter, parameter.grad))
                     self._step_rows(parameter, parameter.grad.coalesce(), group)
                     parameter.grad = None
-        super().step()
+                elif parameter.grad is not None and (kept := self.state.get(parameter)) and kept["step"].dim():
+                    raise ValueError("RowAdamW: a parameter of sparse gradients has a dense one")
+        _STEP(self)
         for parameter, grad in sparse:
             parameter.grad = grad
+        return loss
 
     def _step_rows(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         rows, grad, state = grad.indices()[0], grad.values(), self.state[parameter]
@@ -44,9 +64,10 @@ class RowAdamW(torch.optim.AdamW):
         steps = state["step"][rows] + 1
         mean = state["exp_avg"][rows].lerp_(grad, 1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        scale = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+        first, second = (1 - beta ** steps.double() for beta in (beta1, beta2))  # 1 - .999 in float32 is off by 1e-5
+        scale = (square / second.to(square.dtype)).sqrt_().add_(group["eps"])
         values = parameter[rows] * (1 - rate * group["weight_decay"])
-        values -= rate * (mean / (1 - beta1**steps)) / scale
+        values -= rate * (mean / first.to(mean.dtype)) / scale
         for table, update in (
             (state["step"], steps),
             (state["exp_avg"], mean),

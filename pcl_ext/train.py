@@ -148,12 +148,13 @@ def learn_task(
     """Add the dataset's task `name` to a model with a frozen backbone, learn it, close it; returns the curve.
 
     What is validated after each epoch, and kept, is the average of the task's weights over the epochs so far, the e-th
-    with weight e. For an items task the reported metric of the valid users picks the epoch; for labels, epochs whose
-    metric is within one standard error of the best are ties, and the one with the least loss is kept.
+    with weight e. For an items task the reported metric of the valid users picks the epoch; for labels, an epoch whose
+    metric is within one standard error of the best so far replaces the one kept so far where its loss is less, or where
+    that one's metric is no longer within it.
     Where it raises, the model is left without the task; with a checkpoint, the same call goes on from there. ValueError
     where the task's table breaks a promise (`data.check_task`), say holds targets that the model sees.
     """
-    config = config or LearnConfig()
+    config, device = config or LearnConfig(), model.device
     if not model.backbone_frozen:
         raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
     _check_catalogue(dataset, model.backbone.config)
@@ -162,7 +163,7 @@ def learn_task(
         _some(dataset.examples(name, fold), f"{dataset.path} has no {fold} users with a target of {name!r}")
         for fold in ("train", "valid")
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         task = model.add_task(dataset.task(name).spec, memory)
         try:
@@ -187,6 +188,9 @@ def _learn(
     tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
     identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
     identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
+    if read := [earlier for earlier in model.task_names[:-1] if earlier in task.depends_on]:
+        closed = {earlier: model.task(earlier).state_dict() for earlier in read}
+        identity["made_of"] = {n: {key: hash_tensor(value) for key, value in t.items()} for n, t in closed.items()}
     batches, loss = _task_steps(model, dataset, task, train, config)
     problem = Problem(
         name,

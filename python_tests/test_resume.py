@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import LEARN, MEMORY, PRETRAIN, TASKS, contents, learn, pretrain, write_dataset
 
-from pcl_ext import baselines, checkpoint, loop, run, store
+from pcl_ext import baselines, checkpoint, loop, run, store, train
 from pcl_ext.data import Dataset, synthetic
 
 PHASES = {"pretrain": pretrain, "learn": learn}
@@ -186,6 +186,21 @@ def test_a_checkpoint_of_other_settings_is_refused(whole, tmp_path, monkeypatch)
     settings = type(PRETRAIN)(epochs=2, batch_tokens=600, checkpoint_seconds=0)
     with pytest.raises(ValueError, match=r"next\.safetensors is the checkpoint of a run with config.epochs = 3"):
         run.pretrain(Dataset(whole[0]), tmp_path / "run", {"dim": 16, "num_heads": 1, "max_len": 20}, settings)
+
+
+def test_a_checkpoint_made_from_another_task_of_the_same_name_is_refused(whole, tmp_path, monkeypatch):
+    """segment's contextual prompt reads range's, which was learned anew with another seed meanwhile."""
+    dataset, path = Dataset(whole[0]), tmp_path / "segment.safetensors"
+    models = [store.from_pretrained(whole[1]) for _ in range(2)]
+    for seed, model in enumerate(models):
+        train.learn_task(model, dataset, "range", dataclasses.replace(LEARN, seed=seed), MEMORY)
+    monkeypatch.setattr(loop, "_end_epoch", lambda *args: (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        train.learn_task(models[0], dataset, "segment", LEARN, MEMORY, path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"segment\.safetensors is the checkpoint of a run with made_of\.range"):
+        train.learn_task(models[1], dataset, "segment", LEARN, MEMORY, path)
+    train.learn_task(models[0], dataset, "segment", LEARN, MEMORY, path)
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -79,3 +79,49 @@ def test_a_state_that_is_loaded_goes_on_with_the_same_bits():
     run(others, again, gradients[2:])
     assert torch.equal(table, others[0])
     assert torch.equal(bias, others[1])
+
+
+def test_rows_that_are_all_there_are_torchs_adamw_in_double():
+    table = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    dense = torch.nn.Parameter(table.detach().clone())
+    ours, theirs = RowAdamW([table], lr=1e-2), torch.optim.AdamW([dense], lr=1e-2)
+    for _ in range(20):
+        dense.grad = torch.randn(5, 3, dtype=torch.float64)
+        table.grad = sparse([0, 1, 2, 3, 4], dense.grad, table.shape)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(table, dense, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad", "capturable", "fused"])
+def test_options_that_rows_do_not_have_are_refused(option):
+    with pytest.raises(ValueError, match=f"RowAdamW takes no {option}"):
+        RowAdamW([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **{option: True})
+
+
+def test_a_closure_gives_the_loss_and_hooks_run_once():
+    table = torch.nn.Parameter(torch.ones(5, 3))
+    torch.optim.AdamW([table])  # its class is hooked from now on
+    optimizer, calls = RowAdamW([table], **SETTINGS), []
+    optimizer.register_step_post_hook(lambda *args: calls.append(None))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.embedding(torch.tensor([1, 3]), table, sparse=True).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 6
+    assert len(calls) == 1
+    assert (table[[1, 3]] < 1).all()
+    assert (table[[0, 2, 4]] == 1).all()
+
+
+def test_sparse_gradients_stay_sparse():
+    table = torch.nn.Parameter(torch.zeros(5, 3))
+    optimizer = RowAdamW([table], **SETTINGS)
+    table.grad = sparse([1], torch.ones(5, 3), table.shape)
+    optimizer.step()
+    table.grad = torch.ones(5, 3)
+    with pytest.raises(ValueError, match="a parameter of sparse gradients has a dense one"):
+        optimizer.step()

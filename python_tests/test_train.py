@@ -12,6 +12,7 @@ import torch
 from runs import BACKBONE, pretrain_in_memory, write_dataset
 
 from pcl_ext import infer, item_start
+from pcl_ext.batch import PackedBatch
 from pcl_ext.data import Dataset, make_batch
 from pcl_ext.infer import Score
 from pcl_ext.item_start import start_items
@@ -122,6 +123,15 @@ def test_an_epoch_is_bounded_and_starts_anywhere(dataset, start):
         assert torch.equal(got.index, want.index)
     other = epoch_batches(dataset, examples, config, 20, 4, 0)[1]
     assert not torch.equal(next(other).index, whole[0].index)
+
+
+def test_shift_stays_on_the_device_of_its_histories():
+    """Every tensor that it makes is made there: a default device of another kind changes nothing."""
+    batch = PackedBatch.from_lists([[1, 2, 3], [], [4], [5, 6]], num_items=9, max_len=5)
+    with torch.device("meta"):
+        inputs, target = shift(batch)
+    assert inputs.items.tolist() == [1, 2, 5]
+    assert target.tolist() == [2, 3, 6]
 
 
 def test_shift_pairs_each_event_with_the_next(dataset):

@@ -109,6 +109,10 @@ class Backbone(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.register_buffer("trained_items", torch.zeros(config.num_items + 1, dtype=torch.bool))
 
+    def train(self, mode: bool = True) -> Backbone:
+        """As nn.Module.train, but frozen it stays in evaluation mode: no dropout, whoever asks."""
+        return super().train(mode and not is_frozen(self))
+
     def embed(
         self,
         items: Tensor,

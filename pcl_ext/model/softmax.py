@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pcl_ext.ops._native import once_only
+
 _CHUNK = 1 << 21  # scores held at a time: 8 MB
 _FEW_ROWS = 64  # fewer at a time, and passing over the table costs more than computing scores twice
 
@@ -47,8 +49,9 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor):
-        return *(grad_loss * grad for grad in ctx.saved_tensors), None, None, None, None
+    @once_only
+    def backward(ctx, saved, grad_loss: Tensor):
+        return *(grad_loss * grad for grad in saved), None, None, None, None
 
 
 def _loss_and_gradients(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected, older):

@@ -286,8 +286,10 @@ class Task(nn.Module):
         """Start the head at the training data's own base rates, on standardised features.
 
         features [n, F] of some training histories, target [m], target_row [m]. The base rate of a binary task is the
-        mean of its targets, which may lie between 0 and 1. ValueError where there are none, or one is not finite.
+        mean of its targets, which may lie between 0 and 1. ValueError where there are none, one is not finite, or the
+        task is closed.
         """
+        self._check_open()
         self._check_fit(features, target)
         deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
         self.shift.copy_(torch.where(self.fixed, mean, 0.0))
@@ -298,6 +300,10 @@ class Task(nn.Module):
             return
         for part in (self, *self.others):
             part.head.fit(self.spec.kind, target)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError(f"task {self.spec.name!r} is closed and never changes: remove it to learn it anew")
 
     def _check_fit(self, features: Tensor, target: Tensor) -> None:
         name = self.spec.name
@@ -315,7 +321,11 @@ class Task(nn.Module):
 
     @torch.no_grad()
     def start_items(self, table: Tensor, rows: Tensor, bias: Tensor) -> None:
-        """Start a cold items task with this item memory [R, width], output rows [C, width] and bias [C]."""
+        """Start a cold items task with this item memory [R, width], output rows [C, width] and bias [C].
+
+        ValueError where it is closed.
+        """
+        self._check_open()
         names = [name for name, memory in self.memories.items() for _ in range(memory.num_features)]
         self.memories["item_memory"].table.copy_(table)
         self.head.start(rows, bias, torch.tensor([name == "item_memory" for name in names]).nonzero()[:, 0])

@@ -153,13 +153,6 @@ class UserModel(nn.Module):
             raise ValueError(f"task must be one of {', '.join(self.tasks) or '(no tasks yet)'}, got {name!r}")
         return self.tasks[name]
 
-    def train(self, mode: bool = True) -> UserModel:
-        """As nn.Module.train, but what is frozen stays in evaluation mode: no dropout in a closed task."""
-        super().train(mode)
-        if self.backbone_frozen:
-            self.backbone.eval()
-        return self
-
     def forward(
         self, batch: PackedBatch | UserState, task: str | None = None, *, task_index: Tensor | None = None
     ) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
@@ -220,7 +213,8 @@ class UserModel(nn.Module):
         return UserState.of(self.backbone, batch.to(self.device), every_state=every_state, keep=keep)
 
     def encode(self, batch: PackedBatch | UserState, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """User vectors [B, F] for each of the tasks (all by default): what its head reads.
+        """User vectors [B, F] for each of the tasks (all by default): what its head reads, before it is standardised
+        (by `task.shift` and `task.scale`).
 
         Tasks without a prefix share one pass over what no tail prompt reaches, and only their tails are computed task
         by task, at most TAIL_ROWS rows at once. A prefix is seen from every row of a history: such a task is a pass of

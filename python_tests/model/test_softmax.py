@@ -115,3 +115,11 @@ def test_a_sample_is_corrected_but_for_the_target(monkeypatch, chunk):
     torch.testing.assert_close(got, want)
     for one, other in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors)):
         torch.testing.assert_close(one, other)
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    *tensors, target = inputs(5, 7)
+    loss = softmax.catalogue_cross_entropy(*tensors, target)
+    (gradient,) = torch.autograd.grad(loss**2, tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        gradient.square().sum().backward()

@@ -238,3 +238,27 @@ def test_unknown_tasks_and_doubled_names_are_refused(model):
         model.add_task(SPECS["click"])
     with pytest.raises(ValueError, match="names item 41"):
         model.add_task(TaskSpec("far", "items", catalogue=(1, 41)))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_closed_task_is_not_fitted_again(model, name):
+    add(model, name)
+    model.freeze_task(name)
+    task, batch = model.task(name), pack(histories())
+    before = model(batch, name)
+    features, target = torch.randn(4, len(task.shift)), torch.ones(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"task '{name}' is closed and never changes: remove it to learn it anew"):
+        task.fit_head(features, target, torch.arange(4))
+    with pytest.raises(ValueError, match="is closed and never changes"):
+        task.start_items(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1))
+    assert torch.equal(model(batch, name), before)
+
+
+def test_a_frozen_backbone_stays_in_evaluation_mode_whoever_holds_it(model):
+    add(model, "click")
+    model.freeze_task("click")
+    torch.nn.ModuleDict({"user": model, "backbone": model.backbone}).train()
+    assert not any(module.training for module in model.backbone.modules())
+    assert torch.equal(model(pack(histories()), "click"), model(pack(histories()), "click"))
+    open_one = Backbone(BackboneConfig(V, dim=16))
+    assert open_one.eval().train().training
