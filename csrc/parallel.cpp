@@ -12,7 +12,7 @@
 namespace pcl {
 namespace {
 
-// How the calling thread computes with floating-point numbers (what rounds, whether denormal ones are 0): its workers
+// How the calling thread computes with floating-point numbers (how it rounds, whether denormal ones are 0): its workers
 // have to do alike, or results would depend on who ran a task.
 class FloatMode {
  public:

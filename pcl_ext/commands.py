@@ -99,10 +99,10 @@ def learn_all(
 
 
 def _unchanged(record: dict, dataset: Dataset, name: str) -> str:
-    earlier = [task for task in record["outputs"] if task != name]
     same = [task for task in run.same_tables(record, dataset) if task != name]
-    rest = "".join(f"; {task} not compared: its table is another now" for task in earlier if task not in same)
-    return f"outputs of {len(same)} earlier tasks unchanged, bit for bit{rest}"
+    rest = [task for task in record["outputs"] if task not in (name, *same)]
+    why = "".join(f"; {task} not compared: {run.why_not_compared(record, dataset, task)}" for task in rest)
+    return f"outputs of {len(same)} earlier tasks unchanged, bit for bit{why}"
 
 
 def evaluate(args) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcl_ext.batch import PackedBatch
-from pcl_ext.data.work_folder import sync_one, work_folder
 from pcl_ext.model import Task, UserModel
 from pcl_ext.model.catalogue import SEEN_SCORE
 from pcl_ext.model.memories import ItemMemory, LastState, LearnedPool, MeanStates, Memory
-from pcl_ext.store.atomic import fsync_folder
+from pcl_ext.store.atomic import fsync
 
 _LOG = logging.getLogger(__name__)
 
@@ -185,21 +185,21 @@ def export(
             raise ImportError(missing[name])
     plain, out, files = PlainModel(model, task).eval(), Path(out), {}
     out.mkdir(parents=True, exist_ok=True)
-    with work_folder(out, ".export-") as work, _quiet(), torch.no_grad():
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as work, _quiet(), torch.no_grad():
         for name in formats or [name for name in FORMATS if name not in missing]:
             suffix, write = _WRITERS[name]
             _LOG.info("writing the %s of task %s", name, task)
-            draft = work / f"{task}{suffix}"
+            draft = Path(work) / f"{task}{suffix}"
             run = write(plain, draft)
             _check(model, task, name, run)
             files[name] = out / draft.name
-            sync_one(draft)
+            fsync(draft)
             os.replace(draft, files[name])
-        facts = work / f"{task}.json"
+        facts = Path(work) / f"{task}.json"
         facts.write_text(json.dumps(_facts(model, task), indent=1) + "\n")
-        sync_one(facts)
+        fsync(facts)
         os.replace(facts, out / facts.name)
-    fsync_folder(out)
+    fsync(out)
     return files, {} if formats else missing
 
 

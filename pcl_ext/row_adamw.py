@@ -41,6 +41,7 @@ class RowAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_dense()
         sparse = []
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -48,12 +49,16 @@ class RowAdamW(torch.optim.AdamW):
                     sparse.append((parameter, parameter.grad))
                     self._step_rows(parameter, parameter.grad.coalesce(), group)
                     parameter.grad = None
-                elif parameter.grad is not None and (kept := self.state.get(parameter)) and kept["step"].dim():
-                    raise ValueError("RowAdamW: a parameter of sparse gradients has a dense one")
         _STEP(self)
         for parameter, grad in sparse:
             parameter.grad = grad
         return loss
+
+    def _check_dense(self) -> None:
+        """ValueError, before anything moves, for a dense gradient where they were sparse."""
+        for parameter, kept in self.state.items():
+            if parameter.grad is not None and not parameter.grad.is_sparse and kept["step"].dim():
+                raise ValueError("RowAdamW: a parameter of sparse gradients has a dense one")
 
     def _step_rows(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         rows, grad, state = grad.indices()[0], grad.values(), self.state[parameter]

@@ -191,9 +191,12 @@ def _measure(
     record["outputs"][name] = scores[name].outputs
     record["dataset"]["tasks"][name] = dataset.task_sha256(name)
     record["standard_error"][name] = scores[name].standard_error
-    for task in set(scores) - same - {name}:  # measured on another table than what cheap models reached
-        record["standard_error"][task] = scores[task].standard_error
-        record["references"].pop(task, None)
+    for task in set(scores) - {name}:
+        if record["dataset"]["tasks"][task] != dataset.task_sha256(
+            task
+        ):  # not the table that cheap models were measured on
+            record["standard_error"][task] = scores[task].standard_error
+            record["references"].pop(task, None)
 
 
 def _references(dataset: Dataset, name: str, checkpoint: Path) -> dict[str, Any]:
@@ -227,6 +230,13 @@ def _take_outputs_again(model: UserModel, dataset: Dataset, record: dict[str, An
     record["machine"] = machine()
 
 
+def why_not_compared(record: dict[str, Any], dataset: Dataset, name: str) -> str:
+    """Of a learned task that is not among `same_tables`."""
+    if record["outputs"][name] is None:
+        return "its table was another when the run came to this machine"
+    return "its table is another now" if name in dataset.task_names else f"{dataset.path} has no table of it"
+
+
 def changed_outputs(record: dict[str, Any], scores: dict[str, infer.Score]) -> list[str]:
     """Tasks whose outputs on all test users are not, bit for bit, those of the moment they were closed."""
     return [name for name, was in record["outputs"].items() if name in scores and scores[name].outputs != was]
@@ -257,10 +267,7 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
         for name in record["outputs"]:
             state = "changed" if name in changed else "equal"
             if name not in same:
-                why = "its table is another now" if name in dataset.task_names else f"{dataset.path} has no table of it"
-                if record["outputs"][name] is None:
-                    why = "its table was another when the run came to this machine"
-                state = f"not compared: {why}"
+                state = f"not compared: {why_not_compared(record, dataset, name)}"
             answer["tasks"][name] = state
     return answer
 

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from stores import make_model
+
+from pcl_ext import save_pretrained
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -32,3 +35,23 @@ def test_installs(setting, fused, tmp_path):
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert shown.stdout.split() == [str(tmp_path / "site/pcl_ext/__init__.py"), str(fused)]
+
+
+def test_the_core_needs_no_extra(tmp_path):
+    """Of a run: load, predict for lists. What needs more says so when it is asked for."""
+    save_pretrained(make_model("next", "ctr"), tmp_path / "run")
+    script = f"""
+import sys
+for name in ("pyarrow", "jsonargparse", "tqdm", "torchmetrics", "matplotlib", "tensorboard"):
+    sys.modules[name] = None
+import pcl_ext, pcl_ext.export
+print(pcl_ext.Predictor({str(tmp_path / "run")!r}).predict([[1, 2], []], "ctr")["probability"].shape)
+try:
+    from pcl_ext.serve import ItemIds
+    ItemIds("items.parquet")
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["(2,)", "datasets on disk need pyarrow: pip install 'pcl_ext[cli]'"]

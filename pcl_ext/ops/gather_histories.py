@@ -20,7 +20,7 @@ def gather_histories(values, offsets, rows, max_len: int, cut=None, *, impl: str
     max_len of them are kept. values and offsets may be CPU tensors, numpy arrays or memory maps; only what is picked is
     read, unless they have strides: then they are copied first. Raises ValueError or TypeError naming what is wrong.
     """
-    max_len = min(check_count("max_len", max_len), len(values))
+    max_len = check_count("max_len", max_len)
     if use_fused(impl, _ON_CPU, cpu=()):
         return _gather(values, offsets, rows, max_len, cut)
     begin, lengths = _ranges(values, offsets, rows, max_len, cut)
@@ -37,7 +37,7 @@ def _gather(values, offsets, rows, max_len: int, cut) -> tuple[Tensor, Tensor]:
     count, dtype = rows.shape[0], torch.int64 if values.itemsize == 8 else torch.int32
     packed_offsets = torch.empty(count + 1, dtype=torch.int64, device=CPU)
     stored = (values_at, offsets_at, values.shape[0], offsets.shape[0] - 1, values.itemsize)
-    picked = (rows_at, cut_at, count, max_len, packed_offsets.data_ptr())
+    picked = (rows_at, cut_at, count, min(max_len, values.shape[0]), packed_offsets.data_ptr())
     total = C.gather_offsets(*stored, *picked)
     if total < 0:
         _ranges(values, offsets, rows, max_len, cut)
@@ -94,7 +94,7 @@ def _ranges(values, offsets, rows, max_len: int, cut) -> tuple[np.ndarray, np.nd
     if cut is not None:
         _check_bounds("cut", cut, 0, last - first)
         last = first + cut
-    lengths = np.minimum(last - first, max_len)
+    lengths = np.minimum(last - first, min(max_len, len(values)))
     return last - lengths, lengths
 
 

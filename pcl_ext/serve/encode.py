@@ -27,7 +27,7 @@ from pcl_ext.data.cache import release
 from pcl_ext.data.progress import progress
 from pcl_ext.serve.inputs import Histories
 from pcl_ext.serve.predictor import Predictor
-from pcl_ext.store.atomic import fsync_folder, locked, sweep_temporary, temporary
+from pcl_ext.store.atomic import fsync, locked, sweep_temporary, temporary
 
 SHARD_USERS = 1 << 13
 _KEY = b"pcl_ext"
@@ -171,7 +171,7 @@ class EncodeJob:
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
     def _finish(self) -> bool:
         """Put the parts together, if all are there and no other process is at it."""

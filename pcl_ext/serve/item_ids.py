@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pcl_ext.data._arrow import pa, pc, pq
-
 
 class ItemIds:
     """A dataset's items.parquet: from the log's own ids to those of the dataset, 1..V, and back.
@@ -16,6 +14,8 @@ class ItemIds:
     """
 
     def __init__(self, path: str | Path):
+        from pcl_ext.data._arrow import pa, pc, pq  # of the extra `cli`, which the package is imported without
+
         self.path = path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; it must be the items.parquet of a dataset")

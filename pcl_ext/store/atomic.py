@@ -55,7 +55,7 @@ def write_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
         os.replace(file.name, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
 
 def read_file(path: Path, **mend: str) -> bytes:
@@ -70,7 +70,7 @@ def read_file(path: Path, **mend: str) -> bytes:
         raise damaged(path, f"cannot be read ({error})") from error
 
 
-def fsync_folder(folder: Path) -> None:
+def fsync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

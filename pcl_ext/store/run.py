@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
-from pcl_ext.store.atomic import StoreError, damaged, fsync_folder, locked, sweep_temporary, write_file
+from pcl_ext.store.atomic import StoreError, damaged, fsync, locked, sweep_temporary, write_file
 from pcl_ext.store.manifest import (
     BACKBONE_FILE,
     NAME,
@@ -71,7 +71,7 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
             "record": dict(record),
         }
         for folder in (path / "tasks", path, path.absolute().parent):
-            fsync_folder(folder)
+            fsync(folder)
         write_manifest(path, values)
         model.removed.clear()
 
