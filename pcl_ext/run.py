@@ -191,10 +191,9 @@ def _measure(
     record["outputs"][name] = scores[name].outputs
     record["dataset"]["tasks"][name] = dataset.task_sha256(name)
     record["standard_error"][name] = scores[name].standard_error
+    learned_from = record["dataset"]["tasks"]
     for task in set(scores) - {name}:
-        if record["dataset"]["tasks"][task] != dataset.task_sha256(
-            task
-        ):  # not the table that cheap models were measured on
+        if learned_from[task] != dataset.task_sha256(task):  # cheap models were measured on another table
             record["standard_error"][task] = scores[task].standard_error
             record["references"].pop(task, None)
 
