@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +15,10 @@ from torch.func import functional_call
 from benchmarks.continual.loop import Run, train
 from benchmarks.continual.settings import Budget, Setting, readout_of
 from pcl_ext.batch import PackedBatch
-from pcl_ext.data import Dataset, ExampleBatch, Examples, iterate
+from pcl_ext.data import Dataset, ExampleBatch, Examples, make_batch, plan
+from pcl_ext.infer import MOST_SCORES
 from pcl_ext.item_start import start_items
-from pcl_ext.metrics import TaskMetrics
+from pcl_ext.metrics import TaskMetrics, higher_is_better
 from pcl_ext.model import Backbone, LayerPrefix, MemoryConfig, Task, UserModel, task_loss
 from pcl_ext.model.encoded import Encoded, encode
 from pcl_ext.next_item import NextItemLoss
@@ -164,9 +166,13 @@ class Learner(nn.Module):
         max_len = self.model.backbone.config.max_len
 
         def batches(epoch: int) -> tuple[int, Iterator[ExampleBatch]]:
-            return epoch_batches(self.world.dataset, examples, config, max_len, epoch, 0)
+            return epoch_batches(self.world.dataset, examples, config, max_len, epoch, 0, self.most_examples(name))
 
         self._train([name], batches, lambda batch: self.loss(batch, name), config)
+
+    def most_examples(self, name: str) -> int:
+        """How many examples are scored together: fewer over a large catalogue, as in `learn_task`."""
+        return max(1, MOST_SCORES // self.model.task(name).spec.num_outputs(self.world.dataset.num_items))
 
     def fit_next(self, epochs: int) -> None:
         """Train what is trainable on T1, as in pretraining."""
@@ -263,8 +269,8 @@ class Learner(nn.Module):
         """
         self.eval()
         task, total = self.model.task(name), 0.0
-        metrics = TaskMetrics(task.spec)
-        for batch in batches_of(self.world.dataset, self.world.dataset.examples(name, fold), self.model, None, newest):
+        metrics, examples = TaskMetrics(task.spec), self.world.dataset.examples(name, fold)
+        for batch in batches_of(self.world.dataset, examples, self.model, None, newest, self.most_examples(name)):
             output, columns = self.output(batch.history, name).float(), task.columns(batch.target)
             metrics.update(output, columns, batch.target_row)
             total += float(task_loss(task.spec, output, columns, batch.target_row)) * len(columns)
@@ -282,23 +288,27 @@ class Learner(nn.Module):
 
 def score(spec, metrics: dict[str, float]) -> float:
     """A task's metric on a scale on which differences are relative and more is better."""
-    from math import log
-
-    from pcl_ext.metrics import higher_is_better
-
-    value = log(max(metrics[spec.metric], 1e-6))
+    value = math.log(max(metrics[spec.metric], 1e-6))
     return value if higher_is_better(spec.metric) else -value
 
 
 def batches_of(
-    dataset: Dataset, examples: Examples, model: UserModel, seed: int | None, newest: int | None = None
+    dataset: Dataset,
+    examples: Examples,
+    model: UserModel,
+    seed: int | None,
+    newest: int | None = None,
+    most: int = 16_384,
 ) -> Iterator[ExampleBatch]:
-    """Batches of examples; newest: how many of the newest events are seen, as many as the backbone takes by default."""
+    """Batches of at most `most` examples; newest: how many of the newest events are seen, as many as the backbone takes
+    by default."""
     max_len = model.backbone.config.max_len if newest is None else newest
-    for batch in iterate(dataset, examples, max_tokens=16_384, max_len=max_len, seed=seed):
-        if newest is not None:  # what came before is not known, and so not ranked last
-            batch = batch._replace(history=replace(batch.history, older=None))
-        yield batch
+    for group in plan(examples, max_tokens=16_384, max_len=max_len, seed=seed):
+        for rows in group.split(most):
+            batch = make_batch(dataset, examples, rows, max_len)
+            if newest is not None:  # what came before is not known, and so not ranked last
+                batch = batch._replace(history=replace(batch.history, older=None))
+            yield batch
 
 
 def trainable_copy(backbone: Backbone) -> Backbone:

@@ -32,8 +32,8 @@ class Run:
     start: Callable[[], float] | None = None
 
 
-def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
-    """Train until the score stops rising; the best epoch's weights stay. -> the number of epochs that were run.
+def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> None:
+    """Train until the score stops rising; the best epoch's weights stay.
 
     What is scored and kept is the average over the epochs so far, as in `learn_task`; for a method that starts from
     scratch, where an average stays far behind, the weights themselves.
@@ -48,7 +48,7 @@ def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
         steps, batches = run.batches(epoch)
         learner.train()
         for step, batch in enumerate(batches):
-            learner.progress = step / max(1, steps - 1)
+            learner.progress = step / (steps - 1) if steps > 1 else 1.0
             schedule((epoch + step / steps) / run.epochs)
             optimizer.zero_grad(set_to_none=True)
             loss = run.loss(batch)
@@ -71,4 +71,3 @@ def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> int:
         for parameter, value in zip(trained, kept, strict=True):
             parameter.copy_(value)
     learner.eval()
-    return epoch + 1

@@ -30,7 +30,7 @@ def write_page(out: Path) -> Path:
         _section("PCL against each method", _note(_PAIRED) + _overview(summary) + _gains(summary)),
         _section("PCL against the best of each kind", _note(_BOOTSTRAP) + _intervals(summary, found) + _forest(found)),
         _section("Forgetting", _note(_CURVES) + _curves(summary)),
-        _section("Result matrices", _note(_MATRIX) + "".join(_matrix(summary, name) for name in summary.rows)),
+        _section("Result matrices", _note(_MATRIX) + "".join(_matrix(summary, name) for name in summary.matrix)),
         _section("Protocol", _protocol(summary)),
     ]
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -43,7 +43,7 @@ def write_page(out: Path) -> Path:
 
 _TABLE = (
     "Mean over folds and seeds ± standard deviation of the runs, in each task's own metric, after the last task. "
-    "Mean: of the metrics as they are. Gain: mean over tasks of the relative gain over the linear probe. "
+    "Mean: of the metrics as they are. Gain: mean over tasks of the relative gain over the method named. "
     "Forgetting: mean over earlier tasks of R[j, j] - R[K, j]. Parameters: numbers of 32 bits per later task."
 )
 _PAIRED = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.continual.methods import CONTINUAL, MULTI_TASK
-from benchmarks.continual.summary import Summary, summarise
+from benchmarks.continual.summary import Summary, decimals, summarise
 from pcl_ext.report.charts import CHEAP, MUTED, OURS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def overview(summary: Summary, ours: str = "pcl") -> Figure | None:
             left.errorbar(gain, place, xerr=error, fmt="D", ms=4, lw=1.5, color=colour)
         left.annotate(f"{gain:+.1f} %", (1, place), xycoords=("axes fraction", "data"), ha="right", va="center", size=7)
         right.barh(place, lost[place], height=0.55, color=colour)
-        text = f"{lost[place]:.4f}".replace("0.", ".", 1) if lost[place] else "0"
+        text = decimals(lost[place]) if lost[place] else "0"
         right.annotate(text, (max(0.0, lost[place]), place), (3, 0), textcoords="offset points", va="center", size=7)
     left.axvline(0, color=MUTED, lw=1)
     left.set_xlabel(f"mean relative gain of {ours} over it, % (line: one standard error)", size=8)

@@ -1,6 +1,6 @@
 """Files of a comparison. Everything is written beside and renamed, so a killed run leaves nothing half written.
 
-backbones/FOLD-SEED/           run folders, shared by all methods
+backbones/FOLD-SEED-dDIM/      run folders, shared by all methods
 trials/METHOD/FOLD-SEED-POINT  .json: what one trial measured; .npz: its test outputs
 results.jsonl                  a line per method, task, fold and seed, at the grid point that was chosen
 matrices.jsonl                 a line per method, fold and seed: the whole result matrix, and the choice
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.continual.methods import LEARNERS, REFERENCES
+from benchmarks.continual.methods.pcl import Pcl
 from benchmarks.continual.trial import Trial
 from pcl_ext.checkpoint import differences
 from pcl_ext.metrics import higher_is_better
@@ -51,9 +53,13 @@ def load_trial(out: Path, trial: Trial) -> dict[str, Any] | None:
     return answer
 
 
-def check(path: Path, answer: dict[str, Any], trial: Trial) -> None:
-    """ValueError where what is written at `path` was made with other settings than a trial has."""
-    for name, then, now in differences(answer["identity"], json.loads(json.dumps(trial.identity()))):
+def check(path: Path, answer: dict[str, Any], trial: Trial, *, of_all: bool = False) -> None:
+    """ValueError where what is written at `path` was made with other settings than a trial has; of_all: but for its
+    grid point, of which each method has its own."""
+    made, asked = answer["identity"], json.loads(json.dumps(trial.identity()))
+    left_out = ({"setting"} if of_all else set()) | ({"tasks_sha256"} - made.keys())  # older lines have none
+    made, asked = ({name: part for name, part in one.items() if name not in left_out} for one in (made, asked))
+    for name, then, now in differences(made, asked):
         raise ValueError(
             f"{path} was made with {name} = {then!r}, this call has {now!r}; choose another --out, or remove it"
         )
@@ -69,22 +75,37 @@ def load_outputs(out: Path, key: str) -> dict[str, np.ndarray]:
         return {name.replace("|", "/"): file[name] for name in file.files}
 
 
-def lines(trial: Trial, answer: dict[str, Any], dataset_name: str) -> list[dict[str, Any]]:
-    """A result line for every task of a trial."""
-    identity = answer["identity"]
-    protocol = {
+CHOICE = "grid point by valid users of the fold, first seed"
+
+
+def protocol(trial: Trial, identity: dict[str, Any], dataset_name: str, choice: str) -> dict[str, Any]:
+    """How a trial was measured, learned and chosen."""
+    return {
         "ranking": PROTOCOL["ranking"],
         "seen items": PROTOCOL["seen items"],
         "ties": PROTOCOL["ties"],
         "input": PROTOCOL["input"],
         "users": "test users of the fold, split by user",
         "dataset": f"{dataset_name} {identity['dataset']}",
-        "stop": f"valid users, {identity['budget']['stop']}",
-        "choice": "grid point by valid users of the fold, first seed",
+        "stop": _stop(trial.method, identity["budget"]["stop"]),
+        "choice": choice,
         "setting": identity["setting"],
         "order": ["next", *identity["tasks"]],
         "forgetting": "R[j, j] - R[K, j], of errors the other way round; 0 where all tasks are learned at once",
     }
+
+
+def _stop(method: str, stop: str) -> str:
+    if method in REFERENCES:
+        return "nothing is trained in epochs"
+    if issubclass(LEARNERS[method], Pcl):
+        return "valid users, metric, of labels the loss among epochs whose metrics tie (learn_task)"
+    return f"valid users, {stop}"
+
+
+def lines(trial: Trial, answer: dict[str, Any], dataset_name: str, choice: str = CHOICE) -> list[dict[str, Any]]:
+    """A result line for every task of a trial; choice: how its setting was chosen."""
+    how, reference = protocol(trial, answer["identity"], dataset_name, choice), answer.get("reference", {})
     last, found = answer["test"][-1]["values"], []
     first = {row["after"]: row["values"] for row in answer["test"]}
     for task, value in last.items():
@@ -101,7 +122,7 @@ def lines(trial: Trial, answer: dict[str, Any], dataset_name: str) -> list[dict[
                 "forgetting": lost,
                 "parameters": answer["parameters"][task],
                 "seconds": answer["seconds"].get(task, 0.0),
-                "protocol": protocol,
+                "protocol": how | ({"reference": reference[task]} if task in reference else {}),
             }
         )
     return found

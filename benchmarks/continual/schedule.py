@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.continual import records
+from benchmarks.continual.methods import LEARNERS
 from benchmarks.continual.settings import GRID, Budget
 from benchmarks.continual.trial import Trial, conduct, prepare_process, pretrained
 
@@ -60,18 +61,40 @@ class Comparison:
     def run(self, jobs: int) -> None:
         """Do what is missing, in `jobs` processes of one thread each, fold after fold: first the grid, then the other
         seeds. The next fold begins when a process would have nothing to do. A trial that fails is named at the end."""
+        self._check()
         context, failed = multiprocessing.get_context("spawn"), []
         total = sum(len(list(self._first(fold))) + self._later(fold) for fold in self.plan.folds)
         with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(total=total, unit="trial") as bar:
-            self._pretrain(pool)
-            folds, waiting = list(self.plan.folds), {}
-            while folds or waiting:
-                while folds and len(waiting) < jobs:
-                    waiting |= self._start(pool, folds.pop(0), bar)
-                if waiting:
-                    failed += self._finish(pool, waiting, bar)
+            try:
+                self._pretrain(pool)
+                folds, waiting = list(self.plan.folds), {}
+                while folds or waiting:
+                    while folds and len(waiting) < jobs:
+                        waiting |= self._start(pool, folds.pop(0), bar)
+                    if waiting:
+                        failed += self._finish(pool, waiting, bar)
+            finally:
+                pool.shutdown(cancel_futures=True)
         if failed:
             raise RuntimeError(f"{len(failed)} trials failed: {', '.join(failed)}; run again to repeat them")
+        runs = [(fold, seed) for fold in self.plan.folds for seed in range(self.plan.seeds)]
+        if lost := [f"{method}/{fold}-{seed}" for fold, seed in runs for method in self._missing(fold, seed)]:
+            raise RuntimeError(
+                f"training diverged, so there is no result of {', '.join(lost)}: lower the rates of the grid"
+            )
+
+    def _check(self) -> None:
+        """ValueError where something in the folder was made with other settings, of whatever method: what stands in
+        one table must be comparable."""
+        for (method, fold, _), line in self.matrices.items():
+            if fold in self.plan.folds:
+                trial = self.plan.trial(method, fold, 0, 0)
+                records.check(self.out / "matrices.jsonl", line, trial, of_all=True)
+        for fold in self.plan.folds:
+            for method in self.plan.methods:
+                point = self.choice(method, fold)
+                for seed in range(1, self.plan.seeds) if point is not None else ():
+                    records.load_trial(self.out, self.plan.trial(method, fold, seed, point))
 
     def _start(self, pool: ProcessPoolExecutor, fold: str, bar: tqdm) -> dict[Any, Trial]:
         """-> what of a fold can be done at once."""
@@ -105,7 +128,8 @@ class Comparison:
 
     def _pretrain(self, pool: ProcessPoolExecutor) -> None:
         runs = [(fold, seed) for fold in self.plan.folds for seed in range(self.plan.seeds)]
-        trials = [self.plan.trial("pcl", fold, seed, 0) for fold, seed in runs if self._missing(fold, seed)]
+        learn = [run for run in runs if any(method in LEARNERS for method in self._missing(*run))]
+        trials = [self.plan.trial("pcl", fold, seed, 0) for fold, seed in learn]
         for future in [pool.submit(_work, "pretrain", trial, self.out) for trial in trials]:
             future.result()
 
@@ -119,7 +143,8 @@ class Comparison:
         return sum(len(self._missing(fold, seed)) for seed in range(1, self.plan.seeds))
 
     def choice(self, method: str, fold: str) -> int | None:
-        """The grid point that is written, or else the best on the valid users; None while one is missing."""
+        """The grid point that is written, or else the best on the valid users of those that did not diverge; None while
+        one is missing, or where all did."""
         if written := self.matrices.get((method, fold, 0)):
             records.check(self.out / "matrices.jsonl", written, self.plan.trial(method, fold, 0, written["point"]))
             return written["point"]
@@ -127,7 +152,8 @@ class Comparison:
         answers = [records.load_trial(self.out, trial) for trial in trials]
         if any(answer is None for answer in answers):
             return None
-        return max(range(len(answers)), key=lambda point: answers[point]["valid_score"])
+        scores = {p: answer["valid_score"] for p, answer in enumerate(answers) if "diverged" not in answer}
+        return max(scores, key=scores.get, default=None)
 
     def _follow(self, pool: ProcessPoolExecutor, trial: Trial) -> dict[Any, Trial]:
         """After a trial: write what is final, and start what waited for it."""
@@ -140,9 +166,9 @@ class Comparison:
             if (trial.method, trial.fold, seed) in self.results and (trial.method, trial.fold, seed) in self.matrices:
                 continue
             answer = records.load_trial(self.out, other)
-            if answer is not None:
+            if answer is not None and "diverged" not in answer:
                 self._write(other, answer)
-            elif other.key not in self.followed:  # two grid points may end in one moment
+            elif answer is None and other.key not in self.followed:  # two grid points may end in one moment
                 self.followed.add(other.key)
                 started[pool.submit(_work, "trial", other, self.out)] = other
         return started

@@ -19,11 +19,11 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.continual import records
-from benchmarks.continual.__main__ import folds_of
+from benchmarks.continual.__main__ import count, folds_of
 from benchmarks.continual.settings import EQ1, GRID, QUICK, READOUTS, STOPS, Budget
 from benchmarks.continual.trial import Trial, make_learner, measure_one, prepare_process, pretrained, teach
 from benchmarks.continual.unseen import WAYS, held_out, learn_unseen
-from pcl_ext.data import Dataset
+from pcl_ext import store
 from pcl_ext.model import MemoryConfig
 from pcl_ext.model.config import CONTEXTS, PLACEMENTS
 
@@ -33,6 +33,7 @@ LABELS = (10, 50, 200)
 WIDTHS = (64, 128, 256)
 SHARES = (0.1, 0.3, 1.0)
 PERMUTATIONS = 6
+CHOICE = "none: the first point of the grid, and what the study varies"
 COMPARED = ("probe", "pooled-probe", "copy", "mtl", "dualprompt", "pcl-eq1", "pcl")
 
 
@@ -138,6 +139,8 @@ def conduct(variant: Variant, out: Path) -> dict[str, Any]:
     """-> {"identity", "lines"}: the variant's results."""
     trial, found = variant.trial, {}
     dataset = trial.dataset()
+    if variant.kind == "unseen" and len(trial.order(dataset)) < 2:
+        raise ValueError(f"the study of an unseen task needs two tasks after next, {trial.data} has one")
     learner, identity = make_learner(trial, out), trial.identity()
     answer, _ = teach(learner)
     if variant.kind == "unseen":
@@ -149,7 +152,7 @@ def conduct(variant: Variant, out: Path) -> dict[str, Any]:
         return {"identity": identity, "lines": rows}
     rows = [
         {"study": variant.study, "variant": variant.name} | line
-        for line in records.lines(trial, answer | {"identity": identity}, dataset.name)
+        for line in records.lines(trial, answer | {"identity": identity}, dataset.name, CHOICE)
     ]
     if variant.kind == "cold":
         for newest in NEWEST:
@@ -159,9 +162,10 @@ def conduct(variant: Variant, out: Path) -> dict[str, Any]:
 
 
 def _line(variant: Variant, name: str, task: str, value: float) -> dict[str, Any]:
-    trial, spec = variant.trial, Dataset(variant.trial.data).task(task).spec
+    trial, dataset = variant.trial, variant.trial.dataset()
     line = {"study": variant.study, "variant": name, "method": trial.method, "task": task, "fold": trial.fold}
-    return line | {"seed": trial.seed, "metric": spec.metric, "value": value}
+    how = records.protocol(trial, trial.identity(), dataset.name, CHOICE)
+    return line | {"seed": trial.seed, "metric": dataset.task(task).spec.metric, "value": value, "protocol": how}
 
 
 def _work(variant: Variant, out: Path) -> dict[str, Any] | None:
@@ -174,12 +178,14 @@ def _work(variant: Variant, out: Path) -> dict[str, Any] | None:
 
 
 def collect(variants: list[Variant], out: Path) -> None:
-    """What is done of these variants into studies.jsonl, in place of what it had of their studies, folds and seeds."""
+    """What is done of these variants into studies.jsonl, in place of what it had of the same studies, folds and
+    seeds; where nothing is done yet it keeps what it had."""
     path = out / "studies.jsonl"
-    ours = {(variant.study, variant.trial.fold, variant.trial.seed) for variant in variants}
+    answers = [(variant, records.load_trial(out, variant.trial)) for variant in variants]
+    done = [(variant, answer) for variant, answer in answers if answer is not None]
+    ours = {(variant.study, variant.trial.fold, variant.trial.seed) for variant, _ in done}
     others = [line for line in records.read_lines(path) if (line["study"], line["fold"], line["seed"]) not in ours]
-    answers = [records.load_trial(out, variant.trial) for variant in variants]
-    found = [line for answer in answers if answer is not None for line in answer["lines"]]
+    found = [line for _, answer in done for line in answer["lines"]]
     records.write(path, "".join(json.dumps(line) + "\n" for line in others + found).encode())
 
 
@@ -188,9 +194,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--data", type=Path, required=True, help="a dataset folder, or a folder of rotated folds")
     parser.add_argument("--out", type=Path, required=True, help="that of the comparison shares its backbones")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=count, default=3)
     parser.add_argument("--folds", nargs="+")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=count, default=2)
     parser.add_argument("--stop", choices=STOPS, default=STOPS[0])
     parser.add_argument("--quick", action="store_true", help="one fold, one seed, few epochs")
     options = parser.parse_args(arguments)
@@ -204,7 +210,9 @@ def main(arguments: list[str] | None = None) -> None:
         for study in options.studies
         for variant in STUDIES[study](Trial("pcl", path, fold, seed, 0, budget))
     ]
-    run(variants, options.out, options.jobs)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with store.lock(options.out):
+        run(variants, options.out, options.jobs)
 
 
 def run(variants: list[Variant], out: Path, jobs: int) -> None:

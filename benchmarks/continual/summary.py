@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ class Summary:
 
     rows      by method
     values    {method: {(fold, seed): {task: value}}}
-    matrix    {method: (after, [rows, tasks] with NaN where there is nothing)}
+    matrix    {method: (after, [rows, tasks] with NaN where there is nothing)}, of the methods that have one
     metric    by task
     protocol  of the first line
     keys      {method: {(fold, seed): the trial whose outputs are measured}}
@@ -73,8 +75,9 @@ class Summary:
 
     def strongest(self, methods: tuple[str, ...], ours: str) -> str | None:
         """The one of these over which `ours` gains least, a mean over tasks."""
-        present = [name for name in methods if name in self.rows and ours in self.rows and self.paired(ours, name)]
-        return min(present, key=lambda name: self.gain(ours, name), default=None)
+        gains = {name: self.gain(ours, name) for name in methods if name in self.rows and ours in self.rows}
+        known = {name: gain for name, gain in gains.items() if math.isfinite(gain)}
+        return min(known, key=known.get, default=None)
 
     def paired(self, ours: str, other: str) -> dict[str, Gain]:
         """Gains of a method over another by task, and of their "mean", on the folds and seeds that both have.
@@ -128,8 +131,14 @@ def summarise(out: Path) -> Summary:
     values: dict[str, dict[Key, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         values[line["method"]][line["fold"], line["seed"]][line["task"]] = line["value"]
-    matrix = {name: _matrix([m for m in matrices if m["method"] == name], list(metric)) for name in rows}
+    entries = {name: [entry for entry in matrices if entry["method"] == name] for name in rows}
+    matrix = {name: _matrix(own, list(metric)) for name, own in entries.items() if own}
     return Summary(rows, values, matrix, metric, lines[0]["protocol"], keys)
+
+
+def decimals(value: float) -> str:
+    """Four places, without the 0 before the point: .1234, -.0500, 10.1234."""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.4f}")
 
 
 def _row(method: str, tasks: dict[str, list[dict]]) -> Row:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.continual.summary import Gain, Summary, summarise
+from benchmarks.continual.summary import Gain, Summary, decimals, summarise
 
 
 def write_table(out: Path, ours: str = "pcl") -> Path:
@@ -35,22 +35,26 @@ def _line(summary: Summary, name: str, ours: str) -> list[str]:
     row, gains = summary.rows[name], {}
     if ours in summary.rows and name != ours:
         gains = summary.paired(ours, name)
-    runs = summary.values[name].keys()
     return [
         name,
-        f"{len({fold for fold, _ in runs})} x {len({seed for _, seed in runs})}",
+        _runs(list(summary.values[name])),
         *(_number(row.value[task], row.deviation[task]) for task in summary.metric),
-        _number(row.mean()),
+        decimals(row.mean()),
         _gain(gains["mean"]) if gains else "",
-        _number(row.lost()) if row.lost() else "0",
+        decimals(row.lost()) if row.lost() else "0",
         f"{row.parameters:,.0f}",
         f"{row.seconds:.1f}",
     ]
 
 
-def _number(value: float, deviation: float = np.nan) -> str:
-    text = f"{value:.4f}".replace("0.", ".", 1)
-    return text if np.isnan(deviation) else f"{text} ± {deviation:.4f}".replace("± 0.", "± .")
+def _runs(keys: list[tuple[str, int]]) -> str:
+    """Folds x seeds; how many runs, where not every fold has the same number of seeds."""
+    folds, seeds = ({key[place] for key in keys} for place in range(2))
+    return f"{len(folds)} x {len(seeds)}" if len(folds) * len(seeds) == len(keys) else f"{len(keys)} runs"
+
+
+def _number(value: float, deviation: float) -> str:
+    return decimals(value) if np.isnan(deviation) else f"{decimals(value)} ± {decimals(deviation)}"
 
 
 def _gain(gain: Gain) -> str:

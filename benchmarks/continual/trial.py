@@ -57,11 +57,13 @@ class Trial:
     def identity(self) -> dict[str, Any]:
         """What a stored answer must have been made with."""
         dataset = self.dataset()
+        tasks = list(self.order(dataset))
         return {
             "setting": asdict(self.chosen),
             "budget": asdict(self.budget),
             "dataset": dataset.sha256,
-            "tasks": list(self.order(dataset)),
+            "tasks": tasks,
+            "tasks_sha256": {name: dataset.task_sha256(name) for name in ("next", *tasks)},
         }
 
     def order(self, dataset: Dataset) -> tuple[str, ...]:
@@ -93,7 +95,8 @@ def make_learner(trial: Trial, out: Path) -> Learner:
 def conduct(trial: Trial, out: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """-> (JSON values, arrays of the last test outputs): see `measure_all`.
 
-    Seconds are of the processor, which one thread uses: other work on the machine does not count.
+    Seconds are of the processor, which one thread uses: other work on the machine does not count. Where training
+    diverged there is nothing but the reason, "diverged".
 
     test, valid  rows of the result matrix, [{"after", "values": {task: value}}], in each task's own metric
     """
@@ -102,7 +105,10 @@ def conduct(trial: Trial, out: Path) -> tuple[dict[str, Any], dict[str, np.ndarr
         answer, outputs = _reference(trial), {}
     else:
         learner = make_learner(trial, out)
-        answer, outputs = teach(learner)
+        try:
+            answer, outputs = teach(learner)
+        except FloatingPointError as error:
+            answer, outputs = {"diverged": str(error)}, {}
     answer |= {"key": trial.key, "identity": trial.identity(), "total_seconds": time.process_time() - started}
     return answer, outputs
 
@@ -176,8 +182,8 @@ def _target_values(spec: TaskSpec, output: torch.Tensor, columns: torch.Tensor, 
 
 
 def _reference(trial: Trial) -> dict[str, Any]:
-    """Popularity, or the cheap reference: no matrix but its last row."""
-    dataset, rows, seconds = trial.dataset(), {}, {}
+    """Popularity, or the cheap reference: no matrix but its last row; and what each is, "reference"."""
+    dataset, rows, seconds, what = trial.dataset(), {}, {}, {}
     names = ("next", *trial.order(dataset))
     for fold in ("test", "valid"):
         values = {}
@@ -186,7 +192,15 @@ def _reference(trial: Trial) -> dict[str, Any]:
             answer = REFERENCES[trial.method](dataset, name, fold)
             values[name] = answer["metrics"][dataset.task(name).spec.metric]
             seconds[name] = time.process_time() - started
+            if fold == "test":
+                what[name] = answer["name"]
         rows[fold] = [{"after": "all", "values": values}]
     metric = {name: dataset.task(name).spec.metric for name in names}
     nothing = dict.fromkeys(names, 0)
-    return rows | {"metric": metric, "valid_score": 0.0, "parameters": nothing, "seconds": seconds}
+    return rows | {
+        "metric": metric,
+        "valid_score": 0.0,
+        "parameters": nothing,
+        "seconds": seconds,
+        "reference": what,
+    }

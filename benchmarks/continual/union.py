@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import Dataset, Examples, make_batch, plan
+from pcl_ext.loop import LoopConfig
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Union:
             self.place[name] = torch.full((len(keys),), -1)
             self.place[name][torch.searchsorted(keys, own)] = torch.arange(len(own))
 
-    def batches(self, max_tokens: int, max_len: int, seed: int) -> tuple[int, Iterator[UnionBatch]]:
-        """(steps of an epoch, its batches)."""
-        groups = plan(self.inputs, max_tokens=max_tokens, max_len=max_len, seed=seed)
+    def batches(self, config: LoopConfig, max_len: int, epoch: int) -> tuple[int, Iterator[UnionBatch]]:
+        """(steps of an epoch, its batches), as `epoch_batches` has them of one task."""
+        groups = plan(self.inputs, max_tokens=config.batch_tokens, max_len=max_len, seed=config.seed + epoch)
+        groups = groups[: max(1, config.epoch_tokens // config.batch_tokens)]
         return len(groups), (self._batch(rows, max_len) for rows in groups)
 
     def _batch(self, rows: Tensor, max_len: int) -> UnionBatch:

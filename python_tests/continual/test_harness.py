@@ -26,6 +26,7 @@ from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget
 from benchmarks.continual.summary import summarise
 from benchmarks.continual.table import write_table
 from benchmarks.continual.trial import Trial, conduct
+from pcl_ext import store
 from pcl_ext.data import iterate
 from pcl_ext.task import TaskSpec
 
@@ -226,9 +227,110 @@ def test_a_trial_made_with_other_settings_is_refused(plan, out, inline):
         Comparison(other, out).run(1)
 
 
+def test_a_call_with_other_settings_is_refused_before_anything_runs(plan, out, inline, tmp_path):
+    """Of whatever method: all of them stand in one table."""
+    Comparison(replace(plan, methods=("probe",), seeds=1), out).run(1)
+    other = replace(plan, methods=("pooled-probe",), budget=replace(plan.budget, stop="loss"))
+    inline.done.clear()
+    with pytest.raises(ValueError, match=r"matrices\.jsonl was made with budget\.stop = 'mixed', this call has 'loss'"):
+        Comparison(other, out).run(1)
+    with pytest.raises(ValueError, match=r"made with tasks = \['segment', 'range'\], this call has \['segment'\]"):
+        Comparison(replace(plan, methods=("pooled-probe",), tasks=("segment",)), out).run(1)
+    assert inline.done == []
+
+
+def test_a_task_table_that_was_replaced_is_refused(plan, out, inline, tmp_path):
+    shutil.copytree(plan.folds["tiny"], data := tmp_path / "replaced")
+    plan = replace(plan, methods=("popularity",), seeds=1, folds={"tiny": str(data)})
+    Comparison(plan, out).run(1)
+    path = data / "tasks" / "segment.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"made with tasks_sha256\.segment = "):
+        Comparison(replace(plan, methods=("probe",)), out).run(1)
+    (line,) = records.read_lines(out / "matrices.jsonl")
+    del line["identity"]["tasks_sha256"]  # as older ones are
+    (out / "matrices.jsonl").write_text(json.dumps(line) + "\n")
+    Comparison(replace(plan, methods=("probe",)), out).run(1)
+
+
+def test_a_grid_point_that_diverges_leaves_the_choice_to_the_others(plan, out, inline, monkeypatch):
+    plan, learn = replace(plan, methods=("fine",), seeds=1), LEARNERS["fine"].learn
+    fast = max(setting.rate for setting in GRID["fine"])
+
+    def learn_or_diverge(self, name):
+        if self.world.setting.rate in bad:
+            raise FloatingPointError("the loss is nan")
+        learn(self, name)
+
+    monkeypatch.setattr(LEARNERS["fine"], "learn", learn_or_diverge)
+    bad = {fast}
+    Comparison(plan, out).run(1)
+    (matrix,) = records.read_lines(out / "matrices.jsonl")
+    assert matrix["identity"]["setting"]["rate"] < fast
+    bad = {setting.rate for setting in GRID["fine"]}
+    for path in [*out.glob("*.jsonl"), *out.glob("trials/fine/*")]:
+        path.unlink()
+    with pytest.raises(RuntimeError, match="training diverged, so there is no result of fine/tiny-0"):
+        Comparison(plan, out).run(1)
+    assert records.read_lines(out / "results.jsonl") == []
+
+
+def test_two_commands_do_not_write_into_one_folder(comparison, tmp_path):
+    command = ["--data", str(comparison / "data"), "--out", str(tmp_path)]
+    with store.lock(tmp_path):
+        for run in (lambda: main([*command, "--methods", "popularity"]), lambda: studies.main(["off", *command])):
+            with pytest.raises(store.StoreError, match="is in use by"):
+                run()
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--points", "--jobs"])
+@pytest.mark.parametrize("number", ["0", "-1", "1.5"])
+def test_a_number_of_the_command_line_is_at_least_one(option, number, capsys):
+    with pytest.raises(SystemExit):
+        main(["--data", "a", "--out", "b", option, number])
+    assert f"must be a whole number from 1 up, got '{number}'" in capsys.readouterr().err
+
+
+def test_a_protocol_says_how_each_method_stops_and_was_chosen(plan, out, inline):
+    plan = replace(plan, methods=("cheap", "probe", "pcl"), seeds=1, points=1)
+    plan = replace(plan, budget=replace(plan.budget, stop="loss"))
+    Comparison(plan, out).run(1)
+    lines = records.read_lines(out / "results.jsonl")
+    stop = {line["method"]: line["protocol"]["stop"] for line in lines}
+    assert stop["probe"] == "valid users, loss"
+    assert "learn_task" in stop["pcl"]
+    assert "nothing is trained" in stop["cheap"]
+    reference = {line["task"]: line["protocol"].get("reference") for line in lines if line["method"] == "cheap"}
+    assert reference["next"].startswith("Markov chain")
+    assert all(reference.values())
+
+
+def test_results_without_their_matrices_have_a_page(plan, out, inline):
+    Comparison(replace(plan, methods=("popularity", "probe", "pcl"), seeds=1), out).run(1)
+    lines = records.read_lines(out / "matrices.jsonl")
+    kept = [json.dumps(line) for line in lines if line["method"] != "probe"]
+    (out / "matrices.jsonl").write_text("\n".join(kept) + "\n")
+    assert "<td>probe</td>" in write_page(out).read_text()
+    assert "| probe |" in write_table(out).read_text()
+
+
+def test_references_need_no_backbone(plan, tmp_path, inline):
+    Comparison(replace(plan, methods=("popularity",)), tmp_path).run(1)
+    assert [kind for kind, *_ in inline.done].count("pretrain") == 0
+
+
+def test_a_dataset_with_nothing_after_pretraining_is_refused(comparison, tmp_path):
+    shutil.copytree(comparison / "data" / "tiny", data := tmp_path / "bare")
+    for path in (data / "tasks").iterdir():
+        if path.stem != "next":
+            path.unlink()
+    with pytest.raises(SystemExit, match="has no task but next"):
+        folds_of(data, None)
+
+
 def test_a_trial_that_fails_is_named_and_the_others_go_on(plan, out, inline, monkeypatch):
     def broken(self):
-        raise FloatingPointError("the loss is nan")
+        raise OSError("no space left")
 
     monkeypatch.setattr(LEARNERS["fine"], "first", broken)
     with pytest.raises(RuntimeError, match="4? trials failed: fine/tiny-0-0"):
@@ -309,6 +411,9 @@ def test_another_study_in_the_same_folder_leaves_the_first_ones_lines(tmp_path, 
     for asked in ([("off", 0), ("off", 1)], [("order", 0)], [("off", 0)]):
         studies.collect([variant(*key) for key in asked], tmp_path)
         values["off", 0] += 10
+    asked = []  # killed before anything was done
+    monkeypatch.setattr(records, "load_trial", lambda out, trial: None)
+    studies.collect([variant("off", 0), variant("order", 0)], tmp_path)
     found = records.read_lines(tmp_path / "studies.jsonl")
     assert found == [line("off", 1, 2), line("order", 0, 3), line("off", 0, 21)]
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks.continual.methods import LEARNERS
 from benchmarks.continual.union import Union
 from pcl_ext.data import make_batch
-from pcl_ext.train import PretrainConfig
+from pcl_ext.train import LearnConfig, PretrainConfig
 
 
 @pytest.mark.parametrize("method", ["mtl", "mtl-scratch", "mmoe", "mmoe-scratch"])
@@ -88,8 +88,26 @@ def test_joint_training_keeps_the_start_of_no_task_that_starts_untrained(learner
     made.learn_all()
     cold = [name for name in made.world.tasks if made.model.task(name).cold]
     assert cold
-    first = scored.index("next")  # the first epoch scores all
-    assert set(scored[:first]) == set(cold)
+    first = scored.index("segment")  # the first epoch scores all, "next" before it
+    assert sorted(set(scored[: first - 1])) == ["next", *cold]
+
+
+@pytest.mark.parametrize("method", ["mtl", "mtl-scratch"])
+def test_a_pretrained_t1_that_no_epoch_betters_stays_as_it_was(method, learner, outputs):
+    made = learner(method)
+    before = outputs(made, "next")
+    made.valid_score = lambda name: 0.0  # no epoch beats the start
+    made.learn_all()
+    assert torch.equal(outputs(made, "next"), before) == (method == "mtl")
+
+
+def test_an_epoch_of_joint_training_is_no_longer_than_one_of_a_task(learner):
+    made = learner("mtl")
+    union = Union(made.world.dataset, {n: made.world.train_examples(n) for n in made.world.tasks})
+    whole, _ = union.batches(LearnConfig(batch_tokens=100), 20, 0)
+    capped, batches = union.batches(LearnConfig(batch_tokens=100, epoch_tokens=300), 20, 0)
+    assert (capped, len(list(batches))) == (3, 3)
+    assert whole > 3
 
 
 def test_mmoe_starts_as_the_shared_bottom(learner, outputs):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.continual.learner import batches_of, trainable_copy
+from benchmarks.continual.loop import Run, train
 from benchmarks.continual.methods import LEARNERS
 from benchmarks.continual.methods.gates import freedom, gated, widths
 from benchmarks.continual.methods.lwf import distillation
@@ -348,3 +349,29 @@ def test_a_trainable_copy_gives_the_same_states(learner):
     assert len(list(twin.parameters()))
     for got, want in zip(twin(batch.history), copy.deepcopy(backbone)(batch.history)):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(1, [1.0]), (3, [0.0, 0.5, 1.0])])
+def test_gates_close_within_an_epoch_of_however_few_steps(steps, seen, learner):
+    made, progress = learner("hat"), []
+    weight = torch.nn.Parameter(torch.zeros(2))
+
+    def loss(step):
+        progress.append(made.progress)
+        return weight.sum()
+
+    run = Run(lambda epoch: (steps, range(steps)), loss, lambda: 0.0, epochs=1, patience=1)
+    made.open, made.before_step, made.after_step = torch.nn.ParameterDict(), lambda: None, lambda: None
+    train(made, torch.optim.SGD([weight], 0.1), run)
+    assert progress == seen
+
+
+def test_a_large_catalogue_is_scored_a_few_histories_at_a_time(learner, monkeypatch):
+    made = learner("probe")
+    whole, loss = made.measure("next", "test")
+    monkeypatch.setattr("benchmarks.continual.learner.MOST_SCORES", 50 * 7)
+    sizes = []
+    parts, split = made.measure("next", "test", lambda batch, *_: sizes.append(len(batch.history)))
+    assert max(sizes) == 7
+    assert parts == pytest.approx(whole)
+    assert split == pytest.approx(loss)

@@ -1,6 +1,9 @@
 """The property that defines each prompt pool: L2P, DualPrompt, CODA-Prompt."""
 
+import pytest
 import torch
+
+from benchmarks.continual.methods.coda import apart
 
 
 def test_l2p_takes_the_prompts_whose_keys_match_best(learner):
@@ -40,6 +43,21 @@ def test_coda_components_start_apart_from_all_others(learner):
     for group in (made.keys, made.attention, made.rows):
         rows = torch.cat([part.detach().flatten(1) for part in group])
         torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)
+
+
+def test_coda_refuses_more_tasks_than_its_components_can_be_apart_for():
+    generator, rows = torch.Generator(), torch.zeros(0, 8)
+    for _ in range(2):
+        rows = torch.cat([rows, apart(rows, generator)])
+    with pytest.raises(ValueError, match="orthogonal for 2 tasks at most"):
+        apart(rows, generator)
+
+
+@pytest.mark.parametrize("name", ["items", "values", "training"])
+def test_dualprompt_takes_any_task_name(name, learner):
+    made = learner("dualprompt")
+    made.begin(name)
+    assert made.extra_parameters(name) == made.expert[name].numel() > 0
 
 
 def test_coda_weighs_components_by_attended_queries_and_freezes_old_ones(learner):

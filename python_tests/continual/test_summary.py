@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.continual import intervals
 from benchmarks.continual.intervals import compare, weighted
-from benchmarks.continual.summary import Row, Summary
+from benchmarks.continual.summary import Row, Summary, decimals
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.task import TaskSpec
 
@@ -58,12 +59,23 @@ def test_the_strongest_baseline_is_the_one_that_is_hardest_to_beat():
     assert summary.strongest(baselines, "lwf") is None
     assert summary.strongest(("hat",), "pcl") is None
     assert summary.gain("pcl", "ewc") == pytest.approx(0.1)
+    values["fine"][("a", 0)]["next"] = 0.0
+    values["pcl"][("a", 0)]["next"] = 0.0  # over fine: nothing over nothing
+    assert summary.strongest(("fine", "ewc"), "pcl") == "ewc"
+    values["pcl"][("a", 0)]["next"] = 0.12
     values["conure"][("b", 0)] = {"next": 9.0, "segment": 9.0}
     assert summary.gain("pcl", "conure") == pytest.approx(0.4), "on what both have"
 
 
 @pytest.mark.parametrize(
-    ("metric", "kind"), [("auc", "binary"), ("log_loss", "binary"), ("accuracy", "classes"), ("rmse", "regression")]
+    ("metric", "kind"),
+    [
+        ("auc", "binary"),
+        ("log_loss", "binary"),
+        ("accuracy", "classes"),
+        ("macro_f1", "classes"),
+        ("rmse", "regression"),
+    ],
 )
 def test_weighted_metrics_are_those_of_the_repeated_sample(metric, kind):
     spec = TaskSpec("t", kind, num_classes=3 if kind == "classes" else None)
@@ -95,6 +107,41 @@ def test_intervals_hold_the_gain_and_see_a_clear_difference():
     assert found["b"].gain == pytest.approx(3.0)
     same = compare(good, good, metric, draws=200)
     assert same["mean"].gain == same["mean"].low == same["mean"].high == 0
+
+
+def test_draws_without_a_value_are_left_out():
+    """Of two users with a label each, half of the draws know one class alone."""
+    parts = {"a/user": np.arange(2), "a/value": np.array([1.0, 2.0]), "a/label": np.array([0, 1])}
+    parts |= {"b/user": np.arange(50), "b/value": np.arange(50.0), "b/label": np.zeros(50)}
+    found = compare({("f", 0): parts}, {("f", 0): parts}, {"a": "auc", "b": "mrr@5"}, draws=200)
+    assert all((part.gain, part.low, part.high) == (0, 0, 0) for part in found.values())
+    label = parts["a/label"] * 0
+    assert np.isnan(weighted("auc", parts["a/value"], label, np.ones((1, 2)))).all()
+    assert np.isnan(weighted("accuracy", parts["a/value"], label, np.zeros((1, 2)))).all()
+
+
+def test_draws_differ_by_fold_and_do_not_depend_on_how_many_are_held(monkeypatch):
+    users = {"fold-01": np.arange(30), "fold-10": np.arange(30)}
+
+    def drawn():
+        parts = list(intervals._draw(users, 20))
+        return {fold: np.concatenate([part[fold][1] for part in parts]) for fold in users}
+
+    whole = drawn()
+    assert (whole["fold-01"][0] == 1).all()
+    assert (whole["fold-01"].sum(1) == 30).all()
+    assert not np.array_equal(whole["fold-01"], whole["fold-10"])
+    monkeypatch.setattr(intervals, "_MOST_COUNTS", 60 * 7)
+    for fold, counts in drawn().items():
+        assert np.array_equal(counts, whole[fold])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.1234, ".1234"), (-0.05, "-.0500"), (10.1234, "10.1234"), (100.0, "100.0000"), (-20.5, "-20.5000")],
+)
+def test_numbers_are_shown_as_they_are(value, text):
+    assert decimals(value) == text
 
 
 def test_intervals_refuse_methods_with_other_runs():

@@ -57,7 +57,12 @@ class Coda(PoolLearner):
 
 @torch.no_grad()
 def apart(old: Tensor, generator: torch.Generator) -> Tensor:
-    """[COMPONENTS, F] orthonormal rows, orthogonal to those of old [M, F]; M + COMPONENTS at most F."""
+    """[COMPONENTS, F] orthonormal rows, orthogonal to those of old [M, F]; ValueError where there is no room."""
+    if len(old) + COMPONENTS > old.shape[1]:
+        room = old.shape[1] // COMPONENTS
+        raise ValueError(
+            f"components of width {old.shape[1]} are orthogonal for {room} tasks at most; widen the backbone"
+        )
     rows, basis = torch.randn(COMPONENTS, old.shape[1], generator=generator), torch.linalg.qr(old.T).Q
     return torch.linalg.qr((rows - rows @ basis @ basis.T).T).Q.T
 

@@ -23,7 +23,7 @@ class DualPrompt(Learner):
         self.lower = max(1, config.num_layers // 2)
         self.upper = config.num_layers - self.lower
         self.general = nn.Parameter(torch.randn(self.lower, *self.shape) * 0.1)
-        self.expert = nn.ParameterDict()
+        self.expert: dict[str, nn.Parameter] = {}
 
     def begin(self, name: str) -> None:
         self.expert[name] = nn.Parameter(torch.randn(self.upper, *self.shape) * 0.1)

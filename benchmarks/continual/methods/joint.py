@@ -27,7 +27,8 @@ class Joint(Learner):
     """Shared bottom. A step has a batch of histories with the targets of every task in it, and one of T1.
 
     An epoch passes over the inputs of all tasks once; T1 has as many steps. Tasks are at their best at different
-    epochs, and one epoch for all leaves some far from it: each task keeps its own best epoch, backbone and all.
+    epochs, and one epoch for all leaves some far from it: each task keeps its own best epoch, backbone and all; a
+    pretrained T1 may keep its start.
     Training ends when no task has become better for `patience` epochs.
     """
 
@@ -60,6 +61,8 @@ class Joint(Learner):
             pretraining = PretrainConfig(epochs=config.epochs, patience=config.patience, seed=self.world.seed)
             self.next_batches, self.next_loss = self.next_problem(pretraining)
             self.union = Union(self.world.dataset, {n: self.world.train_examples(n) for n in self.world.tasks})
+            if not self.scratch:
+                self.epoch_score(["next"])  # as it was pretrained, should no epoch be better
             self._train(names, self.batches, self.joint_loss, config)
         for name in names:
             _, self.views[name], state = self.best[name]
@@ -91,7 +94,7 @@ class Joint(Learner):
     def batches(self, epoch: int) -> tuple[int, Iterator[tuple[UnionBatch, ExampleBatch]]]:
         """(steps, a batch of all tasks and one of T1 for each)."""
         config, max_len = self.world.learn_config(), self.model.backbone.config.max_len
-        steps, batches = self.union.batches(config.batch_tokens, max_len, config.seed + epoch)
+        steps, batches = self.union.batches(config, max_len, epoch)
         return steps, zip(batches, self.endless(epoch))
 
     def endless(self, epoch: int) -> Iterator[ExampleBatch]:

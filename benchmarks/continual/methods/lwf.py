@@ -1,4 +1,8 @@
-"""LwF (Li and Hoiem, 2016): earlier heads must answer as the previous model does, on the users of the current task."""
+"""LwF (Li and Hoiem, 2016): earlier heads must answer as the previous model does, on the users of the current task.
+
+The paper sums the losses of earlier heads, here they are averaged: the strength, which is searched, means the same for
+the second task as for the last.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +36,11 @@ class Lwf(Learner):
             then = self._encode(self.previous, batch.history, every)
         table, old_table = self.model.backbone.table, self.previous.table
         kept = sum(distillation(task, task(now, table), task(then, old_table)) for task in tasks)
-        return self.loss_of(own, own(now, table), batch) + self.world.setting.strength * kept / len(tasks)
+        learned = own.loss(own(now, table), own.columns(batch.target), batch.target_row)
+        return learned + self.world.setting.strength * kept / len(tasks)
 
     def _encode(self, backbone, history, every: bool):
         return encode(backbone, history, None, None, None, every_state=every)
-
-    def loss_of(self, task, output: Tensor, batch: ExampleBatch) -> Tensor:
-        return task.loss(output, task.columns(batch.target), batch.target_row)
 
 
 def distillation(task: Task, now: Tensor, then: Tensor) -> Tensor:
