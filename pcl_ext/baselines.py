@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from pcl_ext import ops
 from pcl_ext.data import Dataset, Examples
-from pcl_ext.data.progress import progress
 from pcl_ext.metrics import METRICS, TaskMetrics
+from pcl_ext.progress import progress
 from pcl_ext.task import TaskSpec
 
 NEIGHBOURS = (50, 100, 200, 500)

@@ -126,9 +126,11 @@ def evaluate(args) -> int:
         "forgetting": ResultMatrix.from_json(record["matrix"]).forgetting(),
         "protocol": record["protocol"] | {"dataset": f"{dataset.name} {dataset.sha256}", "split": f"fold {args.fold}"},
     }
+    if samples := {name: score.sample for name, score in scores.items() if score.sample}:
+        result["protocol"]["samples"] = samples
     for name, score in scores.items():
         values = "  ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
-        print(f"{name:>16}  {values}  ({score.count} targets)")
+        print(f"{name:>16}  {values}  ({score.count} targets{', ' + score.sample if score.sample else ''})")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
@@ -206,7 +208,7 @@ def _is_id(item, kinds: tuple[type, ...]) -> bool:
 def encode(args) -> int:
     """RANK and WORLD_SIZE are how torchrun tells its processes who they are."""
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    job = EncodeJob(Predictor(args.run), Dataset(args.data), args.out, args.tasks)
+    job = EncodeJob(Predictor(args.run, encode=args.tasks), Dataset(args.data), args.out, args.tasks)
     started = time.monotonic()
     share = job.run(rank, processes)
     speed = f", {share.users / (time.monotonic() - started):,.0f} users/s" if share.users else ""
@@ -221,9 +223,8 @@ def encode(args) -> int:
 
 
 def export(args) -> int:
-    files, left_out = write_export(
-        store.from_pretrained(args.run), args.task, args.out or args.run / "export", args.formats
-    )
+    model = store.from_pretrained(args.run, [args.task])
+    files, left_out = write_export(model, args.task, args.out or args.run / "export", args.formats)
     for name, file in files.items():
         print(f"{name}: {file}")
     for why in left_out.values():
@@ -246,7 +247,8 @@ def verify(args) -> int:
         return 1
     print(f"{args.run}: {found['tensors']} tensors match their hashes")
     for name, state in found["tasks"].items():
-        print(f"  {name}: outputs on all test users, bit for bit: {state}")
+        whom = found["samples"].get(name, "all test users")
+        print(f"  {name}: outputs on {whom}, bit for bit: {state}")
     if found["not_checked"]:
         print(f"  outputs not compared: {found['not_checked']}")
     return 1 if "changed" in found["tasks"].values() else 0

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pcl_ext.data import Dataset, ExampleBatch, Examples, iterate, make_batch, plan
-from pcl_ext.data.progress import progress
 from pcl_ext.metrics import TaskMetrics
 from pcl_ext.model import UserModel
+from pcl_ext.progress import progress
 
 BATCH_TOKENS = 16_384
 MOST_SCORES = 1 << 26  # of a batch of users: 256 MB
+FEWEST = 1_000  # of any sample below
+MOST_JUDGED = 2_000_000_000  # of the valid users after an epoch: 2,000 of them over a million items
+MOST_MEASURED = 20_000_000_000  # of a fold that is evaluated: 20,000 users over a million items, some minutes
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Score:
     metrics, standard_error  by metric name
     loss                     mean of the task's training loss over the targets
     count                    targets that were ranked or predicted
+    sample                   "20,000 of 1,500,000 examples" where a sample of the fold was measured; "" where all were
     outputs                  sha256 of all outputs, in a fixed order of batches: equal hashes mean equal bits; "" where
                              nobody asked for it
     """
@@ -35,6 +39,7 @@ class Score:
     loss: float
     count: int
     outputs: str
+    sample: str = ""
 
 
 @torch.no_grad()
@@ -46,7 +51,11 @@ def evaluate(
     fold: str = "test",
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Score]:
-    """Every metric of every task (all of the model's by default) on the users of a fold; full ranking, every row."""
+    """Every metric of every task (all of the model's by default) on the users of a fold; full ranking, every row.
+
+    Of an items task whose scores would be more than MOST_MEASURED a sample of the examples is measured, the same one at
+    every call; `Score.sample` says so.
+    """
     if isinstance(tasks, str):
         raise TypeError(f"tasks must be a list of names, got the str {tasks!r}")
     scores = {}
@@ -55,8 +64,18 @@ def evaluate(
         examples = dataset.examples(name, fold)
         if not len(examples.target):
             raise ValueError(f"{dataset.path} has no {fold} users with a target of task {name!r}: nothing to measure")
-        scores[name] = measure(model, dataset, name, examples, users=f"{fold} users", batch_tokens=batch_tokens)
+        most, whole = max(FEWEST, MOST_MEASURED // model.task(name).spec.num_outputs(dataset.num_items)), len(examples)
+        examples = drawn(examples, most, seed=0) if whole > most else examples
+        score = measure(model, dataset, name, examples, users=f"{fold} users", batch_tokens=batch_tokens)
+        sample = f"{most:,} of {whole:,} examples" if whole > most else ""
+        scores[name] = replace(score, sample=sample)
     return scores
+
+
+def drawn(examples: Examples, count: int, seed: int) -> Examples:
+    """So many of the examples, in their order, drawn without replacement: the same for the same seed."""
+    rows = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:count]
+    return examples.select(rows.sort().values)
 
 
 @torch.no_grad()
@@ -110,6 +129,8 @@ def outputs(
 def fit_head(model: UserModel, dataset: Dataset, name: str, max_examples: int = 20_000) -> None:
     """Start a new task's head at the base rates of its training data, on standardised features."""
     task, examples, max_len = model.task(name), dataset.examples(name, "train"), model.backbone.config.max_len
+    if len(examples) > 2 * max_examples:  # planning all of them would take longer than what follows
+        examples = drawn(examples, max_examples, seed=0)
     features, targets, rows, count = [], [], [], 0
     with evaluating(model):
         for batch in iterate(dataset, examples, max_tokens=BATCH_TOKENS, max_len=max_len, seed=0):

@@ -41,15 +41,17 @@ def start_items(
     counts = torch.bincount(targets[0], minlength=len(examples))
     y = csr(targets[1], to_offsets(counts), torch.ones(len(targets[1])), columns)
     dropped = csr(bags[0], bags[1], _half(bags[2], task), rows)
-    starts = []
+    best, kept = 0.0, None
     for strength in strengths:
         regression = Ridge(x, y, strength)
         left, right = regression.factors(memory.num_features)
         factor = _factor(dropped @ left, right, regression.means, targets)
         start = (left * factor**0.5, right.T * factor**0.5, regression.means * factor)
         task.start_items(*start)
-        starts.append((score() if len(strengths) > 1 else 0.0, start))
-    task.start_items(*max(starts, key=lambda scored: scored[0])[1])
+        reached = score() if len(strengths) > 1 else 0.0
+        if kept is None or reached > best:
+            best, kept = reached, start
+    task.start_items(*kept)
 
 
 def _sample(examples: Examples) -> Examples:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pcl_ext.checkpoint import Checkpoint, Progress
 from pcl_ext.metrics import higher_is_better
+from pcl_ext.progress import progress as bar
 
 if TYPE_CHECKING:
     from pcl_ext.infer import Score
@@ -224,15 +225,13 @@ def _is_better(progress: Progress, score: Score, problem: Problem) -> bool:
 
 
 def _bar(batches: Iterator[Any], steps: int, progress: Progress, label: str) -> Iterator[Any]:
-    """The batches of an epoch behind a progress bar; where stderr is no terminal, an epoch is a line for the log."""
+    """The batches of an epoch behind a progress bar; where stderr is no terminal, an epoch has a line in the log."""
     text = f"{label} epoch {progress.epoch}"
     if progress.curve:
         text += "  " + "  ".join(f"{name} {value:.4f}" for name, value in progress.curve[-1]["valid"].items())
     if not sys.stderr.isatty():
         _LOG.info("%s", text)
-        return batches
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches
-    return tqdm(batches, desc=text, total=steps, initial=progress.step, leave=False)
+    with bar(text, steps, " steps", progress.step) as steps_done:
+        for batch in batches:
+            yield batch
+            steps_done.update()

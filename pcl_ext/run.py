@@ -100,6 +100,7 @@ def _new_record(dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
         "matrix": ResultMatrix().to_json(),
         "references": {},
         "standard_error": {},
+        "samples": {},
         "outputs": {},
         "curves": {},
     }
@@ -113,8 +114,9 @@ def learn(
     memory: MemoryConfig | None = None,
 ) -> dict[str, Any]:
     """Teach a run one task more; returns its record. The run is saved only when every earlier task still gives the
-    same bits on all test users, ForgettingError otherwise. Tasks whose tables have been replaced since they were
-    learned cannot be compared: a logged warning names them before training starts.
+    same bits on all test users (over a large catalogue on a sample, `infer.evaluate`), ForgettingError otherwise. Tasks
+    whose tables have been replaced since they were learned cannot be compared: a logged warning names them before
+    training starts.
 
     A task that the run knows already is left as it is; an interrupted one goes on where it stopped. Raises ValueError
     where another process is at the run, where the task's table breaks a promise (`data.check_task`), or where its
@@ -129,7 +131,8 @@ def learn(
         checkpoint, table = run / "checkpoints" / f"{name}.safetensors", dataset.task_sha256(name)
         if name not in model.task_names:
             _check_before(dataset, name)
-            if _other_machine(record["machine"]):
+            if (why := _other_machine(record["machine"])) is not None:
+                _LOG.info("measuring all earlier tasks again before training, as other bits are computed now: %s", why)
                 _take_outputs_again(model, dataset, record)
             compared = _compared(model, dataset, record)
             checkpoint.parent.mkdir(exist_ok=True)
@@ -191,6 +194,8 @@ def _measure(
     record["outputs"][name] = scores[name].outputs
     record["dataset"]["tasks"][name] = dataset.task_sha256(name)
     record["standard_error"][name] = scores[name].standard_error
+    if scores[name].sample:
+        record.setdefault("samples", {})[name] = scores[name].sample
     learned_from = record["dataset"]["tasks"]
     for task in set(scores) - {name}:
         if learned_from[task] != dataset.task_sha256(task):  # cheap models were measured on another table
@@ -237,7 +242,7 @@ def why_not_compared(record: dict[str, Any], dataset: Dataset, name: str) -> str
 
 
 def changed_outputs(record: dict[str, Any], scores: dict[str, infer.Score]) -> list[str]:
-    """Tasks whose outputs on all test users are not, bit for bit, those of the moment they were closed."""
+    """Tasks whose outputs on the test users are not, bit for bit, those of the moment they were closed."""
     return [name for name, was in record["outputs"].items() if name in scores and scores[name].outputs != was]
 
 
@@ -246,10 +251,11 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
 
     Checks every tensor against its hash; then, with the dataset (by default the one the run was made from, where it
     still lies), that each task's outputs on all test users have the bits they had when the task was closed.
-    -> {"tensors": n, "tasks": {name: "equal", "changed", or why it was not compared}, "not_checked": reason or None}
+    -> {"tensors": n, "tasks": {name: "equal", "changed", or why it was not compared}, "samples": {name: of how many
+    examples, where not of all}, "not_checked": reason or None}
     StoreError for a run that is damaged, ValueError where `dataset` is not the one that the run was made from.
     """
-    answer = {"tensors": store.verify(run)["tensors"], "tasks": {}, "not_checked": None}
+    answer = {"tensors": store.verify(run)["tensors"], "tasks": {}, "samples": {}, "not_checked": None}
     record = store.read_manifest(run)["record"]
     path = record.get("dataset", {}).get("path")
     if dataset is not None:
@@ -260,6 +266,7 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
     if answer["not_checked"] is None:
         same, model = same_tables(record, dataset), store.from_pretrained(run)
         scores = infer.evaluate(model, dataset, same)
+        answer["samples"] = {name: score.sample for name, score in scores.items() if score.sample}
         untaught = [name for name in model.task_names if name not in record["outputs"]]
         answer["tasks"] |= dict.fromkeys(untaught, "not compared: this run did not teach it")
         changed = changed_outputs(record, scores)

@@ -52,10 +52,8 @@ class SampledItemsLoss:
 
     Made for a large catalogue: a step costs the same for any number of items but for their biases, of which the
     optimiser moves all. A head with rows of its own gets a sparse gradient of those that were scored; a tied one only
-    reads them. The sum under the softmax is unbiased. What a history holds is not chosen among; the other targets of a
-    user are, as any item is, where they were drawn.
-
-    Not for a task with `repeats`: there a history votes for its own items, which a sample would mostly miss.
+    reads them. The sum under the softmax is unbiased. The other targets of a user are chosen among as any item is,
+    where they were drawn; what a history holds is not, or with `repeats`, where it votes for its own items, always is.
     """
 
     def __init__(self, model: UserModel, task: Task, examples: Examples, negatives: int):
@@ -69,10 +67,32 @@ class SampledItemsLoss:
         encoded = self.model.read(batch.history, task.spec.name)
         target = task.columns(batch.target)
         drawn, log_expected = (part.to(target.device) for part in self.sampler())
+        if task.repeats is not None:
+            return self._with_repeats(encoded, target, batch.target_row, drawn - 1, log_expected)
         columns, at, corrections = candidates(target, drawn - 1, log_expected)
         scores = (task.queries(encoded)[batch.target_row], self._rows(columns), task.head.bias[columns])
         older = (*self._seen(encoded, columns), batch.target_row)
         return catalogue_cross_entropy(*scores, at, log_expected=corrections, older=older)
+
+    def _with_repeats(
+        self, encoded: Encoded, target: Tensor, target_row: Tensor, drawn: Tensor, log_expected: Tensor
+    ) -> Tensor:
+        """Of each history its own items are there for certain, as targets are, and have its votes."""
+        task = self.task
+        users, held = encoded.users(), task.ranked.column_of[encoded.items]
+        listed = held >= 0
+        columns, at, corrections = candidates(torch.cat([target, held[listed]]), drawn, log_expected)
+        scores = F.linear(task.queries(encoded), self._rows(columns), task.head.bias[columns])
+        for piece in encoded.pieces:
+            places = places_in(columns, task.ranked.column_of[piece.items])
+            scores = task.repeats(scores, piece.states[-1], piece.users(), places)
+        own = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+        own[users[listed], at[len(target) :]] = True
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))[target_row]
+        certain, at = own[target_row], at[: len(target)]
+        certain[torch.arange(len(target), device=at.device), at] = True
+        chosen = torch.where(certain, scores, scores - corrections)
+        return F.cross_entropy(chosen, at) if len(target) else chosen.sum()
 
     def _rows(self, columns: Tensor) -> Tensor:
         """[C, width], what the queries are multiplied with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ from pcl_ext.row_adamw import RowAdamW
 from pcl_ext.sampled_items import SampledItemsLoss
 from pcl_ext.store import hash_tensor
 
+_LOG = logging.getLogger(__name__)
+
 RARE_EPS = 2e-4
 NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
 
@@ -31,8 +34,8 @@ class TrainConfig(LoopConfig):
 
     Args:
         valid_examples: of more valid examples than this, so many are drawn by seed, once, and decide which epoch is
-            kept; 0 takes all. The test users are always measured whole
-        full_softmax: catalogues up to this size use the exact softmax; an items task with `repeats` always does
+            kept; over a large catalogue fewer, at least 1,000 (`infer.MOST_JUDGED`); 0 takes all
+        full_softmax: catalogues up to this size use the exact softmax
         negatives: larger ones a sampled softmax with logQ correction, with so many items drawn for each step
     """
 
@@ -109,6 +112,7 @@ def pretrain(
         examples = _some(sequences, f"{dataset.path} has no train users with two events or more")
         _some(dataset.examples("next", "valid"), f"{dataset.path} has no valid users with a target of 'next'")
         judge = Judge(model, dataset, "next", config)
+        _say_epoch("next", examples, config, backbone.max_len)
 
         def batches(epoch: int, start: int):
             return epoch_batches(dataset, examples, config, backbone.max_len + 1, epoch, start)
@@ -166,6 +170,7 @@ def learn_task(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         task = model.add_task(dataset.task(name).spec, memory)
+        _say_rows(task, model)
         try:
             curve = _learn(model, dataset, task, train, config, checkpoint)
         except BaseException:
@@ -182,7 +187,9 @@ def _learn(
     name, metric = task.spec.name, task.spec.metric
     infer.fit_head(model, dataset, name)
     judge = Judge(model, dataset, name, config)
-    if ridge := task.cold and bool(config.ridge):
+    _say_epoch(name, train, config, model.backbone.config.max_len)
+    ridge = task.cold and bool(config.ridge)
+    if ridge and not (checkpoint is not None and Path(checkpoint).exists()):  # which holds what came of the start
         sign = 1 if higher_is_better(metric) else -1
         start_items(model, dataset, name, config.ridge, lambda: sign * judge().metrics[metric])
     tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
@@ -214,8 +221,11 @@ def _task_steps(
     """`batches` and `loss` of a `Problem`. With all scores of a large catalogue a batch has few examples; with a sample
     of them it need not."""
     shape, kind = model.backbone.config, task.spec.kind
-    sampled = kind == "items" and len(task.catalogue) > config.full_softmax and not task.spec.repeats
-    most = None if sampled else max(1, infer.MOST_SCORES // task.spec.num_outputs(shape.num_items))
+    sampled = kind == "items" and len(task.catalogue) > config.full_softmax
+    columns = task.spec.num_outputs(shape.num_items)
+    if sampled:  # with repeats each example has a score for all that was drawn and for all that the batch holds
+        columns = config.negatives + 2 * config.batch_tokens if task.spec.repeats else 1
+    most = max(1, infer.MOST_SCORES // columns)
 
     def batches(epoch: int, start: int) -> tuple[int, Iterator[ExampleBatch]]:
         return epoch_batches(dataset, train, config, shape.max_len, epoch, start, most)
@@ -281,6 +291,26 @@ def epoch_batches(
     return len(groups), (make_batch(dataset, examples, rows, max_len) for rows in groups[start:])
 
 
+def _say_rows(task: Task, model: UserModel) -> None:
+    """In the log, where a few untrained items make a task store rows for its whole catalogue."""
+    if task.spec.kind != "items" or task.tied or task.cold:
+        return
+    known, count = int(model.backbone.trained_items[task.catalogue].sum()), len(task.catalogue)
+    if known < count and task.config.tied is None:
+        text = "%s: %s of its %s items were not trained in pretraining, so it stores output rows of its own, %.0f MB; "
+        text += "memory tied = true scores against the frozen item table instead"
+        size = count * model.backbone.config.dim * model.backbone.table.element_size() / 1e6
+        _LOG.info(text, task.spec.name, f"{count - known:,}", f"{count:,}", size)
+
+
+def _say_epoch(name: str, examples: Examples, config: LoopConfig, max_len: int) -> None:
+    """In the log, where `epoch_tokens` leaves some of the events for later epochs."""
+    events = int(examples.cut.clamp(1, max_len).sum())
+    if events > config.epoch_tokens:
+        text = "%s: an epoch reads %s of %s events, others each time (epoch_tokens), and there are %d epochs at most"
+        _LOG.info(text, name, f"{config.epoch_tokens:,}", f"{events:,}", config.epochs)
+
+
 def _some(examples: Examples, otherwise: str) -> Examples:
     if not len(examples):
         raise ValueError(f"{otherwise}: nothing to learn from")
@@ -295,7 +325,8 @@ def _check_catalogue(dataset: Dataset, backbone: BackboneConfig) -> None:
 
 
 class Judge:
-    """How one task does on the valid users: the same examples at every call, at most `config.valid_examples` of them.
+    """How one task does on the valid users: the same examples at every call, at most `config.valid_examples` of them,
+    and of a large catalogue so few that an epoch is not measured for longer than it is trained.
 
     A sample without targets of both classes has no AUC: then all are taken.
     """
@@ -303,9 +334,10 @@ class Judge:
     def __init__(self, model: UserModel, dataset: Dataset, name: str, config: TrainConfig):
         self.model, self.dataset, self.name = model, dataset, name
         self.examples = dataset.examples(name, "valid")
-        if 0 < config.valid_examples < len(self.examples):
-            drawn = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(config.seed))
-            some = self.examples.select(drawn[: config.valid_examples].sort().values)
+        columns = model.task(name).spec.num_outputs(dataset.num_items)
+        most = min(config.valid_examples, max(infer.FEWEST, infer.MOST_JUDGED // columns))
+        if 0 < most < len(self.examples):
+            some = infer.drawn(self.examples, most, config.seed)
             if model.task(name).spec.metric != "auc" or some.target.min() < some.target.max():
                 self.examples = some
 

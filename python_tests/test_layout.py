@@ -16,11 +16,12 @@ MAY_IMPORT = {
     "ops": set(),
     "batch": {"ops"},
     "model": {"task", "ops", "batch"},
-    "data": {"task", "ops", "batch"},
+    "progress": set(),
+    "data": {"task", "ops", "batch", "progress"},
     "metrics": {"task"},
-    "baselines": {"task", "ops", "batch", "data", "metrics"},
+    "baselines": {"task", "ops", "batch", "data", "metrics", "progress"},
     "store": {"task", "model"},
-    "serve": {"ops", "batch", "model", "data", "store"},
+    "serve": {"ops", "batch", "model", "data", "store", "progress"},
     "report": {"task", "metrics", "store"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -48,6 +48,28 @@ def test_few_valid_users_are_all_looked_at(dataset, pretrained, count):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_over_a_large_catalogue_early_stopping_looks_at_fewer(dataset, pretrained):
+    with mock.patch.multiple(infer, FEWEST=4, MOST_JUDGED=7 * dataset.num_items):
+        assert len(Judge(pretrained, dataset, "next", LearnConfig()).examples) == 7
+        assert len(Judge(pretrained, dataset, "next", LearnConfig(valid_examples=5)).examples) == 5
+        assert len(Judge(pretrained, dataset, "next", LearnConfig(valid_examples=0)).examples) > 7
+    with mock.patch.multiple(infer, FEWEST=4, MOST_JUDGED=2 * dataset.num_items):
+        assert len(Judge(pretrained, dataset, "next", LearnConfig()).examples) == 4
+
+
+def test_a_fold_with_too_many_scores_is_measured_on_a_sample_that_says_so(dataset, pretrained):
+    """The same sample at every call, so that its bits can be compared; labels have one score each."""
+    model, whole = copy.deepcopy(pretrained), len(dataset.examples("next", "test"))
+    model.add_task(dataset.task("click").spec)
+    with mock.patch.multiple(infer, FEWEST=4, MOST_MEASURED=11 * dataset.num_items):
+        first, again = (infer.evaluate(model, dataset) for _ in range(2))
+    assert first == again
+    assert first["next"].sample == f"11 of {whole} examples"
+    assert first["next"].count == 11
+    assert first["click"].sample == ""
+    assert infer.evaluate(model, dataset, ["next"])["next"].sample == ""
+
+
 def test_a_sample_of_one_class_is_not_used_for_auc(dataset, pretrained):
     """One example has one class."""
     model = copy.deepcopy(pretrained)

@@ -18,9 +18,12 @@ from pcl_ext.train import LearnConfig, adamw, learn_task, task_rates
 
 HISTORIES = [[3, 9, 4, 40, 17, 6, 9], [12], [], [50, 21, 2, 33, 8, 45]]  # the model reads 4
 TARGETS = [[5, 22], [13], [18, 30, 7], []]
+REPEATED = [[5, 4], [13, 12], [18, 30, 7], [33]]  # of a task with repeats: 4, 12 and 33 are in the history
 SPECS = {
     "all": TaskSpec("all", "items"),
     "some": TaskSpec("some", "items", catalogue=tuple(range(45, 2, -1))),
+    "again": TaskSpec("again", "items", repeats=True),
+    "some again": TaskSpec("some-again", "items", catalogue=tuple(range(45, 2, -1)), repeats=True),
 }
 
 
@@ -30,11 +33,12 @@ def made(name, tied, negatives=5):
     model = UserModel(Backbone(BackboneConfig(50, **{**BACKBONE, "max_len": 4})))
     model.freeze_backbone()
     task = model.add_task(SPECS[name], MemoryConfig(prompt_len=2, tied=tied))
-    for parameter in (task.head.bias, task.head.project.weight):
+    votes = [] if task.repeats is None else list(task.repeats.parameters())
+    for parameter in (task.head.bias, task.head.project.weight, *votes):
         torch.nn.init.normal_(parameter, std=0.3)
-    history = PackedBatch.from_lists(HISTORIES, num_items=50, max_len=4)
-    target = torch.tensor([item for items in TARGETS for item in items])
-    rows = torch.repeat_interleave(torch.arange(4), torch.tensor([len(items) for items in TARGETS]))
+    history, targets = PackedBatch.from_lists(HISTORIES, num_items=50, max_len=4), REPEATED if votes else TARGETS
+    target = torch.tensor([item for items in targets for item in items])
+    rows = torch.repeat_interleave(torch.arange(4), torch.tensor([len(items) for items in targets]))
     examples = Examples(*(torch.arange(4),) * 2, torch.arange(5), target)
     loss = SampledItemsLoss(model.train(), task, examples, negatives)
     return loss, ExampleBatch(history, target, rows, torch.arange(4))
@@ -89,6 +93,19 @@ def test_items_are_drawn_as_often_as_they_are_targets():
     counts = torch.bincount(loss.task.columns(torch.tensor(sum(TARGETS, []))), minlength=43)
     weights = (counts + 1.0) ** 0.75
     torch.testing.assert_close(loss.sampler.log_expected, (weights / weights.sum() * 5).log())
+
+
+def test_what_a_history_holds_is_chosen_among_whatever_is_drawn():
+    """Nothing drawn: a target against its own history's items, with their votes, and itself."""
+    loss, batch = made("again", True)
+    loss.sampler = lambda: (torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    value, _ = loss_and_gradients(loss.task, loss(batch))
+    scores, target = loss.model(batch.history, "again"), loss.task.columns(batch.target)
+    logs = []
+    for column, row in zip(target.tolist(), batch.target_row.tolist()):
+        held = {item - 1 for item in HISTORIES[row][-4:]} | {column}
+        logs.append(scores[row, sorted(held)].logsumexp(0) - scores[row, column])
+    torch.testing.assert_close(value, torch.stack(logs).mean())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -147,15 +164,17 @@ def test_at_the_threshold_nothing_is_drawn(dataset, pretrained):
     assert not same(learn(pretrained, dataset, full_softmax=columns - 1), whole)
 
 
-def test_a_task_with_repeats_is_learned_from_all_scores(dataset, pretrained):
+def test_a_task_with_repeats_is_learned_from_a_sample_too(dataset, pretrained):
     model, task = copy.deepcopy(pretrained), dataset.task("range")
     again = dataclasses.replace(task, spec=dataclasses.replace(task.spec, repeats=True))
-    settings = LearnConfig(epochs=1, batch_tokens=300, ridge=(), full_softmax=1)
+    settings = LearnConfig(epochs=4, batch_tokens=300, ridge=(), full_softmax=1, negatives=20)
     with (
-        mock.patch.object(train, "SampledItemsLoss", side_effect=AssertionError),
+        mock.patch.object(train, "SampledItemsLoss", wraps=SampledItemsLoss) as made,
         mock.patch.object(Dataset, "task", return_value=again),
     ):
-        assert len(learn_task(model, dataset, "range", settings)) == 1
+        curve = learn_task(model, dataset, "range", settings)
+    assert made.called
+    assert curve[-1]["loss"] < curve[0]["loss"]
 
 
 def test_it_resumes_with_the_same_bits(dataset, pretrained, tmp_path):

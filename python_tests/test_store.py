@@ -3,12 +3,14 @@
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from stores import HISTORIES, RECORD, SPECS, add, files, flip, hashes, make_model, path_of
 
+from pcl_ext.model import MemoryConfig
 from pcl_ext.store import StoreError, from_pretrained, load_tensors, lock, read_manifest, save_pretrained, verify
 from pcl_ext.task import TaskSpec
 
@@ -40,6 +42,26 @@ def test_a_loaded_model_is_frozen_and_draws_no_random_numbers(run):
     assert not list(model.parameters())
     assert not any(part.training for part in model.modules())
     assert all(task.closed for task in model.tasks.values())
+
+
+def test_some_tasks_of_a_run_are_opened_with_those_that_they_read(tmp_path):
+    model, alone = make_model("next", "ctr", placement="none"), MemoryConfig(placement="none")
+    for name, readout in (("age", ("last", "earlier")), ("spend", None)):
+        model.add_task(SPECS[name], replace(alone, readout=readout))
+        model.freeze_task(name)
+    save_pretrained(model, tmp_path)
+    assert model.task("age").depends_on == ["next", "ctr"]
+    for names, opened in ((["age"], ["next", "ctr", "age"]), (["spend", "next"], ["next", "spend"]), ([], [])):
+        loaded = from_pretrained(tmp_path, names)
+        assert loaded.task_names == opened
+        for name in names:
+            assert loaded.predict(HISTORIES, name) == model.predict(HISTORIES, name)
+    with pytest.raises(ValueError, match="task must be one of next, ctr, age, spend, got 'sex'"):
+        from_pretrained(tmp_path, ["sex"])
+    with pytest.raises(TypeError, match="tasks must be a list of names, got the str 'age'"):
+        from_pretrained(tmp_path, "age")
+    with pytest.raises(StoreError, match="holds next, ctr, age, which this model does not hold"):
+        save_pretrained(from_pretrained(tmp_path, ["spend"]), tmp_path)
 
 
 def test_open_tasks_are_left_out(tmp_path):

@@ -1,15 +1,18 @@
 """What training refuses of a dataset, and which of its items a backbone then knows."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
-from runs import BACKBONE
+from runs import BACKBONE, write_dataset
 
+from pcl_ext import train
 from pcl_ext.data import Dataset, DatasetWriter, fold_of
-from pcl_ext.model import Backbone, BackboneConfig
+from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig
 from pcl_ext.next_item import item_counts
 from pcl_ext.task import TaskSpec
-from pcl_ext.train import PretrainConfig, learn_task, pretrain
+from pcl_ext.train import LearnConfig, PretrainConfig, learn_task, pretrain
 
 
 def test_a_table_whose_targets_can_be_seen_is_refused(tmp_path):
@@ -50,3 +53,24 @@ def test_items_that_no_step_has_read_are_not_trained(tmp_path, full_softmax):
     assert moved[known].all()
     whole, _ = pretrain(dataset, shape, PretrainConfig(epochs=1, full_softmax=full_softmax, negatives=32))
     assert torch.equal(whole.backbone.trained_items, item_counts(dataset) > 0)
+
+
+def test_the_log_says_what_a_large_dataset_leaves_to_other_epochs_and_what_own_rows_cost(tmp_path, caplog):
+    dataset = Dataset(write_dataset(tmp_path / "dataset"))
+    with caplog.at_level(logging.INFO, "pcl_ext.train"):
+        settings = {"epochs": 1, "batch_tokens": 300}
+        model, _ = pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(**settings))
+        assert caplog.messages == []
+        model.backbone.trained_items[1:] = True
+        model.backbone.trained_items[7] = False
+        learn_task(model, dataset, "click", LearnConfig(**settings, epoch_tokens=600))
+        spec, memory = TaskSpec("buy", "items"), MemoryConfig(tied=True)
+        for config in (memory, MemoryConfig(), MemoryConfig(readout=("last", "item_memory"))):
+            train._say_rows(model.add_task(spec, config), model)
+            model.remove_task("buy")
+    events = int(dataset.examples("click", "train").cut.clamp(1, 20).sum())
+    assert [text.partition(", others")[0] for text in caplog.messages[:1]] == [
+        f"click: an epoch reads 600 of {events:,} events"
+    ]
+    assert len(caplog.messages) == 3
+    assert caplog.messages[1].startswith("buy: 1 of its 50 items were not trained in pretraining")

@@ -4,8 +4,9 @@ try:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv as csv
+    import pyarrow.dataset as ds
     import pyarrow.parquet as pq
 except ImportError as error:
     raise ImportError("datasets on disk need pyarrow: pip install 'pcl_ext[cli]'") from error
 
-__all__ = ["csv", "pa", "pc", "pq"]
+__all__ = ["csv", "ds", "pa", "pc", "pq"]

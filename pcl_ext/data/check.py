@@ -10,8 +10,8 @@ import numpy as np
 from pcl_ext.data.cache import cached, identity
 from pcl_ext.data.dataset import Dataset
 from pcl_ext.data.histories import FILE
-from pcl_ext.data.progress import progress
 from pcl_ext.data.table import NEXT, TaskTable
+from pcl_ext.progress import progress
 
 _EVENTS = 1 << 21
 

@@ -23,7 +23,7 @@ def _key(types: tuple, default: Any = dataclasses.MISSING, name: str | None = No
 
 @dataclass(frozen=True)
 class TableConfig:
-    """A Parquet or CSV file. Paths are relative to the TOML file.
+    """A Parquet or CSV file, or a folder of Parquet files. Paths are relative to the TOML file.
 
     columns    names for a CSV without a header line
     delimiter  of a CSV; more than one character is fine

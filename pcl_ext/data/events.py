@@ -11,11 +11,11 @@ from pcl_ext.data.check import check
 from pcl_ext.data.config import FoldConfig, LogConfig, TaskConfig, read_config
 from pcl_ext.data.labels import event_values, make_labels
 from pcl_ext.data.log import EventLog
-from pcl_ext.data.progress import progress
 from pcl_ext.data.split import fold_of
-from pcl_ext.data.tablefile import read_table
+from pcl_ext.data.tablefile import files_of, read_table
 from pcl_ext.data.targets import ItemTargets, item_targets
 from pcl_ext.data.writer import DatasetWriter, source
+from pcl_ext.progress import progress
 from pcl_ext.task import TaskSpec
 
 _USERS = 1 << 16
@@ -41,8 +41,9 @@ def prepare(config: str | Path, out: str | Path, *, rotate: int | None = None) -
         users = read_table(config.users, folder, "[users]", wanted)
     if config.items is not None:
         items = read_table(config.items, folder, "[items]", {config.items.item})
-    files = [part.file for part in (config.events, config.users, config.items) if part is not None]
-    build(config, out, events, users, items, rotate=rotate, sources=[source(folder / file) for file in files])
+    tables = [part.file for part in (config.events, config.users, config.items) if part is not None]
+    sources = [source(file) for table in tables for file in files_of(folder / table)]
+    build(config, out, events, users, items, rotate=rotate, sources=sources)
 
 
 def build(

@@ -48,11 +48,19 @@ class Examples:
 
 def group_rows(user: np.ndarray, cut: np.ndarray, target: np.ndarray) -> Examples:
     """One example per distinct (user, cut), ordered; targets of an example keep their order."""
-    order = np.lexsort((cut, user))
-    user, cut = user[order].astype(np.int64), cut[order].astype(np.int64)
+    if not _ordered(user, cut):  # tables that `prepare` wrote are
+        order = np.lexsort((cut, user))
+        user, cut, target = user[order], cut[order], target[order]
+    user, cut = user.astype(np.int64), cut.astype(np.int64)
     starts = np.flatnonzero(np.r_[True, (np.diff(user) != 0) | (np.diff(cut) != 0)]) if len(user) else np.arange(0)
     offsets = np.r_[starts, len(user)].astype(np.int64)
-    return Examples(*(torch.from_numpy(values) for values in (user[starts], cut[starts], offsets, target[order])))
+    return Examples(*(torch.from_numpy(values) for values in (user[starts], cut[starts], offsets, target)))
+
+
+def _ordered(user: np.ndarray, cut: np.ndarray) -> bool:
+    """Whether rows are sorted by user, then cut."""
+    same = user[1:] == user[:-1]
+    return bool(((user[1:] > user[:-1]) | (same & (cut[1:] >= cut[:-1]))).all())
 
 
 def history_windows(user: np.ndarray, lengths: np.ndarray, max_len: int) -> Examples:

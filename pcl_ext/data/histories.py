@@ -9,8 +9,8 @@ import numpy as np
 
 from pcl_ext.data.cache import NpyFolder, load
 from pcl_ext.data.parquet import Column, open_parquet, pieces, row_of
-from pcl_ext.data.progress import progress
 from pcl_ext.data.writer import file_sha256
+from pcl_ext.progress import progress
 
 FILE = "histories.parquet"
 

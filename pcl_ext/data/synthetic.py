@@ -10,7 +10,6 @@ import numpy as np
 
 from pcl_ext.data.check import check
 from pcl_ext.data.oracle import Oracle
-from pcl_ext.data.progress import progress
 from pcl_ext.data.split import fold_of
 from pcl_ext.data.world import (
     CLASS_EDGES,
@@ -28,6 +27,7 @@ from pcl_ext.data.world import (
     task_specs,
 )
 from pcl_ext.data.writer import DatasetWriter
+from pcl_ext.progress import progress
 
 _CHUNK = 1 << 14
 

@@ -1,4 +1,4 @@
-"""Reading a Parquet or CSV file into memory, by default only the columns that are asked for."""
+"""Reading a Parquet file, a folder of them, or a CSV file into memory, by default only the columns asked for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from pcl_ext.data._arrow import csv, pa, pc, pq
+from pcl_ext.data._arrow import csv, ds, pa, pc
 from pcl_ext.data.config import TableConfig
 
 _SEPARATOR = "\x1f"
+_PARQUET = (".parquet", ".pq")
 _NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and keys; another text is missing where it is empty
 
 
@@ -21,19 +22,29 @@ def read_table(
     Raises FileNotFoundError, or ValueError naming the TOML table, the file and the column.
     """
     path = folder / config.file
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: file {path} is missing")
-    if path.suffix not in (".parquet", ".pq"):
+    files = files_of(path)
+    if not files:
+        what = "has no Parquet files" if path.is_dir() else "is missing"
+        raise FileNotFoundError(f"{where}: {'folder' if path.is_dir() else 'file'} {path} {what}")
+    if files[0].suffix not in _PARQUET:
         return _read_csv(config, path, where, required, optional)
+    base = {"partition_base_dir": str(path), "partitioning": "hive"} if path.is_dir() else {}
     try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        table = file.read(columns=_choose(names, path, where, required, optional))
+        parts = ds.dataset([str(file) for file in files], format="parquet", **base)
+        table = parts.to_table(columns=_choose(parts.schema.names, path, where, required, optional))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: {path} is not a readable Parquet file: {error}") from error
     for name in config.keys:
         table = _empty_as_null(table, name, [""])
     return _nan_as_null(table)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file at a path, or the Parquet files in a folder and its folders, by name; not what begins with . or _."""
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    found = [file for file in path.rglob("*") if file.suffix in _PARQUET and file.is_file()]
+    return sorted(file for file in found if not any(part[0] in "._" for part in file.relative_to(path).parts))
 
 
 def _choose(names: list[str], path: Path, where: str, required: set[str], optional) -> list[str]:

@@ -55,11 +55,11 @@ class Catalogue(nn.Module):
         return columns.masked_fill((columns < 0) | (columns >= count), -1)
 
     def rank_last(self, scores: Tensor, encoded: Encoded, first: int, score: float = SEEN_SCORE) -> Tensor:
-        """scores [B, c] of the columns from `first` on -> the same, with `score` for what a history holds."""
+        """scores [B, c] of the columns from `first` on -> the same tensor, with `score` for what a history holds."""
         users, items = encoded.seen()
         columns = self.among(items, first, scores.shape[1])
         seen = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
         seen.index_put_((users, columns), seen.new_ones(()))  # column -1: what is not in the catalogue
         if score != -torch.inf:
             score = max(score, torch.finfo(scores.dtype).min)
-        return scores.masked_fill(seen[:, :-1], score)
+        return scores.masked_fill_(seen[:, :-1], score)

@@ -70,10 +70,12 @@ class RepeatScores(nn.Module):
         nn.init.zeros_(self.vote.bias)
 
     def forward(self, scores: Tensor, states: Tensor, users: Tensor, columns: Tensor) -> Tensor:
-        """scores [B, C]; of each history row: states [T, D], users [T], columns [T] (-1: not in the catalogue)."""
+        """Add to scores [B, C], in place; of each history row: states [T, D], users [T], columns [T] (-1: not in the
+        catalogue)."""
         votes = torch.where(columns >= 0, self.vote(states)[:, 0].to(scores.dtype), 0.0)
         # one dimension: there index_add runs in a fixed order
-        return scores.flatten().index_add(0, users * scores.shape[1] + columns.clamp_min(0), votes).view_as(scores)
+        scores.view(-1).index_add_(0, users * scores.shape[1] + columns.clamp_min(0), votes)
+        return scores
 
 
 class LabelHead(nn.Module):

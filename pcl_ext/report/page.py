@@ -141,6 +141,8 @@ def _results(content: Content) -> str:
         "This run: value after the last task ± one standard error. Over trivial: in standard errors of this run; at "
         "least 3 is wanted. A difference from cheap inside one standard error is a tie."
     )
+    if samples := content.record.get("samples"):
+        note += " Measured on a sample: " + "; ".join(f"{name}, {_safe(text)}" for name, text in samples.items()) + "."
     rows = "".join(map(_result_row, content.tasks))
     return f'<table>{head}{rows}</table><p class="quiet">{note}</p>{_all_metrics(content)}'
 
@@ -192,7 +194,7 @@ def _matrix(content: Content, pictures: Mapping[str, bytes]) -> str:
         "A positive loss is a task that got worse."
     )
     if content.record.get("outputs"):
-        rest += " The run keeps a sha256 of every task's outputs on all test users; pcl verify computes them again."
+        rest += " The run keeps a sha256 of every task's outputs on the test users; pcl verify computes them again."
     return f"<p>{text}</p>{_image(pictures, 'matrix.png', 'result matrix')}<p>{_safe(rest)}</p>"
 
 

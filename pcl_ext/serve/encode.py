@@ -24,7 +24,7 @@ from pcl_ext import store
 from pcl_ext.data import Dataset
 from pcl_ext.data._arrow import pa, pq
 from pcl_ext.data.cache import release
-from pcl_ext.data.progress import progress
+from pcl_ext.progress import progress
 from pcl_ext.serve.inputs import Histories
 from pcl_ext.serve.predictor import Predictor
 from pcl_ext.store.atomic import fsync, locked, sweep_temporary, temporary

@@ -69,10 +69,18 @@ class Predictor:
 
     @property
     def model(self) -> UserModel:
-        """The run's model, opened when it is first asked for."""
+        """The run's model, opened when it is first asked for: of a predictor that was made for some tasks with these
+        alone, until another one is asked for."""
         if self._model is None:
-            self._model = store.from_pretrained(self.path)
+            named = self.tasks_encoded if self.task is None else (self.task,)
+            self._model = store.from_pretrained(self.path, named)
         return self._model
+
+    def _model_with(self, names: Sequence[str]) -> UserModel:
+        """The model, with all tasks where it lacks one of these."""
+        if not set(names) <= set(self.model.task_names):
+            self._model = store.from_pretrained(self.path)
+        return self.model
 
     def __call__(self, batch: Any) -> dict[str, np.ndarray]:
         """What the constructor was asked for, and before it the columns to `keep`: for `map_batches` and the like."""
@@ -99,7 +107,7 @@ class Predictor:
         classes: class [B] int64, its label [B] where the task names them, probabilities [B, C] float32; binary:
         probability [B] float32; regression: value [B] float32. With each: unknown [B] int64, how many ids were dropped.
         """
-        self.model.task(task)
+        self._model_with([task]).task(task)
         check_k(k)
         parts = [
             answer(self.model, batch, task, k, skip_seen=skip_seen) | {"unknown": unknown}
@@ -110,10 +118,12 @@ class Predictor:
     @torch.no_grad()
     def encode(self, histories: Any, tasks: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """User vectors [B, F] float32 for each of the tasks (all by default): what its head reads."""
-        batches = self._batches(read_histories(histories, self.column))
+        if tasks is None:
+            tasks = [entry["name"] for entry in store.read_manifest(self.path)["tasks"]]
+        model, batches = self._model_with(tasks), self._batches(read_histories(histories, self.column))
         return _joined(
             [
-                {name: vectors.float().cpu().numpy() for name, vectors in self.model.encode(batch, tasks).items()}
+                {name: vectors.float().cpu().numpy() for name, vectors in model.encode(batch, tasks).items()}
                 for _, batch in batches
             ]
         )

@@ -11,6 +11,7 @@ _BY_TASK = (
     ("outputs",),
     ("references",),
     ("standard_error",),
+    ("samples",),
     ("curves",),
     ("dataset", "tasks"),
     ("config", "tasks"),

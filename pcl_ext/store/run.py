@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -76,17 +76,22 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
         model.removed.clear()
 
 
-def from_pretrained(path: str | Path) -> UserModel:
+def from_pretrained(path: str | Path, tasks: Sequence[str] | None = None) -> UserModel:
     """The model of a run, on the CPU and in evaluation mode: backbone and tasks frozen, every hash checked.
 
+    tasks  names of those to open (all by default), and with them those whose readouts they read; in the run's order
+
     It is of the dtype in which it was saved, whatever torch's default. StoreError names the file and the tensor that is
-    wrong. Draws no random numbers.
+    wrong, ValueError a task that the run does not know. Draws no random numbers.
     """
     path = Path(path)
     manifest = read_manifest(path)
+    wanted = None if tasks is None else _with_sources(manifest, tasks)
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         model = _read_backbone(path, manifest)
         for place, entry in enumerate(manifest["tasks"]):
+            if wanted is not None and entry["name"] not in wanted:
+                continue
             where = f"tasks[{place}]"
             spec = _build(path / NAME, f"{where}.spec", TaskSpec.from_json, entry["spec"])
             config = _build(path / NAME, f"{where}.config", MemoryConfig, **entry["config"])
@@ -100,6 +105,22 @@ def from_pretrained(path: str | Path) -> UserModel:
             if not kept:  # saved before tasks kept them, or on a backbone that was not frozen
                 task.keep_prefix(model.backbone)
     return model.eval()
+
+
+def _with_sources(manifest: Mapping[str, Any], tasks: Sequence[str]) -> set[str]:
+    """These tasks, and those whose readouts they read."""
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks must be a list of names, got the str {tasks!r}")
+    known, found, left = {entry["name"]: entry for entry in manifest["tasks"]}, set(), list(tasks)
+    while left:
+        name = left.pop()
+        if name not in known:
+            raise ValueError(f"task must be one of {', '.join(known) or '(no tasks yet)'}, got {name!r}")
+        if name not in found:
+            found.add(name)
+            reads = "earlier" in (known[name]["config"].get("readout") or ())
+            left += known[name]["depends_on"] if reads else []
+    return found
 
 
 def _read_backbone(path: Path, manifest: Mapping[str, Any]) -> UserModel:

@@ -103,7 +103,7 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
         (["encode", "RUN", "--data", "nowhere", "--out", "NEW"], "nowhere must be a dataset folder"),
         (
             ["encode", "RUN", "--data", "DATA", "--out", "NEW", "--tasks", "churn"],
-            "tasks must be among next, click, .*, got 'churn'",
+            "task must be one of next, click, .*, got 'churn'",
         ),
         (["encode", "RUN", "--data", "DATA", "--out", "DATA/dataset.json"], "dataset.json is there and is no Parquet"),
         (

@@ -1,13 +1,16 @@
 """`prepare events` on small logs whose datasets can be written down by hand."""
 
 import datetime as dt
+import io
 import json
 from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 from shop_log import BASE, LOG, histories, originals, rows, task
 
 from pcl_ext.data import Dataset, fold_of, prepare_events, targets
@@ -333,3 +336,24 @@ def test_ids_with_leading_zeros_stay_apart_as_text(prepare):
     log = "user_id,item_id,time\n1,007,1\n1,7,2\n"
     assert histories(prepare(BASE, log=log)) == {"1": ["7", "7"]}
     assert histories(prepare(BASE + 'text = ["item_id"]', log=log)) == {"1": ["007", "7"]}
+
+
+def test_a_log_may_be_a_folder_of_parquet_files(prepare, tmp_path):
+    """Parts in the order of their names, whose folders may name a column; what is no part is left alone."""
+    want = histories(prepare(BASE + 'where = [["kind", "==", "buy"]]'))
+    log = csv.read_csv(io.BytesIO(LOG.encode()))
+    for kind in ("buy", "back"):
+        part = log.filter(pc.equal(log["kind"], kind)).drop_columns("kind")
+        for place, (first, count) in enumerate(((0, 2), (2, 99))):
+            folder = tmp_path / "parts" / f"kind={kind}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(part.slice(first, count), folder / f"part-{place}.parquet")
+    for name in ("_SUCCESS", "kind=buy/.part-9.parquet", "notes.txt"):
+        (tmp_path / "parts" / name).write_text("no part")
+    text = BASE.replace("log.csv", "parts") + 'where = [["kind", "==", "buy"]]'
+    dataset = prepare(text)
+    assert histories(dataset) == want
+    assert [part["file"] for part in dataset.info["sources"]] == ["part-0.parquet", "part-1.parquet"] * 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"\[events\]: folder .*empty has no Parquet files"):
+        prepare(BASE.replace("log.csv", "empty"))

@@ -245,3 +245,15 @@ def test_equal_scores_go_to_the_lowest_id_in_the_model_and_in_the_predictor(tmp_
     want = [[3, 7]] * 2
     assert [row["items"] for row in model.predict([[1], []], "range_b", k=2)] == want
     assert Predictor(tmp_path / "run").predict([[1], []], "range_b", k=2)["items"].tolist() == want
+
+
+def test_a_predictor_for_a_task_opens_that_one_alone_until_another_is_asked_for(run):
+    predictor, whole = Predictor(run, TASKS[0]), Predictor(run)
+    one, other = (predictor.predict(HISTORIES, task) for task in TASKS[:2])
+    for got, task in ((one, TASKS[0]), (other, TASKS[1])):
+        want = whole.predict(HISTORIES, task)
+        assert got.keys() == want.keys()
+        assert all(np.array_equal(got[name], want[name]) for name in want)
+    assert Predictor(run, TASKS[0]).model.task_names == [TASKS[0]]
+    assert Predictor(run, encode=TASKS[1:]).model.task_names == TASKS[1:]
+    assert list(Predictor(run, encode=TASKS[1:]).encode(HISTORIES)) == TASKS
