@@ -104,6 +104,8 @@ class PackedBatch:
     def from_stored(cls, values, offsets, rows, cut, max_len: int) -> PackedBatch:
         """The first cut [b] int64 events of the histories rows [b] int64 of a stored CSR, as `ops.gather_histories`
         takes them: the newest max_len are read."""
+        if max_len < 1:
+            raise ValueError(f"max_len must be at least 1, got {max_len}")
         read = ops.gather_histories(values, offsets, rows, max_len, cut)
         before = torch.as_tensor(cut, device="cpu") - max_len
         older, most = None, int(before.max()) if len(before) else 0
@@ -151,7 +153,8 @@ def _as_ids(history: Sequence[int], row: int) -> Tensor:
             history = np.array(history, np.int64, order="C")  # torch takes no other byte order, nor steps backwards
         ids = torch.as_tensor(history)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"history {row} must be a list of item ids, got {str(history):.80}") from error
+        hint = "; one history is a list in a list: [[1, 2, 3]]" if isinstance(history, int) else ""
+        raise ValueError(f"history {row} must be a list of item ids, got {str(history):.80}{hint}") from error
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"history {row} must be a flat list of integer item ids, got {str(history):.80}")
     return ids.to(torch.int64)

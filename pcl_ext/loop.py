@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_above(config: object, name: str, low: float) -> None:
+    """ValueError where a setting is no finite number above `low`."""
+    value = getattr(config, name)
+    if not is_number(value) or not value > low:
+        raise ValueError(f"{name} must be a number above {low}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """Settings of one training run.
@@ -57,13 +69,11 @@ class LoopConfig:
             value, low = getattr(self, name), int(name != "seed")
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
-        if not self.checkpoint_seconds >= 0:
-            raise ValueError(f"checkpoint_seconds must be at least 0, got {self.checkpoint_seconds}")
-        if not self.learning_rate > 0 or not self.weight_decay >= 0:
-            raise ValueError(
-                f"learning_rate must be above 0 and weight_decay at least 0, got {self.learning_rate} and "
-                f"{self.weight_decay}"
-            )
+        check_above(self, "learning_rate", 0)
+        for name in ("weight_decay", "checkpoint_seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
 

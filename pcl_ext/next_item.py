@@ -21,6 +21,8 @@ from pcl_ext.sampled_items import ItemSampler, candidates, places_in
 if TYPE_CHECKING:
     from pcl_ext.train import PretrainConfig
 
+_USERS = 100_000  # of a dataset that are counted at a time
+
 
 class NextItemLoss:
     """Cross-entropy of the next item at every position, over all items or a sample of them.
@@ -87,9 +89,9 @@ def item_counts(dataset: Dataset) -> Tensor:
     """[V + 1] int64: how often each item occurs in the train users' histories."""
     counts = np.zeros(dataset.num_items + 1, dtype=np.int64)
     train = dataset.fold == FOLDS.index("train")
-    for first in range(0, dataset.num_users, 100_000):
-        offsets = dataset.offsets[first : first + 100_001]
+    for first in range(0, dataset.num_users, _USERS):
+        offsets = dataset.offsets[first : first + _USERS + 1]
         events = dataset.items[offsets[0] : offsets[-1]]
-        keep = np.repeat(train[first : first + 100_000], np.diff(offsets))
+        keep = np.repeat(train[first : first + _USERS], np.diff(offsets))
         counts += np.bincount(events[keep], minlength=len(counts))
     return torch.from_numpy(counts)

@@ -293,7 +293,9 @@ def _why_not_checked(record: dict[str, Any], dataset: Dataset | None) -> str | N
 def check_dataset(run: Path, record: dict[str, Any], dataset: Dataset) -> None:
     """Raise ValueError unless the run was made from this dataset, to which tasks may have been added since."""
     if "dataset" not in record:
-        raise ValueError(f"{run} has no record of the dataset it was made from; make runs with pretrain")
+        raise ValueError(
+            f"{run} has no record of the dataset it was made from, as pcl pretrain and pcl_ext.run.pretrain write it"
+        )
     then = record["dataset"]
     if then["sha256"] != dataset.sha256:
         was, given = f"{then['name']} {then['sha256'][:8]}", f"{dataset.name} {dataset.sha256[:8]}"

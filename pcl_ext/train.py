@@ -14,8 +14,7 @@ from torch import Tensor
 from pcl_ext import infer
 from pcl_ext.data import Dataset, ExampleBatch, Examples, check_task, make_batch, plan
 from pcl_ext.item_start import start_items
-from pcl_ext.loop import LoopConfig, Problem, fit
-from pcl_ext.metrics import higher_is_better
+from pcl_ext.loop import LoopConfig, Problem, check_above, fit, is_number
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel
 from pcl_ext.next_item import NextItemLoss
 from pcl_ext.row_adamw import RowAdamW
@@ -82,11 +81,12 @@ class LearnConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("head_rate", "ridge_rate"):
+            check_above(self, name, 0)
+        strengths = self.ridge if isinstance(self.ridge, (tuple, list)) else [None]
+        if not all(is_number(strength) and strength > 0 for strength in strengths):
+            raise ValueError(f"ridge must be a list of strengths above 0, got {self.ridge!r}")
         object.__setattr__(self, "ridge", tuple(self.ridge))
-        if not all(strength > 0 for strength in self.ridge) or not self.ridge_rate > 0:
-            raise ValueError(
-                f"ridge must hold strengths above 0, and ridge_rate be above 0, got {self.ridge} and {self.ridge_rate}"
-            )
 
 
 def pretrain(
@@ -101,6 +101,7 @@ def pretrain(
     item of the valid users. ValueError where the dataset breaks a promise (`data.check_task`).
     """
     config = config or PretrainConfig()
+    _check_types(dataset=(dataset, Dataset), backbone=(backbone, BackboneConfig), config=(config, PretrainConfig))
     _check_catalogue(dataset, backbone)
     check_task(dataset, "next")
     with torch.random.fork_rng(devices=[]):
@@ -158,7 +159,9 @@ def learn_task(
     Where it raises, the model is left without the task; with a checkpoint, the same call goes on from there. ValueError
     where the task's table breaks a promise (`data.check_task`), say holds targets that the model sees.
     """
-    config, device = config or LearnConfig(), model.device
+    config = config or LearnConfig()
+    _check_types(model=(model, UserModel), dataset=(dataset, Dataset), config=(config, LearnConfig))
+    device = model.device
     if not model.backbone_frozen:
         raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
     _check_catalogue(dataset, model.backbone.config)
@@ -190,8 +193,7 @@ def _learn(
     _say_epoch(name, train, config, model.backbone.config.max_len)
     ridge = task.cold and bool(config.ridge)
     if ridge and not (checkpoint is not None and Path(checkpoint).exists()):  # which holds what came of the start
-        sign = 1 if higher_is_better(metric) else -1
-        start_items(model, dataset, name, config.ridge, lambda: sign * judge().metrics[metric])
+        start_items(model, dataset, name, config.ridge, lambda: judge().metrics[metric])
     tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
     identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
     identity |= {"config": asdict(config), "backbone": tensors, "after": model.task_names[:-1]}
@@ -315,6 +317,13 @@ def _some(examples: Examples, otherwise: str) -> Examples:
     if not len(examples):
         raise ValueError(f"{otherwise}: nothing to learn from")
     return examples
+
+
+def _check_types(**given: tuple) -> None:
+    """given: by name the argument and its class."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
 def _check_catalogue(dataset: Dataset, backbone: BackboneConfig) -> None:

@@ -11,13 +11,10 @@ import pytest
 import torch
 from runs import BACKBONE, pretrain_in_memory, write_dataset
 
-from pcl_ext import infer, item_start
+from pcl_ext import infer, next_item
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import Dataset, make_batch
-from pcl_ext.infer import Score
-from pcl_ext.item_start import start_items
-from pcl_ext.loop import Problem, fit
-from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.model import Backbone, BackboneConfig, UserModel
 from pcl_ext.next_item import NextItemLoss, item_counts, shift
 from pcl_ext.task import TaskSpec
 from pcl_ext.train import (
@@ -61,19 +58,6 @@ def test_a_dataset_without_train_users_is_refused(dataset, tmp_path):
 def test_a_checkpoint_may_be_named_by_a_text(dataset, tmp_path):
     path = str(tmp_path / "next.safetensors")
     pretrain(dataset, BackboneConfig(dataset.num_items, **BACKBONE), PretrainConfig(epochs=1), path)
-
-
-def test_the_factor_of_the_start_is_fitted_on_users_of_any_length(monkeypatch):
-    """Those of the first rows, which are the longest histories, want the least; a few of the others are drawn too."""
-    torch.manual_seed(0)
-    count, columns = 1000, 50
-    target = torch.randint(columns, (count,))
-    read = torch.nn.functional.one_hot(target, columns).float() * 0.2
-    read[:100] *= -1  # their own target ranks last
-    monkeypatch.setattr(item_start, "_MOST_SCORES", 1)
-    monkeypatch.setattr(item_start, "_FEWEST_USERS", 100)
-    factor = item_start._factor(read, torch.eye(columns), torch.zeros(columns), (torch.arange(count), target))
-    assert factor > 1
 
 
 def test_a_backbone_of_another_catalogue_is_refused(dataset):
@@ -149,6 +133,8 @@ def test_item_counts_are_of_train_users(dataset):
     items = np.concatenate([dataset.items[dataset.offsets[u] : dataset.offsets[u + 1]] for u in train])
     want = np.bincount(items, minlength=dataset.num_items + 1)
     assert item_counts(dataset).tolist() == want.tolist()
+    with mock.patch.object(next_item, "_USERS", 7):
+        assert item_counts(dataset).tolist() == want.tolist()
 
 
 def exact_and_sampled(dataset, repeats, negatives=5, max_len=20):
@@ -241,123 +227,15 @@ def test_every_kind_of_backbone_learns(dataset, kind):
     assert curve[-1]["loss"] < curve[0]["loss"]
 
 
-def bags_of(memory, history):
-    """[B, rows of its table]: how much of each row a history's item memory adds up."""
-    index, offsets, weights = memory.bags(history.items, history.offsets)
-    user = torch.repeat_interleave(offsets.diff())
-    bags = torch.zeros(len(history), len(memory.table))
-    return bags.index_put_((user, index.long()), weights, accumulate=True)
-
-
 @pytest.fixture(scope="module")
 def pretrained(dataset):
     return pretrain_in_memory(dataset)
 
 
-@pytest.mark.parametrize(("item_rows", "strengths"), [(1000, (3.0,)), (40, (3.0,)), (1000, (100.0, 3.0, 0.5))])
-def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, pretrained, item_rows, strengths):
-    """At a width that W fits into, scores are one factor times those of the dense formula; a score picks among
-    several strengths: here the second."""
-    model = copy.deepcopy(pretrained).eval()
-    model.backbone.trained_items[:] = False
-    config = MemoryConfig(placement="none", item_width=60, item_rows=item_rows)
-    task = model.add_task(dataset.task("range").spec, config).eval()
-    assert task.cold
-    torch.manual_seed(0)
-    scores = iter([0.1, 0.3, 0.2])
-    start_items(model, dataset, "range", strengths, lambda: next(scores))
-    examples = dataset.examples("range", "train")
-    batch = make_batch(dataset, examples, torch.arange(len(examples)), 20)
-    memory, columns, n = task.memories["item_memory"], len(task.catalogue), len(examples)
-    eye = bags_of(memory, batch.history).double()
-    y = torch.zeros(n, columns).double()
-    y.index_put_((batch.target_row, task.columns(batch.target)), torch.ones(len(batch.target)).double(), True)
-    ridge = torch.linalg.solve(eye.T @ eye + 3.0 * torch.eye(eye.shape[1]), eye.T @ (y - y.mean(0)))
-    want = eye @ ridge + y.mean(0)
-    got = model(batch.history, "range").double()
-    listed = got > -1e8  # not what the history holds
-    factor = (got[listed] * want[listed]).sum() / want[listed].square().sum()
-    assert factor > 0.5
-    assert (got - factor * want)[listed].norm() < 0.02 * got[listed].norm()
-
-
-@pytest.mark.parametrize("held", [1, 7, 200])
-def test_the_factor_of_a_start_is_judged_on_many_users(monkeypatch, held):
-    """Of a large catalogue some users at a time: the first 20 alone want large scores, all of 200 do not."""
-    read, right, means = torch.randn(200, 4), torch.randn(4, 30), torch.zeros(30)
-    row, column = torch.arange(200), torch.randint(30, (200,))
-    column[:20] = (read @ right)[:20].argmax(1)
-    column[20:110] = (read @ right)[20:110].topk(2).indices[:, 1]
-
-    def loss(factor, users):
-        return torch.nn.functional.cross_entropy((read @ right * factor)[:users], column[:users])
-
-    want, few = (min(item_start._SCALES, key=lambda factor: loss(factor, users)) for users in (200, 20))
-    assert want != few
-    monkeypatch.setattr(item_start, "_MOST_SCORES", held * 30)
-    assert item_start._factor(read, right, means, (row, column)) == want
-
-
-def one_weight(scores: list[Score], **problem) -> tuple[list[dict], list[float], float]:
-    """Training of one weight that starts at 1 and falls by 1 a step, judged by `scores` in turn.
-
-    -> the curve, the weight at each validation, the weight in the end
-    """
-    layer, seen, scores = torch.nn.Linear(1, 1, bias=False), [], iter(scores)
-    torch.nn.init.ones_(layer.weight)
-
-    def validate() -> Score:
-        seen.append(layer.weight.item())
-        return next(scores)
-
-    batches = lambda epoch, start: (1, iter([torch.ones(1, 1)][start:]))  # noqa: E731
-    problem = Problem("t", batches, lambda x: layer(x).sum(), validate, "auc", {}, **problem)
-    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
-    with mock.patch("pcl_ext.loop.CosineSchedule"):
-        curve = fit(layer, optimizer, problem, LearnConfig(epochs=3))
-    return curve, seen, layer.weight.item()
-
-
-def auc(value: float, loss: float = 1.0) -> Score:
-    return Score({"auc": value}, {"auc": 0.1}, loss, 10, "")
-
-
-@pytest.mark.parametrize("better", [False, True])
-def test_a_start_is_kept_where_training_does_not_beat_it(better):
-    scores = [auc(0.5), auc(0.4), auc(0.6 if better else 0.5), auc(0.3)]
-    curve, seen, weight = one_weight(scores, keep_start=True)
-    assert seen == [1, 0, -1, -2]
-    assert [entry["best"] for entry in curve] == [False, better, False]
-    assert weight == (-1 if better else 1)
-
-
-def test_the_average_over_epochs_is_judged_and_kept():
-    curve, seen, weight = one_weight([auc(0.5), auc(0.6), auc(0.7)], average=True)
-    assert seen == pytest.approx([0, -2 / 3, -8 / 6])  # of 0, -1, -2 with weights 1, 2, 3
-    assert weight == pytest.approx(-8 / 6)
-    _, _, weight = one_weight([auc(0.5), auc(0.6), auc(0.55)], average=True)
-    assert weight == pytest.approx(-2 / 3)
-
-
-@pytest.mark.parametrize(
-    ("scores", "best"),
-    [
-        ([auc(0.50, 3), auc(0.55, 2), auc(0.50, 1)], [True, True, True]),  # ties: the loss decides
-        ([auc(0.50, 1), auc(0.55, 2), auc(0.58, 3)], [True, False, False]),
-        ([auc(0.50, 1), auc(0.65, 2), auc(0.58, 3)], [True, True, False]),  # no tie: the metric does
-        ([auc(0.70, 3), auc(0.65, 2), auc(0.55, 1)], [True, True, False]),  # within .1 of the best, not of the kept
-        ([auc(0.50, 1), auc(0.58, 2), auc(0.66, 3)], [True, False, True]),  # what was kept is no tie any more
-    ],
-)
-def test_ties_go_to_the_least_loss(scores, best):
-    curve, _, _ = one_weight(scores, ties_by_loss=True)
-    assert [entry["best"] for entry in curve] == best
-
-
 def test_settings_of_the_start_are_checked():
-    with pytest.raises(ValueError, match=r"ridge must hold strengths above 0, and .* got \(0,\) and"):
+    with pytest.raises(ValueError, match=r"ridge must be a list of strengths above 0, got \(0,\)"):
         LearnConfig(ridge=(0,))
-    with pytest.raises(ValueError, match=r"got \(1,\) and 0"):
+    with pytest.raises(ValueError, match="ridge_rate must be a number above 0, got 0"):
         LearnConfig(ridge=(1,), ridge_rate=0)
 
 

@@ -90,7 +90,7 @@ class Dataset:
         """The task's table, as its files are now. `next`, where it has none: the last item of every user with two or
         more, given the others.
 
-        Raises KeyError for an unknown task and ValueError for a table that breaks the format.
+        Raises ValueError for an unknown task and for a table that breaks the format.
         """
         now = identity(self._task_files(name))
         then, table = self._tasks.get(name, (None, None))

@@ -42,9 +42,9 @@ class TaskTable:
 
 
 def load_task(dataset: Dataset, name: str) -> TaskTable:
-    """Raises KeyError for an unknown task, ValueError for a file that breaks its promises."""
+    """Raises ValueError for an unknown task, and for a file that breaks its promises."""
     if name not in dataset.task_names:
-        raise KeyError(f"task must be one of {', '.join(dataset.task_names)}, got {name!r}")
+        raise ValueError(f"task must be one of {', '.join(dataset.task_names)}, got {name!r}")
     path = dataset.path / "tasks" / f"{name}.parquet"
     if name == NEXT and not path.exists():
         spec = _next_spec(dataset)

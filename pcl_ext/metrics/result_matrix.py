@@ -61,12 +61,15 @@ class ResultMatrix:
     def value(self, after: int | str, task: int | str, metric: str | None = None) -> float:
         """R[after, task] in the task's own metric, or in another one that was measured; negative positions count from
         the end."""
-        after, task = self._position(after), self._position(task)
+        after, task = self._position(after, "after"), self._position(task, "task")
         if task > after or after >= len(self.rows):
-            rows = len(self.rows)
-            raise IndexError(f"task {task} has rows {task}..{rows - 1}, got row {after}")
+            known = f"has rows {task}..{len(self.rows) - 1}" if task < len(self.rows) else "has no row yet"
+            raise IndexError(f"task {task} {known}, got row {after}")
         name = self.tasks[task]
-        return self.rows[after][name][metric or self.metric[name]]
+        values, metric = self.rows[after][name], metric or self.metric[name]
+        if metric not in values:
+            raise ValueError(f"metric of task {name!r} must be one of {', '.join(values)}, got {metric!r}")
+        return values[metric]
 
     def forgetting(self, definition: str = "first-last") -> dict[str, Any]:
         """{"definition", "tasks": {task: loss}, "mean", "worst"}; a loss is positive when the task got worse.
@@ -118,14 +121,15 @@ class ResultMatrix:
             lines.append("  ".join([first.ljust(widths[0]), *right]))
         return "\n".join(lines)
 
-    def _position(self, task: int | str) -> int:
+    def _position(self, task: int | str, what: str) -> int:
         if isinstance(task, str):
             if task not in self.metric:
-                raise ValueError(f"task must be one of {', '.join(self.tasks)}, got {task!r}")
+                raise ValueError(f"{what} must be one of {', '.join(self.tasks)}, got {task!r}")
             return self.tasks.index(task)
         position = task + len(self.tasks) if task < 0 else task
         if not 0 <= position < len(self.tasks):
-            raise IndexError(f"task must be in 0..{len(self.tasks) - 1}, got {task}")
+            places = f"in 0..{len(self.tasks) - 1}" if self.tasks else "of a task, and there is none yet"
+            raise IndexError(f"{what} must be {places}, got {task}")
         return position
 
 

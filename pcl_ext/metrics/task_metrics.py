@@ -65,9 +65,14 @@ class TaskMetrics:
         return {metric: error for metric, error in errors.items() if not math.isnan(error)}
 
     def values(self, metric: str) -> Tensor:
-        """items: the metric of every target, [m] float64 in the order they came; their mean is what `compute` says."""
+        """items: the metric of every target, [m] float64 in the order they came; their mean is what `compute` says.
+        ValueError for another kind or metric, and where there were no targets yet."""
         if self.spec.kind != "items":
             raise ValueError(f"values need a task of kind items, {self.spec.name!r} is {self.spec.kind}")
+        if metric not in METRICS["items"]:
+            raise ValueError(f"metric must be one of {', '.join(METRICS['items'])}, got {metric!r}")
+        if not self.count:
+            raise ValueError(f"task {self.spec.name!r} has no targets yet: update first")
         return self._kind.values(metric)
 
     def _checked(self, output: Tensor, target: Tensor, target_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,6 +64,10 @@ class UserModel(nn.Module):
 
         text [256] replaces the hashed vector of the task's description where its contextual prompt reads texts.
         """
+        for what, given, kind in (("spec", spec, TaskSpec), ("config", config, (MemoryConfig, type(None)))):
+            if not isinstance(given, kind):
+                wanted = "TaskSpec" if what == "spec" else "MemoryConfig"
+                raise TypeError(f"{what} must be a {wanted}, got {type(given).__name__}")
         if spec.name in self.tasks:
             raise ValueError(f"task {spec.name!r} is there already; remove_task it first")
         config = config or MemoryConfig()
@@ -165,9 +169,7 @@ class UserModel(nn.Module):
         """
         if (task is None) == (task_index is None):
             raise ValueError("give either task or task_index")
-        if not isinstance(batch, (PackedBatch, UserState)):
-            kind = type(batch).__name__
-            raise TypeError(f"batch must be a PackedBatch, say of PackedBatch.from_lists, or a UserState, got {kind}")
+        _check_batch(batch)
         if task is not None and isinstance(batch, UserState):
             ((_, encoded),) = encode_each(self.backbone, batch, {task: self.task(task)})
             return self.task(task)(encoded, self.backbone.table)
@@ -222,6 +224,7 @@ class UserModel(nn.Module):
         """
         if isinstance(tasks, str):
             raise TypeError(f"tasks must be a list of names, got the str {tasks!r}")
+        _check_batch(batch)
         names = self.task_names if tasks is None else list(tasks)
         parts = {name: self.task(name) for name in names}
         vectors = {name: parts[name].features(encoded) for name, encoded in encode_each(self.backbone, batch, parts)}
@@ -246,3 +249,9 @@ class UserModel(nn.Module):
         finally:
             for part, training in modes:
                 part.training = training
+
+
+def _check_batch(batch: object) -> None:
+    if not isinstance(batch, (PackedBatch, UserState)):
+        kind = type(batch).__name__
+        raise TypeError(f"batch must be a PackedBatch, say of PackedBatch.from_lists, or a UserState, got {kind}")

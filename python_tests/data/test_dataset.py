@@ -318,7 +318,7 @@ def test_table_and_json_belong_together(write_folder):
 
 
 def test_unknown_names(toy):
-    with pytest.raises(KeyError, match="task must be one of next, more, value, got 'less'"):
+    with pytest.raises(ValueError, match="task must be one of next, more, value, got 'less'"):
         toy.task("less")
     with pytest.raises(ValueError, match="fold must be one of train, valid, test, got 'dev'"):
         toy.examples("more", "dev")
@@ -362,7 +362,7 @@ def test_a_table_is_read_again_where_there_are_fewer_items(write_folder):
 def test_tables_are_those_that_are_there_now(write_folder):
     folder = write_folder()
     dataset, rows = Dataset(folder), {"user_id": [10], "target": [1], "cut": [1]}
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError):
         dataset.task("late")
     for target in (1, 0):
         (folder / "tasks").mkdir(exist_ok=True)

@@ -1,0 +1,119 @@
+"""What a caller is told who hands over the wrong thing: what, where and how to mend it."""
+
+import re
+
+import pytest
+import torch
+from runs import BACKBONE, pretrain_in_memory, write_dataset
+
+from pcl_ext import MemoryConfig, PackedBatch, TaskSpec
+from pcl_ext.data import Dataset
+from pcl_ext.metrics import ResultMatrix, TaskMetrics
+from pcl_ext.model import BackboneConfig
+from pcl_ext.train import LearnConfig, PretrainConfig, learn_task, pretrain
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return Dataset(write_dataset(tmp_path_factory.mktemp("mistakes") / "dataset"))
+
+
+@pytest.fixture(scope="module")
+def model(dataset):
+    return pretrain_in_memory(dataset)
+
+
+WRONG_TYPES = {
+    "dataset must be a Dataset, got str": lambda model, data: learn_task(model, "shop", "click"),
+    "model must be a UserModel, got Backbone": lambda model, data: learn_task(model.backbone, data, "click"),
+    "config must be a LearnConfig, got PretrainConfig": lambda model, data: learn_task(
+        model, data, "click", PretrainConfig()
+    ),
+    "backbone must be a BackboneConfig, got dict": lambda model, data: pretrain(data, BACKBONE),
+    "config must be a PretrainConfig, got LearnConfig": lambda model, data: pretrain(
+        data, BackboneConfig(data.num_items, **BACKBONE), LearnConfig()
+    ),
+    "spec must be a TaskSpec, got str": lambda model, data: model.add_task("click"),
+    "config must be a MemoryConfig, got dict": lambda model, data: model.add_task(TaskSpec("ctr", "binary"), {}),
+    "batch must be a PackedBatch, say of PackedBatch.from_lists, or a UserState, got list": lambda model, data: (
+        model.encode([[1, 2]])
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_TYPES)
+def test_a_wrong_type_is_named(model, dataset, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        WRONG_TYPES[message](model, dataset)
+    assert model.task_names == ["next"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": float("inf")}, "learning_rate must be a number above 0, got inf"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number above 0, got '1e-3'"),
+        ({"head_rate": 0}, "head_rate must be a number above 0, got 0"),
+        ({"ridge_rate": -1.0}, "ridge_rate must be a number above 0, got -1.0"),
+        ({"weight_decay": None}, "weight_decay must be a number of at least 0, got None"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0, got nan"),
+        ({"checkpoint_seconds": "now"}, "checkpoint_seconds must be a number of at least 0, got 'now'"),
+        ({"ridge": 3.0}, "ridge must be a list of strengths above 0, got 3.0"),
+        ({"ridge": None}, "ridge must be a list of strengths above 0, got None"),
+        ({"ridge": (3.0, "30")}, "ridge must be a list of strengths above 0, got (3.0, '30')"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LearnConfig(**settings)
+    assert LearnConfig(checkpoint_seconds=float("inf"), weight_decay=0, ridge=[]).ridge == ()
+
+
+def test_an_unknown_task_is_a_value_error_everywhere(model, dataset):
+    for call in (lambda: learn_task(model, dataset, "churn"), lambda: model.predict([[1]], "churn")):
+        with pytest.raises(
+            ValueError, match="task must be one of next, .*got 'churn'|task must be one of next, got 'churn'"
+        ):
+            call()
+
+
+def test_one_history_in_place_of_a_list_of_them_is_told_so(model):
+    with pytest.raises(ValueError, match=re.escape("got 1; one history is a list in a list: [[1, 2, 3]]")):
+        model.predict([1, 2, 3], "next")
+
+
+def test_windows_hold_an_event_at_least(dataset):
+    rows = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="max_len must be at least 1, got 0"):
+        PackedBatch.from_stored(dataset.items, dataset.offsets, rows, rows + 1, 0)
+
+
+@pytest.mark.parametrize("metric", ["map@5", "mrr", "hr@0", "auc"])
+def test_values_are_of_a_metric_of_items(metric):
+    metrics = TaskMetrics(TaskSpec("next", "items"))
+    with pytest.raises(ValueError, match="has no targets yet"):
+        metrics.values("mrr@5")
+    metrics.update(torch.rand(2, 5), torch.tensor([1, 2]), torch.arange(2))
+    with pytest.raises(ValueError, match=f"metric must be one of mrr@5, ndcg@10, hr@10, got '{metric}'"):
+        metrics.values(metric)
+
+
+def test_a_result_matrix_says_which_argument_is_wrong():
+    matrix = ResultMatrix()
+    with pytest.raises(IndexError, match="after must be of a task, and there is none yet, got 0"):
+        matrix.value(0, 0)
+    matrix.add("click", "auc")
+    with pytest.raises(IndexError, match="task 0 has no row yet, got row 0"):
+        matrix.value(0, 0)
+    matrix.append({"click": {"auc": 0.5}})
+    with pytest.raises(IndexError, match=r"after must be in 0\.\.0, got 5"):
+        matrix.value(5, "click")
+    with pytest.raises(ValueError, match="after must be one of click, got 'churn'"):
+        matrix.value("churn", "click")
+    with pytest.raises(ValueError, match="metric of task 'click' must be one of auc, got 'log_loss'"):
+        matrix.value(0, 0, "log_loss")
+
+
+def test_memories_are_given_as_their_settings(model):
+    with pytest.raises(ValueError, match="prompt_len must be a whole number"):
+        model.add_task(TaskSpec("ctr", "binary"), MemoryConfig(prompt_len=-1))
