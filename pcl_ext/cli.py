@@ -151,6 +151,9 @@ def _predict(parser) -> None:
     parser.add_argument("--skip-seen", action="store_true", help="leave out the items of the history (items tasks)")
     ids = "items.parquet of the dataset: item ids in and out are the log's own; left out: the dataset's, 1..V"
     parser.add_argument("--item-ids", type=Path, help=ids)
+    whose = "dataset folder: predict for all its users, into --out; left out: for the histories on stdin, a list a line"
+    parser.add_argument("--data", type=Path, help=whose)
+    parser.add_argument("--out", type=Path, help="Parquet file for --data; an interrupted job goes on")
 
 
 def _report(parser) -> None:

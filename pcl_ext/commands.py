@@ -20,7 +20,7 @@ from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import MemoryConfig
 from pcl_ext.report import report as write_report
 from pcl_ext.serve import ItemIds, Predictor, as_rows
-from pcl_ext.serve.encode import EncodeJob
+from pcl_ext.serve.encode import DatasetJob, EncodeJob, PredictJob
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 PREDICT_LINES = 512
@@ -142,6 +142,11 @@ def predict(args) -> int:
     predictor, ids = Predictor(args.run, args.task), ItemIds(args.item_ids) if args.item_ids else None
     if ids is not None:
         ids.check(predictor.model.backbone.config.num_items)
+    if args.data or args.out:
+        if not (args.data and args.out):
+            raise ValueError("--data and --out come together: whose predictions, and the Parquet file for them")
+        dataset = Dataset(args.data)
+        return _work(PredictJob(predictor, dataset, args.out, args.task, args.k, skip_seen=args.skip_seen, ids=ids))
     for histories in _read_histories(sys.stdin.buffer, (int,) if ids is None else (int, str)):
         if ids is not None:
             histories = [ids.known(history) for history in histories]
@@ -206,19 +211,23 @@ def _is_id(item, kinds: tuple[type, ...]) -> bool:
 
 
 def encode(args) -> int:
+    predictor, dataset = Predictor(args.run, encode=args.tasks), Dataset(args.data)
+    return _work(EncodeJob(predictor, dataset, args.out, args.tasks))
+
+
+def _work(job: DatasetJob) -> int:
     """RANK and WORLD_SIZE are how torchrun tells its processes who they are."""
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    job = EncodeJob(Predictor(args.run, encode=args.tasks), Dataset(args.data), args.out, args.tasks)
     started = time.monotonic()
     share = job.run(rank, processes)
     speed = f", {share.users / (time.monotonic() - started):,.0f} users/s" if share.users else ""
-    what = f"{share.users:,} of {job.dataset.num_users:,} users encoded now{speed}"
+    what = f"{share.users:,} of {job.dataset.num_users:,} users done now{speed}"
     if share.complete:
-        print(f"{args.out}: complete, {len(job.tasks)} tasks; {what}")
+        print(f"{job.out}: complete; {what}")
     else:
-        print(f"{args.out}: process {rank} of {processes} is done, the last one writes the file; {what}")
+        print(f"{job.out}: process {rank} of {processes} is done, the last one writes the file; {what}")
     if share.unknown:
-        print(f"pcl encode: {share.unknown:,} unknown item ids were dropped", file=sys.stderr)
+        print(f"{job.command}: {share.unknown:,} unknown item ids were dropped", file=sys.stderr)
     return 0
 
 

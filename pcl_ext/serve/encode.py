@@ -1,6 +1,6 @@
-"""User vectors of a whole dataset, in any number of processes, each of which may be killed at any time.
+"""User vectors or predictions of a whole dataset, in any number of processes, each of which may be killed at any time.
 
-A shard is a run of at most SHARD_USERS users. Its vectors become one file in
+A shard is a run of at most SHARD_USERS users. What is made of it becomes one file in
 <out>.parts, written under another name and renamed: that it bears its name is the mark that it is done. Whoever finds
 all of them there puts them together, in order, as <out>, again by a rename, and removes the folder.
 """
@@ -24,10 +24,13 @@ from pcl_ext import store
 from pcl_ext.data import Dataset
 from pcl_ext.data._arrow import pa, pq
 from pcl_ext.data.cache import release
+from pcl_ext.data.writer import file_sha256
 from pcl_ext.progress import progress
 from pcl_ext.serve.inputs import Histories
+from pcl_ext.serve.item_ids import ItemIds
 from pcl_ext.serve.predictor import Predictor
 from pcl_ext.store.atomic import fsync, locked, sweep_temporary, temporary
+from pcl_ext.task import TaskSpec
 
 SHARD_USERS = 1 << 13
 _KEY = b"pcl_ext"
@@ -35,38 +38,53 @@ _KEY = b"pcl_ext"
 
 @dataclass(frozen=True)
 class Share:
-    """What one process has done. users: those it encoded; unknown: ids dropped, of all users once it is complete."""
+    """What one process has done. users: those it read; unknown: ids dropped, of all users once it is complete."""
 
     users: int
     unknown: int
     complete: bool
 
 
-class EncodeJob:
-    """Vectors of all users of a dataset, whole histories, into one Parquet file: user_id, then list<float32> a task.
+class DatasetJob:
+    """Something of all users of a dataset, whole histories, into one Parquet file: user_id, then columns of its own.
 
     The users are in the order of the dataset. Peak memory does not depend on their number. The same job, started again
-    after whatever ended it, goes on where it stopped; it is the same if run, tasks and dataset are. ValueError where
-    `out` or its parts belong to another one.
+    after whatever ended it, goes on where it stopped; it is the same if run, tasks, settings and dataset are.
+    ValueError where `out` or its parts belong to another one.
+
+    fields    the columns beside user_id; `columns` makes them of some histories
+    settings  JSON values that the result depends on besides tasks and dataset
     """
 
-    def __init__(self, predictor: Predictor, dataset: Dataset, out: str | Path, tasks: Sequence[str] | None = None):
+    command: str
+    doing: str
+
+    def __init__(self, predictor: Predictor, dataset: Dataset, out: str | Path, tasks: Sequence[str] | None):
         self.predictor, self.dataset, self.out = predictor, dataset, Path(out).absolute()
         self.parts = self.out.with_name(self.out.name + ".parts")
-        manifest = store.read_manifest(predictor.path)
-        files = {entry["name"]: entry["sha256"] for entry in manifest["tasks"]}
+        self.manifest = store.read_manifest(predictor.path)
+        files = {entry["name"]: entry["sha256"] for entry in self.manifest["tasks"]}
         self.tasks = list(files) if tasks is None else list(tasks)
         for name in self.tasks:
             if name not in files:
                 raise ValueError(f"tasks must be among {', '.join(files) or '(no tasks yet)'}, got {name!r}")
-        if "user_id" in self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks name the columns beside user_id, each once, got {', '.join(self.tasks)}")
         self.identity = {
-            "backbone": manifest["backbone"]["hash"],
+            "backbone": self.manifest["backbone"]["hash"],
             "tasks": {name: files[name] for name in self.tasks},
             "dataset": dataset.sha256,
         }
-        self.schema = pa.schema([("user_id", pa.int64())] + [(name, pa.list_(pa.float32())) for name in self.tasks])
+        if settings := self.settings():
+            self.identity["settings"] = settings
+        self.schema = pa.schema([("user_id", pa.int64()), *self.fields()])
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def fields(self) -> list[tuple[str, pa.DataType]]:
+        raise NotImplementedError
+
+    def columns(self, histories: Histories) -> list[pa.Array]:
+        raise NotImplementedError
 
     @cached_property
     def shards(self) -> list[range]:
@@ -75,7 +93,7 @@ class EncodeJob:
         return [range(at, min(at + SHARD_USERS, last)) for at in range(0, last, SHARD_USERS)]
 
     def run(self, rank: int = 0, world_size: int = 1) -> Share:
-        """Encode this process's share, shards rank, rank + world_size, ..; the one that ends last writes `out`."""
+        """Do this process's share, shards rank, rank + world_size, ..; the one that ends last writes `out`."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
         users = 0
@@ -85,7 +103,8 @@ class EncodeJob:
                 self._claim()
                 with locked(self.parts / f"rank-{rank}-of-{world_size}.lock", "in use", "wait for it"):
                     sweep_temporary(self.parts)
-                    users = self._write_parts(self.shards[rank::world_size], f"encoding, {rank + 1} of {world_size}")
+                    label = f"{self.doing}, {rank + 1} of {world_size}"
+                    users = self._write_parts(self.shards[rank::world_size], label)
                 complete = self._finish()
             except FileNotFoundError:
                 if not self._finished():
@@ -134,7 +153,7 @@ class EncodeJob:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is there and is no Parquet file: {error}; choose another file") from error
         if _KEY not in values:
-            raise ValueError(f"{path} is there and was not made by pcl encode; choose another file")
+            raise ValueError(f"{path} is there and was not made by {self.command}; choose another file")
         return json.loads(values[_KEY])
 
     def _write_parts(self, shards: list[range], label: str) -> int:
@@ -155,8 +174,7 @@ class EncodeJob:
         users = np.array(dataset.user_id[rows.start : rows.stop])
         for array in (dataset.items, dataset.offsets, dataset.user_id):
             release(array)
-        vectors = self.predictor.encode(Histories(items, offsets - offsets[0]), self.tasks)
-        columns = [pa.array(users), *(_lists(vectors[name]) for name in self.tasks)]
+        columns = [pa.array(users), *self.columns(Histories(items, offsets - offsets[0]))]
         with self._writer(self._part(rows), self.predictor.unknown - unknown) as writer:
             writer.write_table(pa.table(columns, schema=self.schema))
 
@@ -190,6 +208,77 @@ class EncodeJob:
         except store.StoreError:
             return False  # another process is at it
         return True
+
+
+class EncodeJob(DatasetJob):
+    """User vectors: list<float32> a task. ValueError where tasks name a column twice."""
+
+    command, doing = "pcl encode", "encoding"
+
+    def fields(self) -> list[tuple[str, pa.DataType]]:
+        if "user_id" in self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks name the columns beside user_id, each once, got {', '.join(self.tasks)}")
+        return [(name, pa.list_(pa.float32())) for name in self.tasks]
+
+    def columns(self, histories: Histories) -> list[pa.Array]:
+        vectors = self.predictor.encode(histories, self.tasks)
+        return [_lists(vectors[name]) for name in self.tasks]
+
+
+class PredictJob(DatasetJob):
+    """Predictions of one task, as `Predictor.predict` answers: items and scores, lists of the best k, the best first
+    (fewer where there are no more); class, its label where the task names them, and probabilities; probability; value.
+
+    ids  items are the log's own in place of the dataset's
+    """
+
+    command, doing = "pcl predict", "predicting"
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        dataset: Dataset,
+        out: str | Path,
+        task: str,
+        k: int = 10,
+        *,
+        skip_seen: bool = False,
+        ids: ItemIds | None = None,
+    ):
+        self.k, self.skip_seen, self.ids = k, skip_seen, ids
+        super().__init__(predictor, dataset, out, [task])
+
+    @cached_property
+    def spec(self) -> TaskSpec:
+        (spec,) = (entry["spec"] for entry in self.manifest["tasks"] if entry["name"] == self.tasks[0])
+        return TaskSpec.from_json(spec)
+
+    def settings(self) -> dict[str, Any]:
+        if self.spec.kind != "items":
+            return {}
+        names = None if self.ids is None else file_sha256(self.ids.path)
+        return {"k": self.k, "skip_seen": self.skip_seen, "item_ids": names}
+
+    def fields(self) -> list[tuple[str, pa.DataType]]:
+        if self.spec.kind == "items":
+            item = pa.int64() if self.ids is None or self.ids.are_numbers else pa.string()
+            return [("items", pa.list_(item)), ("scores", pa.list_(pa.float32()))]
+        if self.spec.kind == "classes":
+            label = [("label", pa.string())] if self.spec.labels else []
+            return [("class", pa.int64()), *label, ("probabilities", pa.list_(pa.float32()))]
+        return [("probability" if self.spec.kind == "binary" else "value", pa.float32())]
+
+    def columns(self, histories: Histories) -> list[pa.Array]:
+        answer = self.predictor.predict(histories, self.tasks[0], self.k, skip_seen=self.skip_seen)
+        if self.spec.kind != "items":
+            values = [answer[name] for name in self.schema.names[1:]]
+            return [_lists(one) if one.ndim == 2 else pa.array(one) for one in values]
+        there = answer["items"] > 0
+        items, scores = (answer[name][there] for name in ("items", "scores"))
+        offsets = pa.array(np.concatenate([[0], there.sum(1).cumsum()]).astype(np.int32))
+        item = self.schema.field("items").type.value_type
+        ids = pa.array(items if self.ids is None else self.ids.original(items), item)
+        return [pa.ListArray.from_arrays(offsets, values) for values in (ids, pa.array(scores))]
 
 
 def _name_first(draft: str, path: Path) -> None:

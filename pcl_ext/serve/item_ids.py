@@ -9,8 +9,8 @@ from pathlib import Path
 class ItemIds:
     """A dataset's items.parquet: from the log's own ids to those of the dataset, 1..V, and back.
 
-    The log's ids are text there; where all of them are whole numbers, `original` gives numbers. FileNotFoundError or
-    ValueError names a file that is missing or is no such table.
+    The log's ids are text there; where all of them are whole numbers (`are_numbers`), `original` gives numbers.
+    FileNotFoundError or ValueError names a file that is missing or is no such table.
     """
 
     def __init__(self, path: str | Path):
@@ -28,7 +28,8 @@ class ItemIds:
                 raise ValueError(f"{path}: {name} must name every item once, got a null or one twice")
         ids, originals = table["item_id"].to_pylist(), [str(text) for text in table["original_id"].to_pylist()]
         self._ids = dict(zip(originals, ids))
-        self._originals = dict(zip(ids, map(int, originals) if all(map(_is_number, originals)) else originals))
+        self.are_numbers = all(map(_is_number, originals))
+        self._originals = dict(zip(ids, map(int, originals) if self.are_numbers else originals))
 
     def check(self, num_items: int) -> None:
         """ValueError unless these are items 1..num_items: the table of another dataset would name others."""

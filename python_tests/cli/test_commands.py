@@ -208,7 +208,7 @@ def test_encode(made, pcl, tmp_path):
     argv = ["encode", made.run, "--data", made.data, "--tasks", "click", "spend", "--out", file]
     status, out, err = pcl(*argv)
     assert (status, err) == (0, [])
-    assert out[0].startswith(f"{file}: complete, 2 tasks; 200 of 200 users encoded now")
+    assert out[0].startswith(f"{file}: complete; 200 of 200 users done now")
     table = pq.read_table(file)
     assert table.schema.names == ["user_id", "click", "spend"]
     assert table.schema.field("click").type == pa.list_(pa.float32())
@@ -218,7 +218,19 @@ def test_encode(made, pcl, tmp_path):
         want = model.encode(PackedBatch.from_lists(histories, num_items=50, max_len=20), ["click", "spend"])
     for task, vectors in want.items():
         torch.testing.assert_close(torch.tensor(table[task].to_pylist()), vectors)
-    assert pcl(*argv)[1] == [f"{file}: complete, 2 tasks; 0 of 200 users encoded now"]
+    assert pcl(*argv)[1] == [f"{file}: complete; 0 of 200 users done now"]
+
+
+def test_predict_for_a_whole_dataset(made, pcl, tmp_path):
+    dataset, file = Dataset(made.data), tmp_path / "best.parquet"
+    argv = ["predict", made.run, "--task", "next", "--k", 3, "--skip-seen", "--data", made.data, "--out", file]
+    status, out, err = pcl(*argv)
+    assert (status, err) == (0, [])
+    assert out[0].startswith(f"{file}: complete; 200 of 200 users done now")
+    histories = [dataset.items[a:b].tolist() for a, b in zip(dataset.offsets, dataset.offsets[1:])]
+    lines = "".join(json.dumps(history) + "\n" for history in histories)
+    _, answers, _ = pcl("predict", made.run, "--task", "next", "--k", 3, "--skip-seen", stdin=lines)
+    assert pq.read_table(file)["items"].to_pylist() == [json.loads(line)["items"] for line in answers]
 
 
 def test_encode_under_torchrun(made, pcl, tmp_path, monkeypatch):
@@ -227,7 +239,7 @@ def test_encode_under_torchrun(made, pcl, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, said in (
         (1, "process 1 of 2 is done, the last one writes the file; 0 of"),
-        (0, "complete, 5 tasks; 200"),
+        (0, "complete; 200"),
     ):
         monkeypatch.setenv("RANK", str(rank))  # all users are one shard
         status, out, err = pcl(*argv, tmp_path / "two.parquet")

@@ -110,6 +110,8 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
             ["encode", "RUN", "--data", "DATA", "--out", "DATA/histories.parquet"],
             "histories.parquet is there and was not made by pcl encode; choose another file",
         ),
+        (["predict", "RUN", "--task", "click", "--data", "DATA"], "--data and --out come together"),
+        (["predict", "RUN", "--task", "click", "--out", "NEW"], "--data and --out come together"),
         (["export", "RUN"], "task"),
         (["export", "RUN", "--task", "churn"], "task must be one of next, click, .*, got 'churn'"),
         (["export", "RUN", "--task", "click", "--formats", "jit"], "formats"),
