@@ -17,6 +17,14 @@ WERROR ?= OFF
 # More for pip, such as the index to take torch from.
 PIP_FLAGS ?=
 
+# CMake looks for nvcc where PATH says, or takes what CUDACXX names.
+ifeq ($(CUDA),1)
+NVCC := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+ifneq ($(NVCC),)
+export CUDACXX ?= $(NVCC)
+endif
+endif
+
 BIN := $(VENV)/bin
 STRICT := --config-settings=cmake.define.PCL_WERROR=$(WERROR)
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
@@ -67,7 +75,8 @@ docs: $(VENV)/.docs
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run_all.py
 
-gpu-check:
+gpu-check: $(VENV)/.torch
+	$(BIN)/python benchmarks/gpu_check.py --ready
 	$(MAKE) dev CUDA=1
 	$(BIN)/python benchmarks/gpu_check.py --seconds 450
 
@@ -97,4 +106,8 @@ $(VENV)/.build: $(VENV)/.torch
 $(INSTALLED): $(SOURCES) $(VENV)/.build
 	$(PIP) --no-build-isolation $(STRICT) --config-settings=cmake.define.PCL_CUDA=$(if $(filter 1,$(CUDA)),ON,OFF) ".[$(EXTRAS)]"
 	rm -f $(VENV)/.installed-cuda-*
+ifeq ($(CUDA),1)
+	@ls $(VENV)/lib/python*/site-packages/pcl_ext/_cuda.*so >/dev/null 2>&1 || { echo "CUDA=1 built no CUDA kernels:" \
+		"they need nvcc 11.8 or newer, on PATH, in /usr/local/cuda/bin or named by CUDACXX (now '$$CUDACXX')" >&2; exit 1; }
+endif
 	touch $@

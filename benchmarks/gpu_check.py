@@ -1,16 +1,18 @@
 """What is to know about the CUDA kernels on this GPU, in one run of at most 8 minutes: `make gpu-check`.
 
-The tests on CUDA, compute-sanitizer where it is found, and the benchmarks, each a process of its own with a limit: what
+The tests on CUDA, the benchmarks, and compute-sanitizer where it is found, each a process of its own with a limit: what
 fails is in the report, and the rest goes on. Writes results/gpu-<name>.md, and the numbers beside it as JSON, after
 every part; a part that fails leaves its whole output there too.
 
   --build  compile the modules in place first, for this GPU alone, with CMake and nanobind (two minutes more: give
            --seconds 570); `make gpu-check` installs the package
+  --ready  say what is missing here, and do no more
   --dry    on the CPU, with its kernels, on sizes that say nothing: does it run?
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -28,11 +30,13 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PARTS = {"gpu_step": 90, "gpu_attention": 120, "gpu_layout": 60}  # benchmarks, and the seconds each may take
-SANITIZER_S, BUILD_S = 70, 240
+# Benchmarks, and the seconds each may take; the last, which compiles for most of its time, all that are left by then,
+# and so many are kept for it.
+PARTS = {"gpu_attention": 120, "gpu_layout": 60, "gpu_step": 160}
+BUILD_S = 240
 # A fault on a GPU ends the process it is in, for all that comes after it: processes of their own. What each takes, and
 # the seconds it may take.
-TESTS = {"tests of layout": ("not attention and not prefix", 40), "tests of attention": ("attention or prefix", 80)}
+TESTS = {"tests of layout": ("not attention and not prefix", 80), "tests of attention": ("attention or prefix", 80)}
 OURS = "kernel_substring=3pcl"  # the mangled name of every kernel in namespace pcl
 # What each tool of compute-sanitizer watches: reads and writes outside tensors; races in shared memory, which are
 # searched for an access at a time.
@@ -49,9 +53,9 @@ class Deadline:
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
 
-    def limit(self, seconds: float) -> float:
-        """At most so many seconds, at least one."""
-        return max(1.0, min(seconds, self.end - time.monotonic()))
+    def limit(self, seconds: float = math.inf, spare: float = 0) -> float:
+        """At most so many seconds, at least one, such that `spare` of them are left."""
+        return max(1.0, min(seconds, self.end - time.monotonic() - spare))
 
 
 def call(command: list, seconds: float, **options) -> dict:
@@ -84,12 +88,13 @@ def build(seconds: float) -> dict:
     major, minor = torch.cuda.get_device_capability()
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DPCL_CUDA=ON", "-DCMAKE_BUILD_TYPE=Release"]
     options += [f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}-real", "-DPCL_WERROR=OFF"]
-    options += ["-GNinja"] if shutil.which("ninja") else []
+    if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists():  # what was chosen once has to stay
+        options += ["-GNinja"]
     nvcc = Path("/usr/local/cuda/bin/nvcc")
     options += [f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc.exists() and not shutil.which("nvcc") else []
     begin, result = time.monotonic(), call(["cmake", "-S", ROOT, "-B", folder, *options], seconds)
     if result["exit code"] == 0:
-        result = call(["cmake", "--build", folder, "--parallel"], seconds)
+        result = call(["cmake", "--build", folder, "--parallel"], max(1.0, seconds - result["seconds"]))
     for module in [*folder.glob("_C*.so"), *folder.glob("_cuda*.so")]:
         shutil.copy(module, ROOT / "pcl_ext")
     if result["exit code"] == 0 and not list(folder.glob("_cuda*.so")):
@@ -97,18 +102,17 @@ def build(seconds: float) -> dict:
     return {**result, "seconds": round(time.monotonic() - begin, 1)}
 
 
-def environment() -> dict[str, str]:
-    """Variables for a process that must find the package where it was built in place."""
-    paths = [str(ROOT)] if any((ROOT / "pcl_ext").glob("_C*.so")) else []
-    paths += [p for p in [os.environ.get("PYTHONPATH")] if p]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+def import_in_place() -> None:
+    """Here and in all processes that are started, take the package that was built in place for the one installed."""
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def run_tests(before: list, files: list[str], options: list[str], seconds: float, **more) -> dict:
     """Tests, called as `before` says; that all were skipped is a failure."""
     paths = [ROOT / "python_tests" / name for name in files]
     command = [*before, sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "--tb=short", "-rf", *paths, *options]
-    result = call(command, seconds, env={**environment(), **more})
+    result = call(command, seconds, env={**os.environ, **more})
     if result["exit code"] == 0 and not re.search(r"[1-9]\d* passed", result["output"]):
         result["exit code"] = "nothing ran"
     return result
@@ -141,7 +145,7 @@ def measure(part: str, seconds: float, dry: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         command = [sys.executable, HERE / "gpu_check.py", "--part", part, "--json", file, *["--dry"] * dry]
-        result = call(command, seconds, env=environment())
+        result = call(command, seconds)
         kept = json.loads(file.read_text()) if file.exists() else {}
     return {**result, "rates": {}, "rows": [], "failures": [], **kept}
 
@@ -180,6 +184,14 @@ def machine(dry: bool) -> dict:
     }
 
 
+def no_device() -> str:
+    """What there must be before anything is worth building; empty where it is."""
+    if torch.version.cuda is None:
+        install = f"{sys.executable} -m pip install --force-reinstall torch"
+        return f"a torch with CUDA, which {torch.__version__} is not: install PyPI's, with `{install}`"
+    return "" if torch.cuda.is_available() else "a CUDA device, and torch finds none: does nvidia-smi?"
+
+
 def no_kernels() -> str:
     """Why the installed package has no CUDA kernels; empty where it has."""
     from pcl_ext import ops
@@ -215,6 +227,7 @@ def _shown(value):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true")
+    parser.add_argument("--ready", action="store_true")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--seconds", type=float, default=480, help="for everything")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -224,9 +237,11 @@ def main() -> int:
     if arguments.part:
         run_part(arguments.part, arguments.json, arguments.dry)
         return 0
-    if not arguments.dry and not torch.cuda.is_available():
-        print("gpu_check needs a CUDA device; --dry shows on the CPU that it runs", file=sys.stderr)
+    if not arguments.dry and (missing := no_device()):
+        print(f"gpu_check needs {missing}; --dry shows on the CPU that it runs", file=sys.stderr)
         return 2
+    if arguments.ready:
+        return 0
     name = "dry" if arguments.dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = {"machine": {}, "parts": {}}
@@ -242,6 +257,13 @@ def main() -> int:
     return int(any(map(failed, report["parts"].values())))
 
 
+def if_time(result: dict) -> dict:
+    """A part that has all the time there is: to be stopped then is no failure."""
+    if result["exit code"] != "timeout":
+        return result
+    return {**result, "exit code": "not run", "output": f"{result['output']}\nstopped: there was no more time"}
+
+
 def failed(result: dict) -> bool:
     """Whether a part, or anything in it, went wrong."""
     return result["exit code"] not in (0, "not run") or bool(result.get("failures"))
@@ -251,7 +273,7 @@ def check(compile_first: bool, dry: bool, deadline: Deadline) -> Iterator[tuple[
     """(name, result) of one part after another; without kernels there is nothing to test or measure."""
     if compile_first:
         result = build(deadline.limit(BUILD_S))
-        sys.path.insert(0, str(ROOT))
+        import_in_place()
         yield "build", result
         if failed(result):
             return
@@ -260,10 +282,13 @@ def check(compile_first: bool, dry: bool, deadline: Deadline) -> Iterator[tuple[
         return
     for which, (_, limit) in TESTS.items():
         yield which, test(which, deadline.limit(limit), dry)
-    for part, limit in PARTS.items():
-        yield part, measure(part, deadline.limit(limit), dry)
-    for tool in SANITIZED:
-        yield tool, sanitize(tool, deadline.limit(SANITIZER_S / 2), dry)
+    *parts, last = PARTS
+    for part in parts:
+        yield part, measure(part, deadline.limit(PARTS[part]), dry)
+    for tool in SANITIZED:  # how long they take differs from GPU to GPU
+        seconds = deadline.limit(spare=PARTS[last])
+        yield tool, if_time(sanitize(tool, seconds, dry))
+    yield last, if_time(measure(last, deadline.limit(), dry))
 
 
 if __name__ == "__main__":

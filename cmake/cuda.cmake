@@ -5,6 +5,9 @@ set(oldest_cuda 11.8)  # the first that knows sm_90
 
 if(PCL_CUDA)
   include(CheckLanguage)
+  if(NOT CMAKE_CUDA_COMPILER)  # what was not found in a build folder's past may be there now
+    unset(CMAKE_CUDA_COMPILER CACHE)
+  endif()
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)

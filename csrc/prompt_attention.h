@@ -41,6 +41,12 @@ struct AttentionGrads {
   void *grad_q, *grad_k, *grad_v, *grad_prefix_k, *grad_prefix_v;  // contiguous; null where not asked for
 };
 
+// For the prefix gradients on CUDA: the histories [B] in the order of their prefixes, how many runs of 16 rows they have
+// up to and with each [B], and the first member of each prefix, then the end of the last's [R + 1].
+struct AttentionMembers {
+  const int64_t *members, *slots, *begins;
+};
+
 void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* stats, Scalar dtype, Isa isa, int threads);
 void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
                               int threads);
@@ -65,10 +71,9 @@ bool prompt_attention_cuda_fits(int64_t head_dim, Scalar dtype);
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream);
 
 // workspace: as many bytes as the first says, 16-byte aligned; prefix: whether gradients of the prefix are asked for,
-// for which members [B] are the histories in the order of their prefixes, and member_slots [B] counts the runs of 16
-// rows of each history up to and with that member. Both are read unchecked, as the plan is.
+// for which there are members, read unchecked as the plan is.
 int64_t prompt_attention_bwd_cuda_bytes(const AttentionArgs& args, bool prefix, Scalar dtype);
-int prompt_attention_bwd_cuda(const AttentionArgs& args, const AttentionGrads& grads, const int64_t* members,
-                              const int64_t* member_slots, void* workspace, Scalar dtype, void* stream);
+int prompt_attention_bwd_cuda(const AttentionArgs& args, const AttentionGrads& grads, const AttentionMembers& members,
+                              void* workspace, Scalar dtype, void* stream);
 
 }  // namespace pcl

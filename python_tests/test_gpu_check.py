@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -113,11 +115,86 @@ def test_the_report_shows_what_failed(modules):
     assert "gpu_layout failed at b: E" in text
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: make gpu-check runs all of it")
-def test_without_a_gpu_it_says_so():
-    result = subprocess.run([sys.executable, BENCHMARKS / "gpu_check.py"], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "needs a CUDA device; --dry" in result.stderr
+@pytest.mark.parametrize("option", ["--ready", "--build"])
+@pytest.mark.parametrize(
+    ("cuda", "says"),
+    [
+        (None, "needs a torch with CUDA, which .* is not: install PyPI's, with `.* install --force-reinstall torch`"),
+        ("13.0", "needs a CUDA device, and torch finds none"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_built(cuda, says, option, modules, monkeypatch, capsys):
+    gpu_check, _ = modules
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_check, "check", None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", option])
+    assert gpu_check.main() == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+def done(code=0, seconds=1) -> dict:
+    return {"exit code": code, "seconds": seconds, "output": ""}
+
+
+@pytest.mark.parametrize("build", [False, True])
+def test_what_lies_in_the_sources_is_tested_only_where_it_was_just_built(build, modules, monkeypatch, tmp_path):
+    gpu_check, _ = modules
+    (tmp_path / "pcl_ext").mkdir()
+    (tmp_path / "pcl_ext/_C.so").touch()
+    found = []
+
+    def call(command, seconds, **options):
+        found.append(options.get("env", os.environ)["PYTHONPATH"])
+        return done()
+
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "call", call)
+    monkeypatch.setattr(gpu_check, "build", lambda seconds: done())
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    parts = dict(gpu_check.check(build, True, gpu_check.Deadline(480)))
+    assert len(found) == len(parts) - len(gpu_check.SANITIZED) - build
+    assert set(found) == {f"{tmp_path}:mine" if build else "mine"}
+    assert (str(tmp_path) in sys.path) == build
+
+
+def test_what_takes_longer_than_there_is_time_for_has_not_failed(modules, monkeypatch):
+    gpu_check, _ = modules
+    given = {}
+
+    def part(name, seconds, dry):
+        given[name] = seconds
+        return {**done("timeout"), "failures": []}
+
+    for kind in ("test", "measure", "sanitize"):
+        monkeypatch.setattr(gpu_check, kind, part)
+    parts = dict(gpu_check.check(False, True, gpu_check.Deadline(480)))
+    assert list(parts) == [*gpu_check.TESTS, "gpu_attention", "gpu_layout", *gpu_check.SANITIZED, "gpu_step"]
+    assert [name for name, part in parts.items() if not gpu_check.failed(part)] == [*gpu_check.SANITIZED, "gpu_step"]
+    assert [round(given[name]) for name in ("tests of layout", "memcheck", "gpu_step")] == [80, 320, 480]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_build_keeps_its_generator_and_the_time_of_both_steps(before, modules, monkeypatch, tmp_path):
+    gpu_check, _ = modules
+    called = []
+
+    def call(command, seconds):
+        called.append((command, seconds))
+        return done(seconds=200)
+
+    folder = tmp_path / "build/gpu-check"
+    folder.mkdir(parents=True)
+    if before:
+        (folder / "CMakeCache.txt").write_text("CMAKE_GENERATOR:INTERNAL=Unix Makefiles\n")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "call", call)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu_check.build(240)["exit code"] == "no CUDA kernels were built"
+    assert ("-GNinja" in called[0][0]) == (not before)
+    assert [seconds for _, seconds in called] == [240, 40]
 
 
 @pytest.mark.slow
@@ -128,7 +205,7 @@ def test_it_runs_from_end_to_end(tmp_path, modules):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-6000:]
     report = json.loads((tmp_path / "gpu-dry.json").read_text())
-    assert list(report["parts"]) == [*gpu_check.TESTS, *gpu_check.PARTS, *gpu_check.SANITIZED]
+    assert set(report["parts"]) == {*gpu_check.TESTS, *gpu_check.PARTS, *gpu_check.SANITIZED}
     rows = {name: len(report["parts"][name]["rows"]) for name in gpu_check.PARTS}
     assert rows == {"gpu_layout": 12, "gpu_attention": 7, "gpu_step": 2}
     assert "prompt-tuning step" in (tmp_path / "gpu-dry.md").read_text()

@@ -1,6 +1,7 @@
 """The package installs with and without its compiled module, and works either way."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,75 @@ def test_installs(setting, fused, tmp_path):
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert shown.stdout.split() == [str(tmp_path / "site/pcl_ext/__init__.py"), str(fused)]
+
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no CMake")
+def test_a_cuda_compiler_is_found_where_there_was_none_before(tmp_path):
+    pytest.importorskip("nanobind")
+    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CUDA_COMPILER=NOTFOUND"]  # as the first time left it
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, *options]
+    environment = {**os.environ, "CUDACXX": NVCC}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "no working CUDA compiler was found" not in shown.stdout
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A folder that make takes for the project's, with an environment whose pip does nothing; and how to call make."""
+    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "constraints.txt", "venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("cmake", "csrc", "pcl_ext"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
+
+    def make(*words, **environment):
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "CUDACXX"))}
+        command = ["make", "-C", tmp_path, "VENV=venv", "PIP=true", *words]
+        return subprocess.run(command, env=variables | environment, capture_output=True, text=True, check=False)
+
+    return make
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+
+
+@needs_make
+def test_make_remembers_cuda_kernels_only_where_they_were_built(sources, tmp_path):
+    stamp, modules = tmp_path / "venv/.installed-cuda-1", tmp_path / "venv/lib/python3.11/site-packages/pcl_ext"
+    assert sources("dev", "CUDA=0").returncode == 0
+    result = sources("dev", "CUDA=1")
+    assert result.returncode != 0
+    assert "built no CUDA kernels: they need nvcc 11.8 or newer, on PATH" in result.stderr
+    assert not stamp.exists()
+    modules.mkdir(parents=True)
+    (modules / "_cuda_emulated.cpython-311.so").touch()
+    assert sources("dev", "CUDA=1").returncode != 0
+    (modules / "_cuda.cpython-311.so").touch()
+    assert sources("dev", "CUDA=1").returncode == 0
+    assert stamp.exists()
+
+
+@needs_make
+def test_make_names_the_cuda_compiler(sources, tmp_path):
+    show = "--eval=show: ; @echo compiler=$$CUDACXX"
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(0o755)
+    path = {"PATH": f"{nvcc.parent}:/usr/bin:/bin"}
+    assert f"compiler={nvcc}\n" in sources("show", show, "CUDA=1", **path).stdout
+    assert "compiler=mine\n" in sources("show", show, "CUDA=1", CUDACXX="mine", **path).stdout
+    assert "compiler=\n" in sources("show", show, "CUDA=0", **path).stdout
+
+
+@needs_make
+def test_make_asks_for_a_gpu_before_it_builds(sources):
+    shown = sources("--dry-run", "gpu-check").stdout
+    assert 0 < shown.index("gpu_check.py --ready") < shown.index("dev CUDA=1") < shown.index("gpu_check.py --seconds")
 
 
 def test_the_core_needs_no_extra(tmp_path):

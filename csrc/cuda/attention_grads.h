@@ -165,19 +165,14 @@ template <class T>
 int grad_own_rows(const AttentionArgs& args, const AttentionBackward<T>& backward, const OwnGrads<T>& grads,
                   float* partial, void* stream);
 
-// Gradients of the keys and values of prefixes: the histories in the order of their prefixes, how many slots of rows
-// they have up to and with each; partial: prefix_partial_bytes.
-struct Members {
-  const int64_t *members, *slots;
-  int64_t count;
-};
+// Gradients of the keys and values of prefixes; partial: prefix_partial_bytes.
 template <class T>
 int64_t prefix_partial_bytes(const AttentionArgs& args);
 template <class T>
 int prefix_least_shared(int64_t head_dim);  // bytes of shared memory
 template <class T>
 int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
-                     const Members& members, float* partial, void* stream);
+                     const AttentionMembers& members, float* partial, void* stream);
 
 // Adds up partial [the first `slots` slots of prefixes, H, shares, k and v, 16 rows of d as lanes hold them].
 template <class T>

@@ -7,10 +7,12 @@
 
 #include "../prompt_attention.h"
 #include "attention_slots.h"
+#include "isa.h"
 
 namespace pcl {
 
 inline constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+inline constexpr int kMostDim = 128;
 inline constexpr float kLog2E = 1.44269504088896341f;
 
 // Rows of the whole tensor.
@@ -285,11 +287,13 @@ __device__ __forceinline__ void clear_rows_of_none(const Histories& runs, T* row
   }
 }
 
-// Pieces of prefixes that a pass keeps in shared memory, beside `more` bytes: as many as there is room for.
+// Tiles of a prefix that a pass keeps in shared memory, beside `more` bytes: as many as there is room for and as prefixes
+// have on average. More would lie idle, and fewer blocks would run at the same time.
 template <class Memory>
 int prefix_tiles_of(const AttentionArgs& args, int more = 0) {
   if (args.plan.num_prefixes == 0) return 0;
-  const int64_t tiles = (args.prefix_total + kTileRows - 1) / kTileRows;
+  const int64_t rows = (args.prefix_total + args.plan.num_prefixes - 1) / args.plan.num_prefixes;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   int most = Memory::kMostPrefixTiles;
   while (most > 1 && Memory::bytes(most) + more > max_shared_bytes()) --most;
   return static_cast<int>(clamp<int64_t>(tiles, 1, most));
@@ -302,11 +306,30 @@ Grid blocks_by_head(Kernel kernel, int shared_bytes, int64_t num_heads, int64_t 
   return {static_cast<unsigned>(each), static_cast<unsigned>(num_heads)};
 }
 
-// Calls run with the head width as a constant; the widths are multiples of 16 up to 128.
+// Whether there are kernels for such heads.
+inline bool has_kernels(int64_t head_dim, Scalar dtype) {
+  const bool number = dtype == Scalar::kFloat || dtype == Scalar::kBfloat16 || dtype == Scalar::kHalf;
+  return number && head_dim > 0 && head_dim <= kMostDim && head_dim % 16 == 0;
+}
+
+// Calls run(T{}) with the type of a dtype that has kernels.
+template <class Run>
+auto with_float(Scalar dtype, Run run) {
+  switch (dtype) {
+    case Scalar::kBfloat16:
+      return run(bf16{});
+    case Scalar::kHalf:
+      return run(fp16{});
+    default:
+      return run(float{});
+  }
+}
+
+// Calls run with the head width as a constant; kInvalidValue where it has no kernels.
 template <int kDim = 16, class Run>
 int with_dim(int64_t dim, Run run) {
-  if constexpr (kDim > 128) {
-    return run(std::integral_constant<int, 128>{});
+  if constexpr (kDim > kMostDim) {
+    return kInvalidValue;
   } else {
     return dim == kDim ? run(std::integral_constant<int, kDim>{}) : with_dim<kDim + 16>(dim, run);
   }

@@ -1,4 +1,5 @@
-// The CUDA kernels in Python: as csrc/bindings.cpp, with a stream last. Every function returns CUDA's error number.
+// The CUDA kernels in Python: as csrc/bindings.cpp, with a stream last. What launches returns CUDA's error number; a
+// device that does not say what it has is a RuntimeError.
 #include <nanobind/nanobind.h>
 
 #include "embed.h"
@@ -94,7 +95,7 @@ int64_t prompt_attention_bwd_bytes(nb::tuple pointers, nb::tuple numbers, bool p
                                               static_cast<pcl::Scalar>(dtype));
 }
 
-// grad_pointers: grad_out, out, stats, gradients of q, k, v, prefix_k, prefix_v, then members and member_slots.
+// grad_pointers: grad_out, out, stats, gradients of q, k, v, prefix_k, prefix_v, then the three of AttentionMembers.
 int prompt_attention_bwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype,
                          nb::tuple grad_pointers, int64_t grad_row, int64_t grad_head, uintptr_t workspace,
                          uintptr_t stream) {
@@ -108,9 +109,10 @@ int prompt_attention_bwd(nb::tuple pointers, nb::tuple numbers, bool causal, dou
                                   pointer(5),
                                   pointer(6),
                                   pointer(7)};
-  return pcl::prompt_attention_bwd_cuda(args, grads, static_cast<const int64_t*>(pointer(8)),
-                                        static_cast<const int64_t*>(pointer(9)), at(workspace),
-                                        static_cast<pcl::Scalar>(dtype), at(stream));
+  const auto numbers_at = [&](int i) { return static_cast<const int64_t*>(pointer(i)); };
+  const pcl::AttentionMembers members{numbers_at(8), numbers_at(9), numbers_at(10)};
+  return pcl::prompt_attention_bwd_cuda(args, grads, members, at(workspace), static_cast<pcl::Scalar>(dtype),
+                                        at(stream));
 }
 
 }  // namespace
@@ -132,6 +134,8 @@ NB_MODULE(PCL_CUDA_MODULE, m) {
 #ifdef PCL_CUDA_EMULATED
   m.def("set_order", &pcl::emulated::set_order);
   m.def("set_shared_bytes", &pcl::emulated::set_shared_bytes);
+  m.def("last_shared_bytes", &pcl::emulated::last_shared_bytes);
+  m.def("set_answer", &pcl::emulated::set_answer);
   m.def("product", [](uintptr_t a, uintptr_t b, uintptr_t c, int dtype, bool transposed, bool wait) {
     return pcl::emulated::product(at(a), at(b), at<float>(c), static_cast<pcl::Scalar>(dtype), transposed, wait);
   });

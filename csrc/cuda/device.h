@@ -6,7 +6,7 @@
 //     Grid{x, y, z}                            blocks; y and z at most 65,535
 //     launch(kernel, grid, threads, shared_bytes, stream, arguments...) -> error number, 0 when it was launched
 //     resident_blocks(kernel, threads, shared_bytes)   how many blocks run at the same time, for persistent kernels
-//     max_shared_bytes()                       what a block may ask for
+//     max_shared_bytes()                       what a block may ask for; both throw where the device does not say
 //     error_text(number)
 //   of a thread; blocks are one-dimensional and whole warps
 //     thread_index(), num_threads(), block_x/y/z(), grid_x/y/z()
@@ -43,6 +43,7 @@
 namespace pcl {
 
 inline constexpr int kWarp = 32;
+inline constexpr int kInvalidValue = 1;  // the error number of what there is no kernel for
 
 // Of unsigned numbers: what is found from them by dividing then takes shifts alone.
 __device__ __forceinline__ int lane_index() { return static_cast<unsigned>(thread_index()) % kWarp; }

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "runtime.h"
 #include "scalars.h"
 
 namespace pcl {
@@ -17,8 +18,8 @@ struct Grid {
 
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
+  check_answer(cudaGetDevice(&device));
+  check_answer(cudaDeviceGetAttribute(&value, attribute, device));
   return value;
 }
 
@@ -50,8 +51,9 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, int shared_bytes) {
   int each = 0;
-  if (allow_shared(kernel, shared_bytes) != 0) return 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+  check_answer(allow_shared(kernel, shared_bytes));
+  check_answer(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, reinterpret_cast<const void*>(kernel), threads,
+                                                             shared_bytes));
   return (each < 1 ? 1 : each) * device_attribute(cudaDevAttrMultiProcessorCount);
 }
 

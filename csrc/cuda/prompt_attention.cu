@@ -1,6 +1,5 @@
 // Forward of prompt_attention: one pass of every query over its keys, the softmax taken as they come.
 #include "attention_grads.h"
-#include "isa.h"
 
 namespace pcl {
 
@@ -130,26 +129,14 @@ bool fits(int64_t head_dim) {
 }  // namespace
 
 bool prompt_attention_cuda_fits(int64_t head_dim, Scalar dtype) {
-  switch (dtype) {
-    case Scalar::kBfloat16:
-      return fits<bf16>(head_dim);
-    case Scalar::kHalf:
-      return fits<fp16>(head_dim);
-    default:
-      return fits<float>(head_dim);
-  }
+  if (!has_kernels(head_dim, dtype)) return false;
+  return with_float(dtype, [&](auto number) { return fits<decltype(number)>(head_dim); });
 }
 
 int prompt_attention_fwd_cuda(const AttentionArgs& args, void* out, void* stats, Scalar dtype, void* stream) {
+  if (!has_kernels(args.head_dim, dtype)) return kInvalidValue;
   if (args.total == 0 || args.num_heads == 0) return 0;
-  switch (dtype) {
-    case Scalar::kBfloat16:
-      return forward<bf16>(args, out, stats, stream);
-    case Scalar::kHalf:
-      return forward<fp16>(args, out, stats, stream);
-    default:
-      return forward<float>(args, out, stats, stream);
-  }
+  return with_float(dtype, [&](auto number) { return forward<decltype(number)>(args, out, stats, stream); });
 }
 
 }  // namespace pcl

@@ -1,7 +1,6 @@
 // Backward of prompt_attention: what every row needs once, and the order of the passes. Every pass computes the weights
 // again and owns what it writes: no sum depends on which block is faster.
 #include "attention_grads.h"
-#include "isa.h"
 #include "numbers.h"
 
 namespace pcl {
@@ -56,7 +55,7 @@ int64_t numbers_bytes(const AttentionArgs& args) {
 }
 
 template <class T>
-int backward(const AttentionArgs& args, const AttentionGrads& grads, const Members& members, void* workspace,
+int backward(const AttentionArgs& args, const AttentionGrads& grads, const AttentionMembers& members, void* workspace,
              void* stream) {
   const KeyGrads<T> prefix{static_cast<T*>(grads.grad_prefix_k), static_cast<T*>(grads.grad_prefix_v)};
   const OwnGrads<T> own{
@@ -81,22 +80,10 @@ int backward(const AttentionArgs& args, const AttentionGrads& grads, const Membe
   return error;
 }
 
-template <class Run>
-auto with_float(Scalar dtype, Run run) {
-  switch (dtype) {
-    case Scalar::kBfloat16:
-      return run(bf16{});
-    case Scalar::kHalf:
-      return run(fp16{});
-    default:
-      return run(float{});
-  }
-}
-
 }  // namespace
 
 int64_t prompt_attention_bwd_cuda_bytes(const AttentionArgs& args, bool prefix, Scalar dtype) {
-  if (args.num_heads == 0) return 0;
+  if (args.num_heads == 0 || !has_kernels(args.head_dim, dtype)) return 0;
   return with_float(dtype, [&](auto number) {
     using T = decltype(number);
     const int64_t numbers = numbers_bytes<T>(args);
@@ -106,12 +93,12 @@ int64_t prompt_attention_bwd_cuda_bytes(const AttentionArgs& args, bool prefix, 
   });
 }
 
-int prompt_attention_bwd_cuda(const AttentionArgs& args, const AttentionGrads& grads, const int64_t* members,
-                              const int64_t* member_slots, void* workspace, Scalar dtype, void* stream) {
+int prompt_attention_bwd_cuda(const AttentionArgs& args, const AttentionGrads& grads, const AttentionMembers& members,
+                              void* workspace, Scalar dtype, void* stream) {
+  if (!has_kernels(args.head_dim, dtype)) return kInvalidValue;
   if (args.num_heads == 0) return 0;
-  return with_float(dtype, [&](auto number) {
-    return backward<decltype(number)>(args, grads, {members, member_slots, args.plan.batch}, workspace, stream);
-  });
+  return with_float(dtype,
+                    [&](auto number) { return backward<decltype(number)>(args, grads, members, workspace, stream); });
 }
 
 }  // namespace pcl

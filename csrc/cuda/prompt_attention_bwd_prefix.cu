@@ -78,17 +78,19 @@ __device__ __forceinline__ int64_t first_after(int64_t low, int64_t high, IsAfte
   return low;
 }
 
-// This warp's part of a share of the rows that see a prefix.
+// All members that see a prefix, and none of their rows yet.
 template <class T>
-__device__ __forceinline__ Walk part_of(const Attention<T>& attention, const Members& members, int prefix, int share,
+__device__ __forceinline__ Walk members_of(const Attention<T>& attention, const AttentionMembers& members, int prefix) {
+  const Histories& histories = attention.slots.runs;
+  const int64_t begin = clamp<int64_t>(members.begins[prefix], 0, histories.batch);
+  const int64_t end = clamp<int64_t>(members.begins[prefix + 1], begin, histories.batch);
+  return {histories, members.members, begin, end, 0, 0, 0, 0};
+}
+
+// This warp's part of a share of the rows that see a prefix, of all members that do, of which there are some.
+template <class T>
+__device__ __forceinline__ Walk part_of(const Attention<T>& attention, const int64_t* slots, Walk walk, int share,
                                         int shares) {
-  const Histories histories = attention.slots.runs;
-  const int64_t *index = attention.prefix_index, *order = members.members, *slots = members.slots;
-  const auto sees = [=](int64_t member) { return index[clamp<int64_t>(order[member], 0, histories.batch - 1)]; };
-  Walk walk{histories, order, 0, 0, 0, 0, 0, 0};
-  walk.member = first_after(0, members.count, [=](int64_t m) { return sees(m) >= prefix; });
-  walk.end = first_after(walk.member, members.count, [=](int64_t m) { return sees(m) > prefix; });
-  if (walk.member >= walk.end) return walk;
   const int64_t base = walk.member == 0 ? 0 : slots[walk.member - 1];
   const int64_t all = clamp<int64_t>(slots[walk.end - 1] - base, 0, attention.slots.count());
   const int64_t parts = static_cast<int64_t>(shares) * kWarps,
@@ -201,22 +203,27 @@ __device__ __forceinline__ void write_sums(const PrefixMemory<T, kDim>& memory, 
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, (sizeof(T) == 2 && kDim <= 64 ? 3 : 2))
-    grad_prefix_kernel(AttentionBackward<T> backward, KeyGrads<T> grads, Members members, int shares, float* partial) {
+    grad_prefix_kernel(AttentionBackward<T> backward, KeyGrads<T> grads, AttentionMembers members, int shares,
+                       float* partial) {
   const PrefixMemory<T, kDim> memory{shared_memory()};
   const Attention<T>& attention = backward.attention;
   const int share = block_x() % shares, head = block_x() / shares % attention.num_heads;
   const Slot slot = find_slot_warp(attention.prefixes, block_x() / shares / attention.num_heads);
   if (slot.length == 0) return;
-  if (warp_index() < 2) {
-    const Head<T> from = (warp_index() == 0 ? attention.prefix_k : attention.prefix_v).head(head);
-    load_tile<T, kDim>(memory.keys(warp_index()), from, slot.begin + slot.row, slot.count());
-  }
-  cp_async_commit();
-  cp_async_wait<0>();
-  sync_threads();
   KeySums<T, kDim> sums;
   sums.clear();
-  see_part(backward, grads, memory, head, part_of(attention, members, slot.run, share, shares), sums);
+  const Walk all = members_of(attention, members, slot.run);
+  if (all.member < all.end) {
+    if (warp_index() < 2) {
+      const Head<T> from = (warp_index() == 0 ? attention.prefix_k : attention.prefix_v).head(head);
+      load_tile<T, kDim>(memory.keys(warp_index()), from, slot.begin + slot.row, slot.count());
+    }
+    cp_async_commit();
+    const Walk part = part_of(attention, members.slots, all, share, shares);
+    cp_async_wait<0>();
+    sync_threads();
+    see_part(backward, grads, memory, head, part, sums);
+  }
   if (grads.k != nullptr) {
     add_warps(memory, sums.k);
     if (warp_index() == 0) write_sums(memory, sums.k, 0, slot, head, attention.num_heads, partial, grads.k);
@@ -303,7 +310,7 @@ int prefix_least_shared(int64_t head_dim) {
 
 template <class T>
 int grad_prefix_keys(const AttentionArgs& args, const AttentionBackward<T>& backward, const KeyGrads<T>& grads,
-                     const Members& members, float* partial, void* stream) {
+                     const AttentionMembers& members, float* partial, void* stream) {
   if (!has_prefix(args)) return 0;
   return with_dim(args.head_dim, [&](auto dim) -> int {
     constexpr int kBytes = PrefixMemory<T, dim()>::kBytes;
@@ -335,11 +342,11 @@ template int prefix_least_shared<bf16>(int64_t);
 template int prefix_least_shared<fp16>(int64_t);
 template int prefix_least_shared<float>(int64_t);
 template int grad_prefix_keys<bf16>(const AttentionArgs&, const AttentionBackward<bf16>&, const KeyGrads<bf16>&,
-                                    const Members&, float*, void*);
+                                    const AttentionMembers&, float*, void*);
 template int grad_prefix_keys<fp16>(const AttentionArgs&, const AttentionBackward<fp16>&, const KeyGrads<fp16>&,
-                                    const Members&, float*, void*);
+                                    const AttentionMembers&, float*, void*);
 template int grad_prefix_keys<float>(const AttentionArgs&, const AttentionBackward<float>&, const KeyGrads<float>&,
-                                     const Members&, float*, void*);
+                                     const AttentionMembers&, float*, void*);
 
 template int add_prefix_shares<bf16>(const AttentionArgs&, const KeyGrads<bf16>&, int64_t, const float*, int, void*);
 template int add_prefix_shares<fp16>(const AttentionArgs&, const KeyGrads<fp16>&, int64_t, const float*, int, void*);

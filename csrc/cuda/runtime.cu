@@ -1,10 +1,18 @@
+#include <stdexcept>
 #include <string>
 
 #include "device.h"
+#include "runtime.h"
 
 namespace pcl {
 
 const char* cuda_error_text(int number) { return error_text(number); }
+
+void check_answer(int number) {
+  if (number == 0) return;
+  throw std::runtime_error("the CUDA device does not say what it has: CUDA error " + std::to_string(number) + ", " +
+                           error_text(number));
+}
 
 const char* cuda_compiler() {
 #ifdef __CUDACC__

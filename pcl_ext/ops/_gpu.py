@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 _FOUND = find_spec("pcl_ext._cuda") is not None
-if _FOUND and torch.backends.cuda.is_built():
+_TORCH_HAS_CUDA = torch.version.cuda is not None  # torch.backends.cuda.is_built() says so of ROCm too
+if _FOUND and _TORCH_HAS_CUDA:
     from pcl_ext import _cuda as CUDA  # a broken build must raise here
 else:
     CUDA = None
@@ -20,7 +21,7 @@ _emulator = None  # what takes CPU tensors to the CUDA kernels, in tests
 
 def cuda_status() -> str:
     """One line about the CUDA module, for `pcl info`."""
-    if not torch.backends.cuda.is_built():
+    if not _TORCH_HAS_CUDA:
         built = "built, not loaded" if _FOUND else "not built"
         return f"{built}: this torch ({torch.__version__}) has no CUDA"
     if CUDA is None:

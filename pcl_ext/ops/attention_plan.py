@@ -94,14 +94,17 @@ def cuda_list(offsets, prefix_offsets, prefix_index, *, backward: bool = True) -
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     if index is None:
         return torch.cat([offsets])
-    return torch.cat([offsets, prefix_offsets, index, *(prefix_members(offsets, index) if backward else ())])
+    members = prefix_members(offsets, index, prefix_offsets.shape[0] - 1) if backward else ()
+    return torch.cat([offsets, prefix_offsets, index, *members])
 
 
-def prefix_members(offsets: Tensor, prefix_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Histories [B] in the order of their prefixes, and runs of 16 rows of each history up to and with that one [B]."""
+def prefix_members(offsets: Tensor, prefix_index: Tensor, num_prefixes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """AttentionMembers of csrc/prompt_attention.h: histories [B] in the order of their prefixes, runs of 16 rows up to
+    and with each [B], and where each prefix's histories begin, and the last's end [R + 1]."""
     members = torch.argsort(prefix_index, stable=True)
     runs = (offsets.diff().clamp_min(0) + 15) // 16
-    return members, runs[members].cumsum(0)
+    begins = torch.searchsorted(prefix_index[members], torch.arange(num_prefixes + 1, device=offsets.device))
+    return members, runs[members].cumsum(0), begins
 
 
 def check_values(

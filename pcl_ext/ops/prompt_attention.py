@@ -7,7 +7,14 @@ from pcl_ext.ops import _gpu, prompt_attention_op, reference
 from pcl_ext.ops._check import FLOATS, autocast, check_like, check_shape, check_tensor, is_plain, reads_values
 from pcl_ext.ops._gpu import runs_cuda
 from pcl_ext.ops._native import SCALARS, call, use_fused
-from pcl_ext.ops.attention_plan import AttentionPlan, check_layout, cuda_list, resolve_prefix_index, work_list
+from pcl_ext.ops.attention_plan import (
+    AttentionPlan,
+    check_layout,
+    check_values,
+    cuda_list,
+    resolve_prefix_index,
+    work_list,
+)
 
 
 def prompt_attention(
@@ -48,26 +55,27 @@ def prompt_attention(
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    fused = use_fused_width(impl, q)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
+    if not use_fused_width(impl, q):
+        index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
+        if plan is None:
+            check_values(offsets, prefix_offsets, index, q.shape[0], prefix_total)
+        return reference.prompt_attention(
+            q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, index, causal=causal, scale=scale
+        )
     if plan is not None:
         work, batch, num_prefixes = plan.work, plan.batch, plan.num_prefixes
     else:
-        prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
-        if fused and runs_cuda(q):
+        if runs_cuda(q):
             learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (prefix_k, prefix_v))
             work = cuda_list(offsets, prefix_offsets, prefix_index, backward=learns)
         else:
             work = work_list(offsets, prefix_offsets, prefix_index, q.shape[0], prefix_total)
         batch = offsets.shape[0] - 1
         num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    if fused:
-        inputs = (q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
-        return call(torch.ops.pcl_ext.prompt_attention.default, prompt_attention_op.forward, *inputs)[0]
-    index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
-    return reference.prompt_attention(
-        q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, index, causal=causal, scale=scale
-    )
+    inputs = (q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
+    return call(torch.ops.pcl_ext.prompt_attention.default, prompt_attention_op.forward, *inputs)[0]
 
 
 def use_fused_width(impl: str, q: Tensor) -> bool:

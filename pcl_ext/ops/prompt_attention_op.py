@@ -118,7 +118,7 @@ def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads
     dtype, prefix = SCALARS[out.dtype], num_prefixes > 0 and any(needs[3:])
     for grad in grads[3:]:  # kernels fill the rows of prefixes, and prefix_offsets, unread here, may not name all
         grad.zero_()
-    members = _members(work, batch, num_prefixes) if prefix else (None, None)
+    members = _members(work, batch, num_prefixes) if prefix else (None, None, None)
     grad_out = _rows_of_16_bytes(grad_out, 2)
     with torch.cuda.device_of(out):  # how much is needed depends on the GPU
         size = _gpu.module().prompt_attention_bwd_bytes(pointers, numbers, prefix, dtype)
@@ -129,12 +129,12 @@ def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads
     _gpu.launch("prompt_attention_bwd", out, pointers, numbers, causal, scale, dtype, *rest)
 
 
-def _members(work: Tensor, batch: int, num_prefixes: int) -> tuple[Tensor, Tensor]:
+def _members(work: Tensor, batch: int, num_prefixes: int) -> tuple[Tensor, ...]:
     """`prefix_members`, as the list holds them; a list of the CPU, or of a forward without gradients, does not."""
-    layout = 2 * batch + num_prefixes + 2
-    if work.numel() == layout + 2 * batch:
-        return work[layout : layout + batch], work[layout + batch :]
-    return prefix_members(work[: batch + 1], work[layout - batch : layout])
+    layout, sizes = 2 * batch + num_prefixes + 2, (batch, batch, num_prefixes + 1)
+    if work.numel() == layout + sum(sizes):
+        return work[layout:].split(sizes)
+    return prefix_members(work[: batch + 1], work[layout - batch : layout], num_prefixes)
 
 
 def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs):

@@ -96,7 +96,7 @@ def test_made_on_cuda_it_is_unread_until_it_comes_to_the_cpu(monkeypatch):
         patch.setattr(_gpu, "_emulator", object())
         plan, wrong = ops.attention_plan(*layout), ops.attention_plan(torch.tensor([0, 4, 2]))
     assert (plan.total, plan.prefix_total) == (None, None)
-    parts = [torch.tensor(part) for part in ([0, 4, 4, 6, 0, 3, 4, 0, 1, -1], [2, 0, 1], [1, 2, 2])]
+    parts = [torch.tensor(part) for part in ([0, 4, 4, 6, 0, 3, 4, 0, 1, -1], [2, 0, 1], [1, 2, 2], [1, 2, 3])]
     assert torch.equal(plan.work, torch.cat(parts))
     rows = torch.randn(6, 1, 16)
     with pytest.raises(ValueError, match="offsets must end at len"):
@@ -111,7 +111,7 @@ def test_made_on_the_cpu_it_takes_to_cuda_what_is_read_there(monkeypatch):
     monkeypatch.setattr(sys.modules["pcl_ext.ops.attention_plan"], "runs_cuda", lambda tensor: tensor.is_meta)
     plan = ops.attention_plan(*layout).to("meta")
     assert (plan.total, plan.prefix_total) == (6, 4)
-    assert len(plan.work) == len(cuda_list(*layout)) == 16
+    assert len(plan.work) == len(cuda_list(*layout)) == 19
 
 
 @pytest.mark.needs_ext

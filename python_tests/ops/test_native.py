@@ -61,28 +61,28 @@ def test_broken_is_loud(tmp_path):
     assert "undefined symbol: pcl" in result.stderr
 
 
-CUDA_TORCH = "import torch; torch.backends.cuda.is_built = lambda: {built}\n"
+CUDA_TORCH = "import torch; torch.version.cuda = {cuda}; torch.backends.cuda.is_built = lambda: True\n"  # as of ROCm
 
 
 @pytest.mark.parametrize(
-    ("built", "module", "says"),
+    ("cuda", "module", "says"),
     [
-        (False, None, "not built: this torch .* has no CUDA"),
-        (False, "raise ImportError('not to be loaded')", "built, not loaded: this torch .* has no CUDA"),
-        (True, None, "not built: ops on CUDA tensors run on their PyTorch reference"),
-        (True, "compiler = lambda: 'nvcc 99'", "_cuda.py, nvcc 99, no CUDA device"),
+        (None, None, "not built: this torch .* has no CUDA"),
+        (None, "raise ImportError('not to be loaded')", "built, not loaded: this torch .* has no CUDA"),
+        ("99.0", None, "not built: ops on CUDA tensors run on their PyTorch reference"),
+        ("99.0", "compiler = lambda: 'nvcc 99'", "_cuda.py, nvcc 99, no CUDA device"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_status_of_the_cuda_module(tmp_path, built, module, says):
-    script = CUDA_TORCH.format(built=built) + "from pcl_ext import ops; print(ops.native_status('cuda'))"
+def test_status_of_the_cuda_module(tmp_path, cuda, module, says):
+    script = CUDA_TORCH.format(cuda=repr(cuda)) + "from pcl_ext import ops; print(ops.native_status('cuda'))"
     result = run_with_module(tmp_path, module, script, "_cuda")
     assert result.returncode == 0, result.stderr
     assert re.search(says, result.stdout)
 
 
 def test_a_broken_cuda_module_is_loud(tmp_path):
-    script = CUDA_TORCH.format(built=True) + "import pcl_ext.ops"
+    script = CUDA_TORCH.format(cuda="'99.0'") + "import pcl_ext.ops"
     result = run_with_module(tmp_path, "raise ImportError('undefined symbol: cuda')", script, "_cuda")
     assert result.returncode != 0
     assert "undefined symbol: cuda" in result.stderr

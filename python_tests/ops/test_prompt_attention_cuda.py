@@ -1,5 +1,7 @@
 """The CUDA kernels of prompt_attention, on a GPU or emulated: as right as the twin, whatever they are given."""
 
+import sys
+
 import pytest
 import torch
 from attention_cases import CASES, INPUTS, Case, make
@@ -8,6 +10,7 @@ from test_prompt_attention import assert_as_right_as
 
 from pcl_ext import ops
 from pcl_ext.ops import _gpu, prompt_attention_op
+from pcl_ext.ops.attention_plan import cuda_list
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -177,6 +180,32 @@ def test_hostile_values_stay_inside(name, index, cuda):
     assert all(torch.equal(rows[n], guard) for n, guard in guards.items())
 
 
+@pytest.mark.parametrize("number", [MOST, LEAST, 2, 3], ids=str)
+def test_hostile_members_stay_inside(number, cuda):
+    case = on(make([40, 9, 3], [5, 18], [1, 0, 1], dtype=torch.bfloat16), cuda)
+    work = cuda_list(case.offsets, case.prefix_offsets, case.prefix_index)
+    rows = [x.detach() for x in case.rows.values()]
+    guards, sizes = [x.clone() for x in rows], (3, 2, True, 0.25)
+    out, stats = prompt_attention_op.forward(*rows, work, *sizes)
+    members = len(work) - (3 + 3 + 3)  # of histories, their runs, where they begin
+    for part in (slice(members, members + 3), slice(members + 3, members + 6), slice(members + 6, None)):
+        hostile = work.clone()
+        hostile[part] = number
+        prompt_attention_op.backward(out, *rows, hostile, out, stats, *sizes, [True] * 5)
+    assert all(map(torch.equal, rows, guards))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prefixes", [[40, 0, 3, 18, 5], [16, 0, 3]], ids=str)
+def test_a_prefix_that_nobody_sees_gets_zeros(prefixes, dtype, cuda):
+    case = on(make([5, 70, 130], prefixes, [0, 2, 0], dtype=dtype, heads=1), cuda)
+    got = case.run_with_grads(some_grad(case), impl="fused")
+    begin, end = sum(prefixes[:3]), sum(prefixes)
+    for name in ("prefix_k", "prefix_v"):
+        assert got[name][:begin].any(1).any(1).all()
+        assert not got[name][begin:end].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offsets", [[0, 9, 48], [3, 12, 51], [0], [70]], ids=str)
 def test_rows_of_no_history_are_zeros(offsets, dtype, cuda):
@@ -221,6 +250,28 @@ def test_other_head_widths_take_the_twin(cuda):
         case.run(impl="fused")
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(20, torch.bfloat16), (144, torch.float16), (16, torch.float64)], ids=str)
+def test_what_no_kernel_takes_is_refused_below_the_op_too(dim, dtype, cuda):
+    case = on(make([5, 3], [4], dim=dim, dtype=dtype), cuda)
+    rows = [x.detach() for x in case.rows.values()]
+    work, rest = cuda_list(case.offsets, case.prefix_offsets, None), (2, 1, True, 1.0)
+    with pytest.raises(RuntimeError, match="prompt_attention_fwd could not be launched .* CUDA error 1, "):
+        torch.ops.pcl_ext.prompt_attention(*rows, work, *rest)
+    out, stats = torch.zeros_like(rows[0]), torch.zeros(8, 2, 2, device=rows[0].device)
+    with pytest.raises(RuntimeError, match="prompt_attention_bwd could not be launched .* CUDA error 1, "):
+        torch.ops.pcl_ext.prompt_attention_backward(rows[0], *rows, work, out, stats, *rest, [True] * 5)
+
+
+@pytest.mark.parametrize("plan", [True, False], ids=["planned", "not planned"])
+def test_the_twin_needs_no_work_list(plan, cuda, monkeypatch):
+    case = on(make([5, 3], [4]), cuda)
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets) if plan else None
+    want = case.run(plan=plan, impl="reference")
+    for name in ("work_list", "cuda_list"):
+        monkeypatch.setattr(sys.modules["pcl_ext.ops.prompt_attention"], name, None)
+    assert torch.equal(case.run(plan=plan, impl="reference"), want)
+
+
 @pytest.mark.parametrize("made", ["cpu", "there"])
 def test_plan_gives_the_same_bits(made, cuda):
     case = on(make(*CASES["some see none"], dtype=torch.bfloat16), cuda)
@@ -263,38 +314,6 @@ def test_graph_replay_and_another_stream():
     for name, tensor in want.items():
         assert torch.equal(again[name], tensor)
         assert torch.equal(got[name], tensor)
-
-
-@pytest.fixture
-def _small_blocks():
-    """Shared memory as sm_86, sm_89 and sm_120 have it."""
-    emulated = pytest.importorskip("pcl_ext._cuda_emulated")
-    emulated.set_shared_bytes(99 * 1024)
-    yield
-    emulated.set_shared_bytes(163 * 1024)
-
-
-FIT = [
-    (dim, dtype) for dtype in DTYPES for dim in (64, 80, 96, 112, 128) if dim <= (80 if dtype.itemsize == 4 else 112)
-]
-
-
-@pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("prefix", [([7, 70], [0, 1]), ([9], None)], ids=["two long prefixes", "one short"])
-@pytest.mark.parametrize(("dim", "dtype"), FIT, ids=str)
-def test_what_fits_runs_where_blocks_have_less_shared_memory(dim, dtype, prefix):
-    with _gpu.emulated():
-        compare(make([5, 40], *prefix, dim=dim, heads=1, dtype=dtype), "cpu")
-
-
-@pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (128, torch.float16), (96, torch.float32)], ids=str)
-def test_what_does_not_fit_takes_the_twin_there(dim, dtype):
-    with _gpu.emulated():
-        case = make([5, 40], [9], dim=dim, dtype=dtype)
-        assert torch.equal(case.run(), case.run(impl="reference"))
-        with pytest.raises(ValueError, match=f"takes a head width d of {dim} in .* more shared memory"):
-            case.run(impl="fused")
 
 
 def test_a_plan_of_another_device_is_refused():

@@ -56,7 +56,7 @@ struct Machine {
 };
 
 thread_local Machine machine;
-int chosen_order = 0, most_shared = 163 * 1024;
+int chosen_order = 0, most_shared = 163 * 1024, last_shared = 0, given_answer = 0;
 
 [[noreturn]] void fail(const Thread& thread, const char* format, ...) {
   const Place& at = thread.place;
@@ -172,6 +172,7 @@ int run(const Launch& launch) {
                         launch.grid_z > 0 && launch.grid_x <= kMostBlocks && launch.grid_y <= kMostBlocksAcross &&
                         launch.grid_z <= kMostBlocksAcross;
   if (!possible) return kInvalidValue;
+  last_shared = launch.shared_bytes;
   if (launch.threads % kLanes != 0) {
     std::fprintf(stderr, "emulated kernel: a block must be whole warps, got %d threads\n", launch.threads);
     std::abort();
@@ -193,6 +194,12 @@ void set_order(int order) { chosen_order = order; }
 int shared_bytes() { return most_shared; }
 
 void set_shared_bytes(int bytes) { most_shared = bytes; }
+
+int last_shared_bytes() { return last_shared; }
+
+int answer() { return given_answer; }
+
+void set_answer(int number) { given_answer = number; }
 
 const Place& place() { return machine.running->place; }
 

@@ -33,6 +33,13 @@ void set_order(int order);
 int shared_bytes();
 void set_shared_bytes(int bytes);
 
+// How much the last launch asked for.
+int last_shared_bytes();
+
+// The error number of whatever is asked of the device: 0 at first.
+int answer();
+void set_answer(int number);
+
 // Of the thread that is running.
 const Place& place();
 unsigned char* shared();

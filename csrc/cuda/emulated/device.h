@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../runtime.h"
 #include "../scalars.h"
 #include "block.h"
 
@@ -39,10 +40,14 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
   return emulated::run({grid.x, grid.y, grid.z, threads, shared_bytes, body, &call});
 }
 
-inline int max_shared_bytes() { return emulated::shared_bytes(); }
+inline int max_shared_bytes() {
+  check_answer(emulated::answer());
+  return emulated::shared_bytes();
+}
 
 template <class... Parameters>
 int resident_blocks(void (*)(Parameters...), int, int) {
+  check_answer(emulated::answer());
   return emulated::kMultiprocessors;
 }
 
