@@ -186,6 +186,72 @@ def test_standard_errors_equal_the_bootstrap(kind):
         assert error == pytest.approx(spread, rel=0.2), name
 
 
+def test_the_error_of_macro_f1_is_the_delta_method_exactly():
+    """Gradient of macro-F1 by the share of each (target, predicted) cell, one class never predicted."""
+    target, predicted = torch.randint(4, (90,)), torch.randint(3, (90,))
+    predicted = torch.where(torch.rand(90) < 0.4, predicted, target.clamp_max(2))
+    cells = torch.zeros(4, 4, dtype=torch.float64).index_put_((target, predicted), torch.tensor(1.0).double(), True)
+    share = (cells / 90).requires_grad_()
+    f1 = (2 * share.diagonal() / (share.sum(0) + share.sum(1))).mean()
+    (gradient,) = torch.autograd.grad(f1, share)
+    variance = (share * gradient.square()).sum() - (share * gradient).sum().square()
+    got = measure(SPECS["classes"], torch.eye(4)[predicted], target)
+    assert got.compute()["macro_f1"] == pytest.approx(f1.item(), rel=1e-12)
+    assert got.standard_error()["macro_f1"] == pytest.approx((variance / 89).sqrt().item(), rel=1e-12)
+
+
+def test_the_error_of_accuracy_counts_a_tie_by_its_share():
+    logits = torch.tensor([[2, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 3, 3, 0], [0, 0, 0, 4]]).float()
+    got = measure(SPECS["classes"], logits, torch.tensor([0, 1, 2, 3, 0, 1]))
+    share = torch.tensor([1, 1 / 2, 1 / 3, 1 / 4, 0, 0], dtype=torch.float64)
+    assert got.compute()["accuracy"] == pytest.approx(share.mean().item())
+    assert got.standard_error()["accuracy"] == pytest.approx(share.std().item() / 6**0.5)
+
+
+def test_the_error_of_auc_counts_ties_as_half():
+    logit, label = example("binary", 60)
+    pairs = (logit[label == 1][:, None] - logit[label == 0]).sign().double().add(1).div(2)
+    assert (pairs == 0.5).any()
+    variance = sum(pairs.mean(side).var() / len(pairs.mean(side)) for side in (0, 1))
+    assert measure(SPECS["binary"], logit, label).standard_error()["auc"] == pytest.approx(variance.sqrt().item())
+
+
+def test_a_perfect_regression_has_no_error_and_one_row_says_nothing():
+    value = torch.tensor([1.0, 2.0, 5.0])
+    assert measure(SPECS["regression"], value, value).standard_error() == {"rmse": 0.0, "mae": 0.0}
+    assert measure(SPECS["regression"], value[:1], value[:1]).standard_error() == {}
+
+
+def test_few_targets_have_the_error_of_a_mean():
+    metrics = measure(ITEMS, torch.randn(5, 8), torch.arange(5))
+    for name, error in metrics.standard_error().items():
+        assert error == pytest.approx(metrics.values(name).std().item() / 5**0.5, rel=1e-12)
+
+
+def test_rows_without_targets_count_as_rows_of_their_batch():
+    """Targets of rows 2, 4 and, twice, 5; row 2 of one batch and row 2 of the next are two clusters."""
+    scores, target, rows = torch.randn(6, 40), torch.tensor([3, 8, 20, 31]), torch.tensor([2, 4, 5, 5])
+    whole, parts = measure(ITEMS, scores, target, rows), measure(ITEMS, scores[:3], target[:1], rows[:1])
+    parts.update(scores[3:], target[1:], rows[1:] - 3)
+    assert parts.standard_error() == whole.standard_error()
+    scores[5] = torch.nan
+    with pytest.raises(ValueError, match=r"row 2 of the batch \(row 8 in all\)"):
+        parts.update(scores[3:], target[1:], rows[1:] - 3)
+
+
+def test_a_rank_that_is_not_shared_has_its_gain_to_the_last_bit():
+    metrics = measure(ITEMS, torch.arange(12.0).flip(0).repeat(12, 1), torch.arange(12))
+    rank = torch.arange(1, 13, dtype=torch.float64)
+    assert torch.equal(metrics.values("mrr@5"), torch.where(rank <= 5, 1 / rank, 0.0))
+    assert torch.equal(metrics.values("ndcg@10"), torch.where(rank <= 10, 1 / torch.log2(rank + 1), 0.0))
+
+
+def test_bfloat16_scores_that_half_precision_cannot_hold_are_ranked():
+    scores = torch.full((1, 2000), 1e6, dtype=torch.bfloat16)
+    scores[0, 7] = 2e6
+    assert measure(ITEMS, scores, torch.tensor([7])).compute()["mrr@5"] == 1
+
+
 def test_targets_of_one_row_are_one_cluster():
     scores = torch.randn(50, 40)
     target = torch.randint(40, (50,))
@@ -241,6 +307,11 @@ def test_refuses_wrong_types():
         measure(ITEMS, torch.zeros(1, 5), torch.tensor([0.0]))
     with pytest.raises(ValueError, match="must be finite, got nan"):
         measure(SPECS["regression"], torch.zeros(1), torch.tensor([math.nan]))
+
+
+def test_refuses_another_width_than_that_of_its_catalogue():
+    with pytest.raises(ValueError, match="must have 2 columns, got 5"):
+        measure(TaskSpec("range", "items", catalogue=(3, 7)), torch.zeros(1, 5), torch.tensor([0]))
 
 
 def test_refuses_a_catalogue_that_changes_its_width():

@@ -44,6 +44,14 @@ def test_nothing_changed_is_zero_exactly():
     assert str(matrix.backward_transfer()) == "0.0"
 
 
+def test_a_task_that_is_best_in_the_last_row_has_lost_nothing_of_its_best():
+    matrix = ResultMatrix(["a", "b"], {"a": "auc", "b": "auc"})
+    matrix.append({"a": {"auc": 0.5}})
+    matrix.append({"a": {"auc": 0.7}, "b": {"auc": 0.5}})
+    assert matrix.forgetting("max-last")["tasks"] == {"a": 0.0}
+    assert matrix.forgetting()["tasks"] == {"a": pytest.approx(-0.2)}
+
+
 def test_values_by_position_and_name():
     matrix = filled()
     assert matrix.value(2, 1) == matrix.value("age", "spend") == matrix.value(-1, -2) == 3.0

@@ -93,7 +93,7 @@ def test_rows_that_are_all_there_are_torchs_adamw_in_double():
     torch.testing.assert_close(table, dense, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("option", ["maximize", "amsgrad", "capturable", "fused"])
+@pytest.mark.parametrize("option", ["maximize", "amsgrad", "capturable", "differentiable", "fused"])
 def test_options_that_rows_do_not_have_are_refused(option):
     with pytest.raises(ValueError, match=f"RowAdamW takes no {option}"):
         RowAdamW([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **{option: True})
@@ -125,3 +125,23 @@ def test_sparse_gradients_stay_sparse():
     table.grad = torch.ones(5, 3)
     with pytest.raises(ValueError, match="a parameter of sparse gradients has a dense one"):
         optimizer.step()
+
+
+def test_a_step_leaves_the_gradients_where_they_are():
+    table, bias = torch.nn.Parameter(torch.zeros(5, 3)), torch.nn.Parameter(torch.zeros(5))
+    optimizer = RowAdamW([table, bias], **SETTINGS)
+    table.grad, bias.grad = sparse([1], torch.ones(5, 3), table.shape), torch.ones(5)
+    kept = table.grad, bias.grad
+    optimizer.step()
+    assert table.grad is kept[0]
+    assert bias.grad is kept[1]
+
+
+def test_steps_of_a_table_in_half_precision_are_counted_past_2048():
+    table = torch.nn.Parameter(torch.zeros(5, 3, dtype=torch.float16))
+    optimizer = RowAdamW([table], **SETTINGS)
+    table.grad = sparse([1], torch.ones(5, 3, dtype=torch.float16), table.shape)
+    optimizer.step()
+    optimizer.state[table]["step"][1] = 2048
+    optimizer.step()
+    assert optimizer.state[table]["step"][:, 0].tolist() == [0, 2049, 0, 0, 0]

@@ -13,7 +13,7 @@ from runs import BACKBONE, pretrain_in_memory, write_dataset
 
 from pcl_ext import infer, next_item
 from pcl_ext.batch import PackedBatch
-from pcl_ext.data import Dataset, make_batch
+from pcl_ext.data import Dataset
 from pcl_ext.model import Backbone, BackboneConfig, UserModel
 from pcl_ext.next_item import NextItemLoss, item_counts, shift
 from pcl_ext.task import TaskSpec

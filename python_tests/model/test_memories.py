@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_user_model import LENGTHS, SPECS, V, add, histories, pack
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
-from pcl_ext.model.memories.item_memory import hashed_rows
+from pcl_ext.model.memories.item_memory import ItemMemory, hashed_rows
 from pcl_ext.store import from_pretrained, save_pretrained
 
 KINDS = {
@@ -186,6 +186,26 @@ def test_a_hashed_item_memory_is_the_sum_of_two_signed_rows(model):
         torch.testing.assert_close(got[user], rows.sum(0) / max(1, len(rows)) ** 0.5)
 
 
+def test_a_table_is_hashed_where_it_may_not_have_a_row_for_each_id():
+    """Ids are 0 to V."""
+    assert len(ItemMemory(9, 2, 0.0, rows=10).table) == 10
+    assert not ItemMemory(9, 2, 0.0, rows=10).hashed
+    assert ItemMemory(10, 2, 0.0, rows=10).hashed
+
+
+@pytest.mark.parametrize("kind", ["whole", "hashed", "pooled"])
+def test_events_are_left_out_while_a_task_learns(model, kind):
+    """Users of one event each: it is there, a third heavier, or all of it is not."""
+    options = {"whole": {"readout": ("item_memory",)}, **KINDS}[kind]
+    add(model, "click", "none", item_dropout=0.25, **options)
+    batch = pack([[7]] * 400)
+    whole = model.encode(batch, ["click"])["click"]
+    learning = model.train().encode(batch, ["click"])["click"]
+    kept = learning.any(1)
+    assert 260 < kept.sum() < 340
+    torch.testing.assert_close(learning[kept], whole[kept] / 0.75)
+
+
 def test_hashed_rows_are_even_distinct_and_always_the_same():
     index, sign = hashed_rows(torch.arange(50_001), 1_000)
     assert index.shape == sign.shape == (50_001, 2)
@@ -261,6 +281,8 @@ def test_closing_averages_members_into_one_small_memory(name, item_width):
     with torch.no_grad():
         task.shift[task.fixed] = 0.5
         task.scale[task.fixed] = 2.0
+        for part in (task, *task.others) if name == "value" else ():
+            part.head.unit.copy_(torch.tensor([100.0, 7.0]))
     batch = pack(histories())
     before, each = model(batch, name), model.member_outputs(batch, name)
     torch.testing.assert_close(before, torch.stack(each).mean(0))

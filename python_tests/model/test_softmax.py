@@ -123,3 +123,18 @@ def test_a_second_derivative_is_refused_not_wrong():
     (gradient,) = torch.autograd.grad(loss**2, tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("chunk", [30, 1 << 20])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_bias_adds_up_in_float32(monkeypatch, bias_dtype, chunk):
+    """Products of small whole numbers are exact in bfloat16: only what is added up can be off."""
+    monkeypatch.setattr(softmax, "_CHUNK", chunk)
+    queries, table = (torch.randint(-2, 3, (rows, 5)).bfloat16() for rows in (600, 30))
+    bias = torch.zeros(30, dtype=bias_dtype, requires_grad=True)
+    target = torch.randint(30, (600,))
+    (got,) = torch.autograd.grad(softmax.catalogue_cross_entropy(queries, table, bias, target), bias)
+    exact = bias.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(plain(queries.double(), table.double(), exact, target), exact)
+    close = 1e-5 if bias_dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(got, want.to(bias_dtype), rtol=close, atol=1e-7)

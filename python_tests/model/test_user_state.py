@@ -112,12 +112,13 @@ def test_users_without_new_events_are_left_out_of_the_pass(model, monkeypatch, e
 
 def test_there_and_back_and_some_users(model, tmp_path):
     add(model, "click", "tail", 3)
-    state = grown(model, rounds())
+    state = grown(model, rounds(), keep=7)
     store.save_tensors(tmp_path / "state.safetensors", state.tensors(), {})
     loaded = UserState.from_tensors(model.backbone, store.load_tensors(tmp_path / "state.safetensors")[0])
     assert torch.equal(model(loaded, "click"), model(state, "click"))
     users = torch.tensor([3, 0, 5])
     some = state.select(users)
+    assert state.keep == loaded.keep == some.keep == 7
     torch.testing.assert_close(model(some, "click"), model(state, "click")[users])
     some.extend(pack([[1, 2], [], [3]]))
     loaded.extend(pack([[], [], [], [1, 2], [], [3]]))

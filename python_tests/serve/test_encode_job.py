@@ -28,15 +28,20 @@ class Crash(BaseException):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run, a dataset of some row groups, their vectors by a plain pass."""
-    folder, rng = tmp_path_factory.mktemp("encode"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("encode")
     save_pretrained(make_model("next", "ctr", "age"), folder / "run")
-    with DatasetWriter(folder / "data", "shop", 22) as writer:  # the run knows items 1..20
+    return folder / "run", write_dataset(folder / "data")
+
+
+def write_dataset(path, seed=0):
+    rng = np.random.default_rng(seed)
+    with DatasetWriter(path, "shop", 22) as writer:  # the run knows items 1..20
         for group in range(GROUPS):
             lengths = rng.integers(0, 12, USERS)
             offsets = np.concatenate([[0], lengths.cumsum()])
             ids = 1000 - group * USERS - np.arange(USERS)  # not sorted
             writer.histories(ids, rng.integers(1, 23, offsets[-1]), offsets, rng.integers(0, 3, USERS))
-    return folder / "run", Dataset(folder / "data")
+    return Dataset(path)
 
 
 @pytest.fixture(autouse=True)
@@ -182,11 +187,16 @@ def test_killed_twenty_times_and_restarted(made, want, tmp_path, monkeypatch, wo
 def test_another_job_is_refused(made, tmp_path, change, message, done):
     out = tmp_path / "users.parquet"
     job(made, out).run(0, 1 if done else 2)
-    other = job(made, out, {"tasks": ["ctr"], "order": ["age", "ctr"]}.get(change, ("ctr", "age")))
-    if change == "dataset":
-        other.identity["dataset"] = "another"
+    given = (made[0], write_dataset(tmp_path / "other", seed=1)) if change == "dataset" else made
+    other = job(given, out, {"tasks": ["ctr"], "order": ["age", "ctr"]}.get(change, ("ctr", "age")))
     with pytest.raises(ValueError, match=f"{message} .* remove it, or choose another file"):
         other.run()
+
+
+@pytest.mark.parametrize("tasks", [["ctr", "age", "ctr"], ["ctr", "ctr"]])
+def test_a_task_that_is_named_twice_is_refused(made, tmp_path, tasks):
+    with pytest.raises(ValueError, match=f"each once, got {', '.join(tasks)}"):
+        job(made, tmp_path / "users.parquet", tasks)
 
 
 def test_a_process_that_is_there_already(made, tmp_path):

@@ -116,6 +116,15 @@ def test_items_have_their_own_names_and_a_rank_without_one_has_none(tmp_path):
         ids.original([1, 4])
 
 
+@pytest.mark.parametrize("name", ["007", "-0", "+7", "1_0", "7.0"])
+def test_names_that_a_number_would_not_give_back_stay_text(tmp_path, name):
+    names = {"item_id": [1, 2], "original_id": [name, "-8"]}
+    pq.write_table(pa.table(names), tmp_path / "items.parquet")
+    ids = ItemIds(tmp_path / "items.parquet")
+    assert ids.original([1, 2]) == [name, "-8"]
+    assert ids.known([name, 7, -8]) == [1, 0, 2]
+
+
 @pytest.mark.parametrize("data", [pa.array([[], []]), pa.array([[], []], pa.large_list(pa.null())), [[], []]])
 def test_new_users_alone(data):
     got = read_histories(data)
