@@ -362,7 +362,7 @@ def test_a_table_is_read_again_where_there_are_fewer_items(write_folder):
 def test_tables_are_those_that_are_there_now(write_folder):
     folder = write_folder()
     dataset, rows = Dataset(folder), {"user_id": [10], "target": [1], "cut": [1]}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="task must be one of next, got .late."):
         dataset.task("late")
     for target in (1, 0):
         (folder / "tasks").mkdir(exist_ok=True)
