@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pcl_ext import PackedBatch, commands, store
+from pcl_ext import PackedBatch, commands, infer, store
 from pcl_ext.cli import main
 from pcl_ext.data import Dataset
 from pcl_ext.run import PROTOCOL
@@ -253,6 +253,26 @@ def test_verify(made, pcl):
     assert (status, err) == (0, [])
     assert out[0].endswith("tensors match their hashes")
     assert out[1:] == [f"  {name}: outputs on all test users, bit for bit: equal" for name in ["next", *TASKS]]
+
+
+def test_a_run_that_was_measured_on_a_sample_says_so(made, pcl, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "FEWEST", 5)
+    monkeypatch.setattr(infer, "MOST_MEASURED", 9 * 50)  # 50 items
+    run, config, result = tmp_path / "run", made.folder / "pretrain.yaml", tmp_path / "result.json"
+    pcl("pretrain", made.data, "--out", run, "--config", config)
+    pcl("learn", run, "click", "--data", made.data, "--learn.epochs", "1")
+    whole = len(Dataset(made.data).examples("next", "test"))
+    sample = f"9 of {whole} examples"
+    _, out, _ = pcl("verify", run)
+    assert out[1:] == [
+        f"  next: outputs on {sample}, bit for bit: equal",
+        "  click: outputs on all test users, bit for bit: equal",
+    ]
+    _, out, _ = pcl("evaluate", run, "--data", made.data, "--json", result)
+    assert out[0].endswith(f"(9 targets, {sample})")
+    assert json.loads(result.read_text())["protocol"]["samples"] == {"next": sample}
+    pcl("report", run, "--out", tmp_path / "page")
+    assert f"Measured on a sample: next, {sample}." in next((tmp_path / "page").glob("*.html")).read_text()
 
 
 def test_verify_finds_damage(made, pcl, copy):
