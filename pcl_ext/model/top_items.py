@@ -24,6 +24,10 @@ class TopItems:
 
     def offer(self, scores: Tensor, items: Tensor) -> None:
         """scores [B, c] float32 of items [c]; -inf is not offered."""
+        # to find the best number is cheaper than to find k, and soon few users have one among so many that counts
+        users = torch.nonzero(~(scores.amax(1) < self.scores[:, -1]))[:, 0]  # a NaN counts
+        if len(users) < len(scores):
+            scores = scores[users]
         best = scores.topk(min(self.k + 1, len(items)), dim=1)
         if bool(best.values[:, :1].isnan().any()):
             raise FloatingPointError("a score is NaN; the run or its input is damaged")
@@ -34,10 +38,10 @@ class TopItems:
             tied = (best.values[:, self.k - 1] == at_edge) & (at_edge > -torch.inf)
             if bool(tied.any()):
                 places[tied] = _order(scores[tied], items.expand(int(tied.sum()), -1)).topk(self.k, dim=1).indices
-        scores = torch.cat([self.scores, scores.gather(1, places)], 1)
-        items = torch.cat([self.items, items[places].masked_fill(scores[:, self.k :] == -torch.inf, 0)], 1)
+        scores = torch.cat([self.scores[users], scores.gather(1, places)], 1)
+        items = torch.cat([self.items[users], items[places].masked_fill(scores[:, self.k :] == -torch.inf, 0)], 1)
         kept = _order(scores, items).topk(self.k, dim=1).indices
-        self.scores, self.items = scores.gather(1, kept), items.gather(1, kept)
+        self.scores[users], self.items[users] = scores.gather(1, kept), items.gather(1, kept)
 
 
 def _order(scores: Tensor, items: Tensor) -> Tensor:
