@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-PLACEMENTS = ("tail", "prefix", "both", "none")
 SOURCES = ("online-retail", "ml-1m", "events", "synthetic")
+PLACEMENTS = ("tail", "prefix", "both", "none")
 _RESUMED = ("pretrain", "learn", "encode", "demo")
 
 

@@ -51,7 +51,7 @@ def evaluate(
     fold: str = "test",
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Score]:
-    """Every metric of every task (all of the model's by default) on the users of a fold; full ranking, every row.
+    """Every metric of every task (all of the model's by default) on a fold; full ranking, all examples.
 
     Of an items task whose scores would be more than MOST_MEASURED a sample of the examples is measured, the same one at
     every call; `Score.sample` says so.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_above(config: object, name: str, low: float) -> None:
@@ -72,7 +73,8 @@ class LoopConfig:
         check_above(self, "learning_rate", 0)
         for name in ("weight_decay", "checkpoint_seconds"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            never = name == "checkpoint_seconds" and value == math.inf
+            if not never and not (is_number(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")

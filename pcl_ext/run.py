@@ -186,6 +186,9 @@ def _measure(
     same = set(compared) & set(same_tables(record, dataset))  # a table may have been replaced meanwhile
     if changed := [task for task in changed_outputs(record, scores) if task in same]:
         raise ForgettingError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
+    for task in other_sample(record, scores):
+        record["outputs"][task] = scores[task].outputs
+    record["samples"] = {task: score.sample for task, score in scores.items() if score.sample}
     matrix = ResultMatrix.from_json(record["matrix"])
     matrix.add(name, model.task(name).spec.metric)
     matrix.append({task: score.metrics for task, score in scores.items()})
@@ -194,8 +197,6 @@ def _measure(
     record["outputs"][name] = scores[name].outputs
     record["dataset"]["tasks"][name] = dataset.task_sha256(name)
     record["standard_error"][name] = scores[name].standard_error
-    if scores[name].sample:
-        record.setdefault("samples", {})[name] = scores[name].sample
     learned_from = record["dataset"]["tasks"]
     for task in set(scores) - {name}:
         if learned_from[task] != dataset.task_sha256(task):  # cheap models were measured on another table
@@ -231,6 +232,7 @@ def _take_outputs_again(model: UserModel, dataset: Dataset, record: dict[str, An
     otherwise. None for a task whose table is gone by now: nothing can be compared with what it gave."""
     scores = infer.evaluate(model, dataset, same_tables(record, dataset))
     record["outputs"] = {name: scores[name].outputs if name in scores else None for name in record["outputs"]}
+    record["samples"] = {name: score.sample for name, score in scores.items() if score.sample}
     record["machine"] = machine()
 
 
@@ -242,15 +244,24 @@ def why_not_compared(record: dict[str, Any], dataset: Dataset, name: str) -> str
 
 
 def changed_outputs(record: dict[str, Any], scores: dict[str, infer.Score]) -> list[str]:
-    """Tasks whose outputs on the test users are not, bit for bit, those of the moment they were closed."""
-    return [name for name, was in record["outputs"].items() if name in scores and scores[name].outputs != was]
+    """Tasks whose outputs on the test users are not, bit for bit, those of the moment they were closed; not of those
+    that are measured on other users now."""
+    other = other_sample(record, scores)
+    known = [name for name in record["outputs"] if name in scores and name not in other]
+    return [name for name in known if scores[name].outputs != record["outputs"][name]]
+
+
+def other_sample(record: dict[str, Any], scores: dict[str, infer.Score]) -> list[str]:
+    """Tasks that were measured on another sample of their examples than they are now."""
+    then = record.get("samples", {})
+    return [name for name, score in scores.items() if name in record["outputs"] and score.sample != then.get(name, "")]
 
 
 def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any]:
     """Prove that a run is whole and has forgotten nothing.
 
     Checks every tensor against its hash; then, with the dataset (by default the one the run was made from, where it
-    still lies), that each task's outputs on all test users have the bits they had when the task was closed.
+    still lies), that each task's outputs on the test users have the bits they had when the task was closed.
     -> {"tensors": n, "tasks": {name: "equal", "changed", or why it was not compared}, "samples": {name: of how many
     examples, where not of all}, "not_checked": reason or None}
     StoreError for a run that is damaged, ValueError where `dataset` is not the one that the run was made from.
@@ -269,9 +280,11 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
         answer["samples"] = {name: score.sample for name, score in scores.items() if score.sample}
         untaught = [name for name in model.task_names if name not in record["outputs"]]
         answer["tasks"] |= dict.fromkeys(untaught, "not compared: this run did not teach it")
-        changed = changed_outputs(record, scores)
+        changed, other = changed_outputs(record, scores), other_sample(record, scores)
         for name in record["outputs"]:
             state = "changed" if name in changed else "equal"
+            if name in other:
+                state = "not compared: it was measured on another sample"
             if name not in same:
                 state = f"not compared: {why_not_compared(record, dataset, name)}"
             answer["tasks"][name] = state

@@ -192,7 +192,7 @@ def _learn(
     judge = Judge(model, dataset, name, config)
     _say_epoch(name, train, config, model.backbone.config.max_len)
     ridge = task.cold and bool(config.ridge)
-    if ridge and not (checkpoint is not None and Path(checkpoint).exists()):  # which holds what came of the start
+    if ridge and not (checkpoint is not None and Path(checkpoint).exists()):  # a checkpoint holds what came of it
         start_items(model, dataset, name, config.ridge, lambda: judge().metrics[metric])
     tensors = {key: hash_tensor(value) for key, value in model.backbone.state_dict().items()}
     identity = {"dataset": dataset.sha256, "table": dataset.task_sha256(name), "memory": asdict(task.config)}
@@ -224,10 +224,9 @@ def _task_steps(
     of them it need not."""
     shape, kind = model.backbone.config, task.spec.kind
     sampled = kind == "items" and len(task.catalogue) > config.full_softmax
-    columns = task.spec.num_outputs(shape.num_items)
-    if sampled:  # with repeats each example has a score for all that was drawn and for all that the batch holds
-        columns = config.negatives + 2 * config.batch_tokens if task.spec.repeats else 1
-    most = max(1, infer.MOST_SCORES // columns)
+    most = None if sampled else max(1, infer.MOST_SCORES // task.spec.num_outputs(shape.num_items))
+    if sampled and task.spec.repeats:
+        most = _most_with_repeats(train, config)
 
     def batches(epoch: int, start: int) -> tuple[int, Iterator[ExampleBatch]]:
         return epoch_batches(dataset, train, config, shape.max_len, epoch, start, most)
@@ -238,6 +237,14 @@ def _task_steps(
         return sum(task.loss(output, target, batch.target_row) for output in outputs) / len(outputs)
 
     return batches, SampledItemsLoss(model, task, train, config.negatives) if sampled else loss
+
+
+def _most_with_repeats(train: Examples, config: LearnConfig) -> int:
+    """Examples of a batch of `SampledItemsLoss`, where each target has a score for all that was drawn, all that the
+    batch holds and all its targets: MOST_SCORES in all, where examples have as many targets as they have on average."""
+    others = config.negatives + config.batch_tokens
+    targets = (math.sqrt(others**2 + 4 * infer.MOST_SCORES) - others) / 2
+    return max(1, int(targets * len(train) / max(1, len(train.target))))
 
 
 def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> RowAdamW:
@@ -298,7 +305,7 @@ def _say_rows(task: Task, model: UserModel) -> None:
     if task.spec.kind != "items" or task.tied or task.cold:
         return
     known, count = int(model.backbone.trained_items[task.catalogue].sum()), len(task.catalogue)
-    if known < count and task.config.tied is None:
+    if task.config.tied is None:
         text = "%s: %s of its %s items were not trained in pretraining, so it stores output rows of its own, %.0f MB; "
         text += "memory tied = true scores against the frozen item table instead"
         size = count * model.backbone.config.dim * model.backbone.table.element_size() / 1e6

@@ -155,3 +155,15 @@ def test_a_head_is_started_on_no_more_examples_than_are_asked_for(dataset, pretr
     features, target, rows = fit_head.call_args.args
     assert len(features) == len(target) == len(rows)
     assert len(features) == most if 2 * most < whole else most <= len(features) < whole
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_start_that_a_checkpoint_holds_is_not_computed_again(dataset, pretrained, tmp_path, there):
+    model, checkpoint = copy.deepcopy(pretrained), tmp_path / "range.safetensors"
+    model.backbone.trained_items[:] = False
+    with mock.patch.object(train, "fit", return_value=[]) as fit, mock.patch.object(train, "start_items") as start:
+        if there:
+            checkpoint.touch()
+        learn_task(model, dataset, "range", LearnConfig(), checkpoint=checkpoint)
+    assert start.called != there
+    assert fit.call_args.args[2].keep_start

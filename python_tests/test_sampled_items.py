@@ -196,3 +196,15 @@ def test_it_resumes_with_the_same_bits(dataset, pretrained, tmp_path):
 def test_the_settings_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} must be a whole number from 1 up, got 0"):
         LearnConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("targets", [1, 50])
+def test_a_batch_with_repeats_has_so_many_examples_that_its_scores_are_held(targets, monkeypatch):
+    monkeypatch.setattr(train.infer, "MOST_SCORES", 1 << 20)
+    config, count = LearnConfig(negatives=500, batch_tokens=700), 400
+    examples = Examples(
+        *(torch.arange(count),) * 2, torch.arange(count + 1) * targets, torch.zeros(count * targets, dtype=torch.int64)
+    )
+    most = train._most_with_repeats(examples, config)
+    scores = [n * targets * (500 + 700 + n * targets) for n in (most, most + 1)]
+    assert scores[0] <= 1 << 20 < scores[1]

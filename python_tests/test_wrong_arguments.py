@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from runs import BACKBONE, pretrain_in_memory, write_dataset
@@ -57,6 +58,7 @@ def test_a_wrong_type_is_named(model, dataset, message):
         ({"ridge_rate": -1.0}, "ridge_rate must be a number above 0, got -1.0"),
         ({"weight_decay": None}, "weight_decay must be a number of at least 0, got None"),
         ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0, got nan"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a number of at least 0, got inf"),
         ({"checkpoint_seconds": "now"}, "checkpoint_seconds must be a number of at least 0, got 'now'"),
         ({"ridge": 3.0}, "ridge must be a list of strengths above 0, got 3.0"),
         ({"ridge": None}, "ridge must be a list of strengths above 0, got None"),
@@ -66,6 +68,7 @@ def test_a_wrong_type_is_named(model, dataset, message):
 def test_a_wrong_setting_is_named(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         LearnConfig(**settings)
+    assert LearnConfig(learning_rate=np.float32(1e-3)).learning_rate == np.float32(1e-3)
     assert LearnConfig(checkpoint_seconds=float("inf"), weight_decay=0, ridge=[]).ridge == ()
 
 

@@ -29,10 +29,11 @@ def folds_of(data: Path, wanted: list[str] | None) -> dict[str, str]:
         raise SystemExit(f"{data} is neither a dataset folder nor a folder of them: no dataset.json; see pcl prepare")
     if unknown := sorted(set(wanted or ()) - set(found)):
         raise SystemExit(f"--folds must be among {', '.join(found)}, got {', '.join(unknown)}")
-    for path in found.values():
+    folds = {name: path for name, path in found.items() if not wanted or name in wanted}
+    for path in folds.values():
         if not set(Dataset(path).task_names) - {"next"}:
             raise SystemExit(f"{path} has no task but next: nothing to learn after pretraining")
-    return {name: path for name, path in found.items() if not wanted or name in wanted}
+    return folds
 
 
 def count(text: str) -> int:

@@ -49,7 +49,7 @@ def compare(ours: dict, others: dict, metric: dict[str, str], draws: int = DRAWS
         for weights in _draw({fold: _users(ours, fold) for fold in {fold for fold, _ in ours}}, draws)
     ]
     drawn = {}
-    for name, (task, (own, other)) in zip(metric.values(), zip(metric, np.concatenate(parts, axis=2))):
+    for (task, name), (own, other) in zip(metric.items(), np.concatenate(parts, axis=2)):
         with np.errstate(invalid="ignore", divide="ignore"):  # over nothing there is no relative gain
             ratio = own / other - 1.0
         drawn[task] = ratio if higher_is_better(name) else -ratio

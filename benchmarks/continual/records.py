@@ -49,15 +49,15 @@ def load_trial(out: Path, trial: Trial) -> dict[str, Any] | None:
     if not path.exists():
         return None
     answer = json.loads(path.read_text())
-    check(path, answer, trial)
+    check(path, answer["identity"], trial.identity())
     return answer
 
 
-def check(path: Path, answer: dict[str, Any], trial: Trial, *, of_all: bool = False) -> None:
-    """ValueError where what is written at `path` was made with other settings than a trial has; of_all: but for its
-    grid point, of which each method has its own."""
-    made, asked = answer["identity"], json.loads(json.dumps(trial.identity()))
-    left_out = ({"setting"} if of_all else set()) | ({"tasks_sha256"} - made.keys())  # older lines have none
+def check(path: Path, made: dict[str, Any], asked: dict[str, Any], *, but: tuple[str, ...] = ()) -> None:
+    """ValueError where what is written at `path` was made with another identity than is asked for; but: parts that may
+    differ."""
+    left_out = {*but} | ({"tasks_sha256"} - made.keys())  # older lines have none
+    asked = json.loads(json.dumps(asked))
     made, asked = ({name: part for name, part in one.items() if name not in left_out} for one in (made, asked))
     for name, then, now in differences(made, asked):
         raise ValueError(

@@ -84,12 +84,15 @@ class Comparison:
             )
 
     def _check(self) -> None:
-        """ValueError where something in the folder was made with other settings, of whatever method: what stands in
-        one table must be comparable."""
-        for (method, fold, _), line in self.matrices.items():
-            if fold in self.plan.folds:
-                trial = self.plan.trial(method, fold, 0, 0)
-                records.check(self.out / "matrices.jsonl", line, trial, of_all=True)
+        """ValueError where lines, of whatever method, were made with another budget, or of the same folds with other
+        tasks or tables: what stands in one table must be comparable; and where this plan's trials have other settings.
+        """
+        method = self.plan.methods[0]  # of the settings each has its own
+        asked = {fold: self.plan.trial(method, fold, 0, 0).identity() for fold in self.plan.folds}
+        for (_, fold, _), line in self.matrices.items():
+            other = () if fold in asked else ("dataset", "tasks", "tasks_sha256")
+            identity = asked.get(fold, next(iter(asked.values())))
+            records.check(self.out / "matrices.jsonl", line["identity"], identity, but=("setting", *other))
         for fold in self.plan.folds:
             for method in self.plan.methods:
                 point = self.choice(method, fold)
@@ -146,7 +149,8 @@ class Comparison:
         """The grid point that is written, or else the best on the valid users of those that did not diverge; None while
         one is missing, or where all did."""
         if written := self.matrices.get((method, fold, 0)):
-            records.check(self.out / "matrices.jsonl", written, self.plan.trial(method, fold, 0, written["point"]))
+            asked = self.plan.trial(method, fold, 0, written["point"]).identity()
+            records.check(self.out / "matrices.jsonl", written["identity"], asked)
             return written["point"]
         trials = [self.plan.trial(method, fold, 0, point) for point in self.plan.grid(method)]
         answers = [records.load_trial(self.out, trial) for trial in trials]

@@ -26,6 +26,7 @@ from benchmarks.continual.unseen import WAYS, held_out, learn_unseen
 from pcl_ext import store
 from pcl_ext.model import MemoryConfig
 from pcl_ext.model.config import CONTEXTS, PLACEMENTS
+from pcl_ext.task import TaskSpec
 
 LENGTHS = (0, 1, 5, 10, 20, 50)
 NEWEST = (1, 3, 5, 10)
@@ -142,13 +143,18 @@ def conduct(variant: Variant, out: Path) -> dict[str, Any]:
     if variant.kind == "unseen" and len(trial.order(dataset)) < 2:
         raise ValueError(f"the study of an unseen task needs two tasks after next, {trial.data} has one")
     learner, identity = make_learner(trial, out), trial.identity()
+    how = records.protocol(trial, identity, dataset.name, CHOICE)
+
+    def spec_of(task: str) -> TaskSpec:
+        return dataset.task(task).spec
+
     answer, _ = teach(learner)
     if variant.kind == "unseen":
         for name in trial.order(dataset):
             with held_out(learner.model, name):
                 for way, labels in product(WAYS, LABELS):
                     found[f"{variant.name}-{way}-{labels}", name] = learn_unseen(learner, name, way, labels)
-        rows = [_line(variant, name, task, value) for (name, task), value in found.items()]
+        rows = [_line(variant, name, spec_of(task), value, how) for (name, task), value in found.items()]
         return {"identity": identity, "lines": rows}
     rows = [
         {"study": variant.study, "variant": variant.name} | line
@@ -157,15 +163,15 @@ def conduct(variant: Variant, out: Path) -> dict[str, Any]:
     if variant.kind == "cold":
         for newest in NEWEST:
             for task in ("next", *trial.order(dataset)):
-                rows.append(_line(variant, f"{variant.name}-{newest}", task, measure_one(learner, task, newest=newest)))
+                value = measure_one(learner, task, newest=newest)
+                rows.append(_line(variant, f"{variant.name}-{newest}", spec_of(task), value, how))
     return {"identity": identity, "lines": rows}
 
 
-def _line(variant: Variant, name: str, task: str, value: float) -> dict[str, Any]:
-    trial, dataset = variant.trial, variant.trial.dataset()
-    line = {"study": variant.study, "variant": name, "method": trial.method, "task": task, "fold": trial.fold}
-    how = records.protocol(trial, trial.identity(), dataset.name, CHOICE)
-    return line | {"seed": trial.seed, "metric": dataset.task(task).spec.metric, "value": value, "protocol": how}
+def _line(variant: Variant, name: str, spec: TaskSpec, value: float, how: dict[str, Any]) -> dict[str, Any]:
+    trial = variant.trial
+    line = {"study": variant.study, "variant": name, "method": trial.method, "task": spec.name, "fold": trial.fold}
+    return line | {"seed": trial.seed, "metric": spec.metric, "value": value, "protocol": how}
 
 
 def _work(variant: Variant, out: Path) -> dict[str, Any] | None:

@@ -28,15 +28,30 @@ def read_table(
         raise FileNotFoundError(f"{where}: {'folder' if path.is_dir() else 'file'} {path} {what}")
     if files[0].suffix not in _PARQUET:
         return _read_csv(config, path, where, required, optional)
-    base = {"partition_base_dir": str(path), "partitioning": "hive"} if path.is_dir() else {}
     try:
-        parts = ds.dataset([str(file) for file in files], format="parquet", **base)
+        parts = _parts(path, files, where, required)
         table = parts.to_table(columns=_choose(parts.schema.names, path, where, required, optional))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: {path} is not a readable Parquet file: {error}") from error
     for name in config.keys:
         table = _empty_as_null(table, name, [""])
     return _nan_as_null(table)
+
+
+def _parts(path: Path, files: list[Path], where: str, required: set[str]) -> ds.Dataset:
+    """One file, or many as one table: of a column's types the widest, null where a file lacks an optional column."""
+    names = [str(file) for file in files]
+    if not path.is_dir():
+        return ds.dataset(names, format="parquet")
+    base = {"format": "parquet", "partition_base_dir": str(path), "partitioning": "hive"}
+    parts = ds.dataset(names, **base)
+    schemas = {part.path: part.physical_schema for part in parts.get_fragments()}
+    first = schemas[names[0]].names
+    folders = [field for field in parts.schema if field.name not in first]
+    for name, schema in schemas.items():
+        _choose([*schema.names, *(field.name for field in folders)], Path(name), where, required, ())
+    known = pa.unify_schemas(list(schemas.values()), promote_options="permissive")
+    return ds.dataset(names, schema=pa.schema([*known, *(f for f in folders if f.name not in known.names)]), **base)
 
 
 def files_of(path: Path) -> list[Path]:

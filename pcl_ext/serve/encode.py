@@ -25,6 +25,7 @@ from pcl_ext.data import Dataset
 from pcl_ext.data._arrow import pa, pq
 from pcl_ext.data.cache import release
 from pcl_ext.data.writer import file_sha256
+from pcl_ext.model.answers import check_k
 from pcl_ext.progress import progress
 from pcl_ext.serve.inputs import Histories
 from pcl_ext.serve.item_ids import ItemIds
@@ -127,7 +128,8 @@ class DatasetJob:
         self._same(json.loads(path.read_text()), self.parts)
 
     def _same(self, then: dict[str, Any], where: Path) -> None:
-        for key, value in self.identity.items():
+        for key in [*self.identity, *(then.keys() - self.identity.keys())]:
+            value = self.identity.get(key)
             if json.dumps(then.get(key)) != json.dumps(value):  # as text: the order of the tasks counts
                 raise ValueError(
                     f"{where} was made from another {key} ({str(then.get(key)):.60}, now {str(value):.60}); remove it, "
@@ -183,7 +185,7 @@ class DatasetJob:
         """A Parquet file that is there under its name only once it is complete and on the disk."""
         schema = self.schema.with_metadata({_KEY: json.dumps({"identity": self.identity, "unknown": unknown})})
         with temporary(self.parts) as file:
-            # vectors neither compress nor repeat
+            # scores and vectors neither compress nor repeat
             with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
                 yield writer
             file.flush()
@@ -215,9 +217,12 @@ class EncodeJob(DatasetJob):
 
     command, doing = "pcl encode", "encoding"
 
-    def fields(self) -> list[tuple[str, pa.DataType]]:
+    def __init__(self, predictor: Predictor, dataset: Dataset, out: str | Path, tasks: Sequence[str] | None = None):
+        super().__init__(predictor, dataset, out, tasks)
         if "user_id" in self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks name the columns beside user_id, each once, got {', '.join(self.tasks)}")
+
+    def fields(self) -> list[tuple[str, pa.DataType]]:
         return [(name, pa.list_(pa.float32())) for name in self.tasks]
 
     def columns(self, histories: Histories) -> list[pa.Array]:
@@ -245,7 +250,7 @@ class PredictJob(DatasetJob):
         skip_seen: bool = False,
         ids: ItemIds | None = None,
     ):
-        self.k, self.skip_seen, self.ids = k, skip_seen, ids
+        self.k, self.skip_seen, self.ids = check_k(k), skip_seen, ids
         super().__init__(predictor, dataset, out, [task])
 
     @cached_property
@@ -254,14 +259,15 @@ class PredictJob(DatasetJob):
         return TaskSpec.from_json(spec)
 
     def settings(self) -> dict[str, Any]:
+        answer = {"answer": "predictions"}
         if self.spec.kind != "items":
-            return {}
+            return answer
         names = None if self.ids is None else file_sha256(self.ids.path)
-        return {"k": self.k, "skip_seen": self.skip_seen, "item_ids": names}
+        return answer | {"k": self.k, "skip_seen": self.skip_seen, "item_ids": names}
 
     def fields(self) -> list[tuple[str, pa.DataType]]:
         if self.spec.kind == "items":
-            item = pa.int64() if self.ids is None or self.ids.are_numbers else pa.string()
+            item = pa.int64() if self.ids is None or self.ids.are_int64 else pa.string()
             return [("items", pa.list_(item)), ("scores", pa.list_(pa.float32()))]
         if self.spec.kind == "classes":
             label = [("label", pa.string())] if self.spec.labels else []
@@ -277,7 +283,8 @@ class PredictJob(DatasetJob):
         items, scores = (answer[name][there] for name in ("items", "scores"))
         offsets = pa.array(np.concatenate([[0], there.sum(1).cumsum()]).astype(np.int32))
         item = self.schema.field("items").type.value_type
-        ids = pa.array(items if self.ids is None else self.ids.original(items), item)
+        ids = items if self.ids is None else self.ids.original(items)
+        ids = pa.array(map(str, ids) if pa.types.is_string(item) else ids, item)
         return [pa.ListArray.from_arrays(offsets, values) for values in (ids, pa.array(scores))]
 
 

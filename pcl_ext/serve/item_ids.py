@@ -9,8 +9,10 @@ from pathlib import Path
 class ItemIds:
     """A dataset's items.parquet: from the log's own ids to those of the dataset, 1..V, and back.
 
-    The log's ids are text there; where all of them are whole numbers (`are_numbers`), `original` gives numbers.
-    FileNotFoundError or ValueError names a file that is missing or is no such table.
+    The log's ids are text there; where all of them are whole numbers, `original` gives numbers. FileNotFoundError or
+    ValueError names a file that is missing or is no such table.
+
+    are_int64  whether they are numbers that an int64 holds
     """
 
     def __init__(self, path: str | Path):
@@ -28,8 +30,9 @@ class ItemIds:
                 raise ValueError(f"{path}: {name} must name every item once, got a null or one twice")
         ids, originals = table["item_id"].to_pylist(), [str(text) for text in table["original_id"].to_pylist()]
         self._ids = dict(zip(originals, ids))
-        self.are_numbers = all(map(_is_number, originals))
-        self._originals = dict(zip(ids, map(int, originals) if self.are_numbers else originals))
+        numbers = all(map(_is_number, originals))
+        self.are_int64 = numbers and all(-(2**63) <= int(text) < 2**63 for text in originals)
+        self._originals = dict(zip(ids, map(int, originals) if numbers else originals))
 
     def check(self, num_items: int) -> None:
         """ValueError unless these are items 1..num_items: the table of another dataset would name others."""

@@ -55,6 +55,7 @@ class Predictor:
         self.k, self.skip_seen, self.column, self.keep = check_k(k), skip_seen, column, tuple(keep)
         self.unknown = 0
         self._model: UserModel | None = None
+        self._whole = False  # whether it has all tasks of the run
         self._check_tasks([task] if task is not None else self.tasks_encoded or ())
 
     def _check_tasks(self, names: Sequence[str]) -> None:
@@ -65,7 +66,7 @@ class Predictor:
                 raise ValueError(f"task must be one of {', '.join(known) or '(no tasks yet)'}, got {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_model": None}
+        return self.__dict__ | {"_model": None, "_whole": False}
 
     @property
     def model(self) -> UserModel:
@@ -73,14 +74,16 @@ class Predictor:
         alone, until another one is asked for."""
         if self._model is None:
             named = self.tasks_encoded if self.task is None else (self.task,)
-            self._model = store.from_pretrained(self.path, named)
+            self._model, self._whole = store.from_pretrained(self.path, named), named is None
         return self._model
 
-    def _model_with(self, names: Sequence[str]) -> UserModel:
-        """The model, with all tasks where it lacks one of these."""
-        if not set(names) <= set(self.model.task_names):
-            self._model = store.from_pretrained(self.path)
-        return self.model
+    def _model_with(self, names: Sequence[str] | None) -> UserModel:
+        """The model, with all tasks where it lacks one of these, or where all are asked for."""
+        model = self.model
+        if not self._whole and (names is None or not set(names) <= set(model.task_names)):
+            model, self._whole = store.from_pretrained(self.path), True
+        self._model = model
+        return model
 
     def __call__(self, batch: Any) -> dict[str, np.ndarray]:
         """What the constructor was asked for, and before it the columns to `keep`: for `map_batches` and the like."""
@@ -118,8 +121,6 @@ class Predictor:
     @torch.no_grad()
     def encode(self, histories: Any, tasks: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """User vectors [B, F] float32 for each of the tasks (all by default): what its head reads."""
-        if tasks is None:
-            tasks = [entry["name"] for entry in store.read_manifest(self.path)["tasks"]]
         model, batches = self._model_with(tasks), self._batches(read_histories(histories, self.column))
         return _joined(
             [

@@ -77,7 +77,7 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
 
 
 def from_pretrained(path: str | Path, tasks: Sequence[str] | None = None) -> UserModel:
-    """The model of a run, on the CPU and in evaluation mode: backbone and tasks frozen, every hash checked.
+    """The model of a run, on the CPU and in evaluation mode: backbone and tasks frozen, hashes checked of all it reads.
 
     tasks  names of those to open (all by default), and with them those whose readouts they read; in the run's order
 

@@ -271,6 +271,14 @@ def test_a_run_that_was_measured_on_a_sample_says_so(made, pcl, tmp_path, monkey
     _, out, _ = pcl("evaluate", run, "--data", made.data, "--json", result)
     assert out[0].endswith(f"(9 targets, {sample})")
     assert json.loads(result.read_text())["protocol"]["samples"] == {"next": sample}
+    monkeypatch.setattr(infer, "MOST_MEASURED", 11 * 50)  # another sample than that of the run
+    status, out, _ = pcl("verify", run)
+    assert status == 0
+    assert out[1].endswith("not compared: it was measured on another sample")
+    pcl("learn", run, "segment", "--data", made.data, "--learn.epochs", "1")
+    _, out, _ = pcl("verify", run)
+    assert out[1] == f"  next: outputs on 11 of {whole} examples, bit for bit: equal"
+    sample = f"11 of {whole} examples"
     pcl("report", run, "--out", tmp_path / "page")
     assert f"Measured on a sample: next, {sample}." in next((tmp_path / "page").glob("*.html")).read_text()
 

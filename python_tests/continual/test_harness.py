@@ -234,6 +234,9 @@ def test_a_call_with_other_settings_is_refused_before_anything_runs(plan, out, i
     inline.done.clear()
     with pytest.raises(ValueError, match=r"matrices\.jsonl was made with budget\.stop = 'mixed', this call has 'loss'"):
         Comparison(other, out).run(1)
+    elsewhere = replace(other, folds={"other": plan.folds["tiny"]})
+    with pytest.raises(ValueError, match=r"matrices\.jsonl was made with budget\.stop = 'mixed', this call has 'loss'"):
+        Comparison(elsewhere, out).run(1)
     with pytest.raises(ValueError, match=r"made with tasks = \['segment', 'range'\], this call has \['segment'\]"):
         Comparison(replace(plan, methods=("pooled-probe",), tasks=("segment",)), out).run(1)
     assert inline.done == []
@@ -303,6 +306,15 @@ def test_a_protocol_says_how_each_method_stops_and_was_chosen(plan, out, inline)
     reference = {line["task"]: line["protocol"].get("reference") for line in lines if line["method"] == "cheap"}
     assert reference["next"].startswith("Markov chain")
     assert all(reference.values())
+
+
+def test_lines_of_a_method_that_is_no_more_stay(plan, out, inline):
+    plan = replace(plan, methods=("popularity",), seeds=1)
+    Comparison(plan, out).run(1)
+    for name in ("results.jsonl", "matrices.jsonl"):
+        (out / name).write_text((out / name).read_text().replace('"popularity"', '"fashion"'))
+    Comparison(plan, out).run(1)
+    assert {line["method"] for line in records.read_lines(out / "results.jsonl")} == {"fashion", "popularity"}
 
 
 def test_results_without_their_matrices_have_a_page(plan, out, inline):

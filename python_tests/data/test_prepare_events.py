@@ -342,6 +342,7 @@ def test_a_log_may_be_a_folder_of_parquet_files(prepare, tmp_path):
     """Parts in the order of their names, whose folders may name a column; what is no part is left alone."""
     want = histories(prepare(BASE + 'where = [["kind", "==", "buy"]]'))
     log = csv.read_csv(io.BytesIO(LOG.encode()))
+    log = log.set_column(log.column_names.index("time"), "time", log["time"].cast(pa.int32()))
     for kind in ("buy", "back"):
         part = log.filter(pc.equal(log["kind"], kind)).drop_columns("kind")
         for place, (first, count) in enumerate(((0, 2), (2, 99))):
@@ -354,6 +355,12 @@ def test_a_log_may_be_a_folder_of_parquet_files(prepare, tmp_path):
     dataset = prepare(text)
     assert histories(dataset) == want
     assert [part["file"] for part in dataset.info["sources"]] == ["part-0.parquet", "part-1.parquet"] * 2
+    wide = pa.table({"user_id": ["ann"], "item_id": ["z"], "time": pa.array([2**40]), "rating": [None]})
+    pq.write_table(wide, tmp_path / "parts" / "kind=buy" / "part-2.parquet")  # a wider time, a column of nulls
+    assert histories(prepare(text))["ann"] == [*want["ann"], "z"]
+    pq.write_table(wide.drop_columns("item_id"), tmp_path / "parts" / "kind=buy" / "part-3.parquet")
+    with pytest.raises(ValueError, match=r"part-3\.parquet has no column 'item_id'"):
+        prepare(text)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"\[events\]: folder .*empty has no Parquet files"):
         prepare(BASE.replace("log.csv", "empty"))

@@ -82,6 +82,40 @@ def test_another_job_on_the_same_file_is_refused(made, tmp_path):
         encode.PredictJob(Predictor(made[0]), made[1], out, "churn")
 
 
+@pytest.mark.parametrize("task", ["next", "ctr"])
+def test_vectors_and_predictions_are_not_taken_for_each_other(made, tmp_path, task):
+    """Finished files, and parts of a job that was killed."""
+
+    def vectors(out):
+        return encode.EncodeJob(Predictor(made[0]), made[1], out, [task])
+
+    def predictions(out):
+        return job(made, out, task)
+
+    for place, (one, other) in enumerate(((vectors, predictions), (predictions, vectors))):
+        for processes in (1, 3):
+            out = tmp_path / f"{place}-{processes}.parquet"
+            one(out).run(0, processes)
+            with pytest.raises(ValueError, match="was made from another settings"):
+                other(out).run(0, processes)
+
+
+def test_a_wrong_k_is_refused_before_anything_is_claimed(made, tmp_path):
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        job(made, tmp_path / "all.parquet", "next", k=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("base", [10**6, 2**63])
+def test_numbers_come_out_as_numbers_where_an_int64_holds_them(made, tmp_path, base):
+    ids = pa.table({"item_id": pa.array(range(1, 21), pa.int32()), "original_id": [str(base + n) for n in range(20)]})
+    pq.write_table(ids, tmp_path / "items.parquet")
+    job(made, tmp_path / "all.parquet", "next", k=2, ids=ItemIds(tmp_path / "items.parquet")).run()
+    table = pq.read_table(tmp_path / "all.parquet")
+    assert table.schema.field("items").type.value_type == (pa.int64() if base < 2**62 else pa.string())
+    assert {int(item) - base for row in table["items"].to_pylist() for item in row} <= set(range(20))
+
+
 def test_processes_share_the_users(made, tmp_path):
     shares = [job(made, tmp_path / "all.parquet", "ctr").run(rank, 3) for rank in range(3)]
     assert [share.users for share in shares] == [15, 10, 10]

@@ -257,3 +257,9 @@ def test_a_predictor_for_a_task_opens_that_one_alone_until_another_is_asked_for(
     assert Predictor(run, TASKS[0]).model.task_names == [TASKS[0]]
     assert Predictor(run, encode=TASKS[1:]).model.task_names == TASKS[1:]
     assert list(Predictor(run, encode=TASKS[1:]).encode(HISTORIES)) == TASKS
+    predictor.encode(HISTORIES)
+    assert predictor.model.task_names == TASKS
+    opened = predictor.model
+    predictor.encode(HISTORIES)
+    predictor.predict(HISTORIES, TASKS[2])
+    assert predictor.model is opened
