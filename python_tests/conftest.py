@@ -48,6 +48,24 @@ def _on(device):
         yield "cpu"
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """200 synthetic users, of each test module's own."""
+    from runs import write_dataset  # tests of the ops run where the extra `cli` is missing
+
+    from pcl_ext.data import Dataset
+
+    return Dataset(write_dataset(tmp_path_factory.mktemp("shop") / "dataset"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(dataset):
+    """A model of one epoch on them; what changes it takes a copy."""
+    from runs import pretrain_in_memory
+
+    return pretrain_in_memory(dataset)
+
+
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)

@@ -6,22 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import pretrain_in_memory, write_dataset
 
 from pcl_ext import item_start
-from pcl_ext.data import Dataset, Examples, make_batch
+from pcl_ext.data import Examples, make_batch
 from pcl_ext.item_start import start_items
 from pcl_ext.model import MemoryConfig
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return Dataset(write_dataset(tmp_path_factory.mktemp("start") / "dataset"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(dataset):
-    return pretrain_in_memory(dataset)
 
 
 def bags_of(memory, history):

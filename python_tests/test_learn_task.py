@@ -9,22 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import BACKBONE, pretrain_in_memory, write_dataset
+from runs import BACKBONE
 
 from pcl_ext import infer, train
 from pcl_ext.data import Dataset
 from pcl_ext.model import BackboneConfig, MemoryConfig, Task
 from pcl_ext.train import RARE_EPS, LearnConfig, PretrainConfig, learn_task, pretrain, task_rates
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return Dataset(write_dataset(tmp_path_factory.mktemp("learn") / "dataset"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(dataset):
-    return pretrain_in_memory(dataset)
 
 
 def given(model, dataset, name, config):

@@ -7,21 +7,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from runs import pretrain_in_memory, write_dataset
 
 from pcl_ext import infer
-from pcl_ext.data import Dataset
 from pcl_ext.train import Judge, LearnConfig, PretrainConfig
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return Dataset(write_dataset(tmp_path_factory.mktemp("measure") / "dataset"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(dataset):
-    return pretrain_in_memory(dataset)
 
 
 def test_early_stopping_looks_at_the_same_few_valid_users_each_epoch(dataset, pretrained):

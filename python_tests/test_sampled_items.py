@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import BACKBONE, pretrain_in_memory, write_dataset
+from runs import BACKBONE
 
 from pcl_ext import PackedBatch, loop, train
 from pcl_ext.data import Dataset, Examples
@@ -125,16 +125,6 @@ def test_a_step_moves_the_rows_that_it_scores(tied):
     before = task.head.rows.detach().clone()
     optimizer.step()
     assert (task.head.rows != before).any(1).nonzero()[:, 0].tolist() == sorted(scored)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return Dataset(write_dataset(tmp_path_factory.mktemp("sampled") / "dataset"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(dataset):
-    return pretrain_in_memory(dataset)
 
 
 def learn(pretrained, dataset, checkpoint=None, memory=None, **settings):

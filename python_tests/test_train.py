@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import BACKBONE, pretrain_in_memory, write_dataset
+from runs import BACKBONE
 
 from pcl_ext import infer, next_item
 from pcl_ext.batch import PackedBatch
@@ -26,11 +26,6 @@ from pcl_ext.train import (
     learn_task,
     pretrain,
 )
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return Dataset(write_dataset(tmp_path_factory.mktemp("train") / "dataset"))
 
 
 def without_train_users(dataset, path):
@@ -225,11 +220,6 @@ def test_every_kind_of_backbone_learns(dataset, kind):
     assert not hasattr(model.backbone, "position")
     curve = learn_task(model, dataset, "click", LearnConfig(epochs=3, batch_tokens=256))
     assert curve[-1]["loss"] < curve[0]["loss"]
-
-
-@pytest.fixture(scope="module")
-def pretrained(dataset):
-    return pretrain_in_memory(dataset)
 
 
 def test_settings_of_the_start_are_checked():

@@ -5,18 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from runs import BACKBONE, pretrain_in_memory, write_dataset
+from runs import BACKBONE, pretrain_in_memory
 
 from pcl_ext import MemoryConfig, PackedBatch, TaskSpec
-from pcl_ext.data import Dataset
 from pcl_ext.metrics import ResultMatrix, TaskMetrics
 from pcl_ext.model import BackboneConfig
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task, pretrain
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return Dataset(write_dataset(tmp_path_factory.mktemp("mistakes") / "dataset"))
 
 
 @pytest.fixture(scope="module")

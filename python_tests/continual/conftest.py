@@ -1,5 +1,6 @@
 """A comparison small enough for tests: 200 synthetic users, two tasks after T1, a backbone of width 16."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2]))  # last: the installed pcl_ext goes before this tree's
 
+from benchmarks.continual import schedule, studies
+from benchmarks.continual.schedule import Plan
 from benchmarks.continual.settings import Budget
 from benchmarks.continual.trial import Trial, make_learner, pretrained
 from pcl_ext.data import synthetic
@@ -60,3 +63,67 @@ def outputs():
 @pytest.fixture
 def tiny_budget():
     return BUDGET
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Trials run in this process; `inline.done` lists them."""
+
+    class Future:
+        def __init__(self, function, *arguments):
+            self.error = None
+            try:
+                function(*arguments)
+            except Exception as error:
+                self.error = error
+
+        def result(self):
+            if self.error is not None:
+                raise self.error
+
+        def exception(self):
+            return self.error
+
+    class Pool:
+        done = []
+
+        def __init__(self, *_, **__):
+            self.done.clear()
+
+        def submit(self, function, *arguments):
+            self.done.append(arguments)
+            return Future(function, *arguments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def shutdown(self, **_):
+            return None
+
+    class Done:
+        def __init__(self, done):
+            self.done = done
+
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(schedule, "wait", lambda waiting, return_when: Done(list(waiting)))
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(studies, "as_completed", list)
+    return Pool
+
+
+@pytest.fixture
+def plan(comparison, tiny_budget):
+    torch.set_num_threads(1)
+    data = {"tiny": str(comparison / "data" / "tiny")}
+    methods = ("popularity", "probe", "fine", "mtl", "pcl")
+    return Plan(methods, data, 2, tiny_budget, points=2, tasks=("segment", "range"))
+
+
+@pytest.fixture
+def out(comparison, tmp_path):
+    """A folder of results that has the tiny dataset's backbone already."""
+    shutil.copytree(comparison / "backbones", tmp_path / "backbones")
+    return tmp_path

@@ -11,94 +11,28 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import benchmarks.continual
 import pcl_ext
-from benchmarks.continual import records, schedule, studies, unseen
+from benchmarks.continual import records, schedule, studies
 from benchmarks.continual.__main__ import folds_of, main
 from benchmarks.continual.learner import batches_of
 from benchmarks.continual.methods import CONTINUAL, LEARNERS, MULTI_TASK, NAMES
 from benchmarks.continual.page import write_page
 from benchmarks.continual.picture import overview, write_picture
-from benchmarks.continual.schedule import Comparison, Plan
+from benchmarks.continual.schedule import Comparison
 from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget
 from benchmarks.continual.summary import summarise
 from benchmarks.continual.table import write_table
 from benchmarks.continual.trial import Trial, conduct
 from pcl_ext import store
 from pcl_ext.data import iterate
-from pcl_ext.task import TaskSpec
 
 REQUIRED = {"method", "task", "fold", "seed", "metric", "value", "forgetting", "parameters", "seconds", "protocol"}
 PUBLISHED_NAMES = (
     "popularity probe pooled-probe single copy fine mtl mmoe ewc lwf hat piggyback peterrec conure teracon l2p "
     "dualprompt coda pcl-eq1 pcl"
 ).split()
-
-
-@pytest.fixture
-def inline(monkeypatch):
-    """Trials run in this process; `inline.done` lists them."""
-
-    class Future:
-        def __init__(self, function, *arguments):
-            self.error = None
-            try:
-                function(*arguments)
-            except Exception as error:
-                self.error = error
-
-        def result(self):
-            if self.error is not None:
-                raise self.error
-
-        def exception(self):
-            return self.error
-
-    class Pool:
-        done = []
-
-        def __init__(self, *_, **__):
-            self.done.clear()
-
-        def submit(self, function, *arguments):
-            self.done.append(arguments)
-            return Future(function, *arguments)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return False
-
-        def shutdown(self, **_):
-            return None
-
-    class Done:
-        def __init__(self, done):
-            self.done = done
-
-    monkeypatch.setattr(schedule, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(schedule, "wait", lambda waiting, return_when: Done(list(waiting)))
-    monkeypatch.setattr(studies, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(studies, "as_completed", list)
-    return Pool
-
-
-@pytest.fixture
-def plan(comparison, tiny_budget):
-    torch.set_num_threads(1)
-    data = {"tiny": str(comparison / "data" / "tiny")}
-    methods = ("popularity", "probe", "fine", "mtl", "pcl")
-    return Plan(methods, data, 2, tiny_budget, points=2, tasks=("segment", "range"))
-
-
-@pytest.fixture
-def out(comparison, tmp_path):
-    """A folder of results that has the tiny dataset's backbone already."""
-    shutil.copytree(comparison / "backbones", tmp_path / "backbones")
-    return tmp_path
 
 
 def test_every_method_has_its_name_and_a_small_grid():
@@ -385,51 +319,6 @@ def test_folds_are_a_dataset_or_a_folder_of_them(comparison, tmp_path):
         folds_of(comparison / "data", ["f9"])
 
 
-@pytest.mark.parametrize("study", studies.STUDIES)
-def test_a_study_has_variants_that_differ(study, comparison, tiny_budget):
-    base = Trial("pcl", str(comparison / "data" / "tiny"), "tiny", 0, 0, tiny_budget)
-    variants = list(studies.STUDIES[study](base))
-    assert len({variant.trial.key for variant in variants}) == len(variants)
-    what = [replace(variant.trial, label=None) for variant in variants]
-    assert all(what.count(trial) <= 2 for trial in what)  # a default may be among the values that are tried
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("study", studies.STUDIES)
-def test_a_study_runs(study, comparison, out, inline, tiny_budget):
-    torch.set_num_threads(1)
-    base = Trial("pcl", str(comparison / "data" / "tiny"), "tiny", 0, 0, tiny_budget, ("segment", "range", "click"))
-    variants = list(studies.STUDIES[study](base))
-    studies.run(variants, out, 1)
-    lines = records.read_lines(out / "studies.jsonl")
-    assert {line["study"] for line in lines} == {study}
-    assert {line["task"] for line in lines} >= {"segment", "range", "click"}
-    assert all(np.isfinite(line["value"]) for line in lines)
-
-
-def test_another_study_in_the_same_folder_leaves_the_first_ones_lines(tmp_path, monkeypatch):
-    def variant(study, seed):
-        return SimpleNamespace(study=study, trial=SimpleNamespace(fold="a", seed=seed))
-
-    def line(study, seed, value):
-        return {"study": study, "fold": "a", "seed": seed, "value": value}
-
-    values = {("off", 0): 1, ("off", 1): 2, ("order", 0): 3}
-    monkeypatch.setattr(
-        records,
-        "load_trial",
-        lambda out, trial: {"lines": [line(*key, values[key]) for key in asked if key[1] == trial.seed]},
-    )
-    for asked in ([("off", 0), ("off", 1)], [("order", 0)], [("off", 0)]):
-        studies.collect([variant(*key) for key in asked], tmp_path)
-        values["off", 0] += 10
-    asked = []  # killed before anything was done
-    monkeypatch.setattr(records, "load_trial", lambda out, trial: None)
-    studies.collect([variant("off", 0), variant("order", 0)], tmp_path)
-    found = records.read_lines(tmp_path / "studies.jsonl")
-    assert found == [line("off", 1, 2), line("order", 0, 3), line("off", 0, 21)]
-
-
 def test_what_came_before_the_newest_events_is_not_known(learner):
     made = learner("probe")
     examples = made.world.dataset.examples("next", "test")
@@ -454,49 +343,6 @@ def test_forgetting_of_an_error_is_how_far_it_rose(comparison, tiny_budget):
     answer["parameters"] = {"spend": 1, "segment": 1}
     lines = records.lines(trial, answer, "tiny")
     assert {line["task"]: line["forgetting"] for line in lines} == {"spend": 0.5, "segment": 0.0}
-
-
-def test_an_unseen_tasks_prompt_is_made_from_the_closed_ones(learner):
-    made = learner("pcl-eq1")
-    made.learn("segment")
-    made.learn("range")
-    rows = [made.model.task(name).memories["tail"].rows for name in ("segment", "range")]
-    for part in rows:
-        torch.nn.init.normal_(part)
-    spec = TaskSpec("new", "binary", made.model.task("range").spec.description)
-    assert (unseen.made_prompt(made.model, spec, "none") == 0).all()
-    torch.testing.assert_close(unseen.made_prompt(made.model, spec, "mean"), torch.stack(rows).mean(0))
-    nearer = unseen.made_prompt(made.model, spec, "attention")
-    assert (nearer - rows[1]).norm() < (nearer - rows[0]).norm()
-
-
-def test_few_labels_learn_the_head_alone(learner):
-    made = learner("pcl-eq1")
-    made.learn("segment")
-    before = made.model.task("segment").memories["tail"].rows.clone()
-    value = unseen.learn_unseen(made, "range", "mean", 10)
-    assert 0 <= value <= 1
-    assert made.model.task_names == ["next", "segment"]
-    assert torch.equal(before, made.model.task("segment").memories["tail"].rows)
-
-
-@pytest.mark.parametrize("way", ["mean", "attention"])
-def test_a_held_out_task_starts_at_a_prompt_of_the_others_alone(learner, way, monkeypatch):
-    rest, everything, used = learner("pcl-eq1"), learner("pcl-eq1"), []
-    rest.learn("segment")
-    for name in ("range", "segment"):
-        everything.learn(name)
-    fit = unseen.Few.fit
-    monkeypatch.setattr(unseen.Few, "fit", lambda few, name: used.append(rows_of(few, name)) or fit(few, name))
-    want = unseen.learn_unseen(rest, "range", way, 10)
-    with unseen.held_out(everything.model, "range"):
-        assert unseen.learn_unseen(everything, "range", way, 10) == want
-    assert everything.model.task("range").closed
-    torch.testing.assert_close(used, [rows_of(rest, "segment")] * 2)  # the one other task
-
-
-def rows_of(learner, name):
-    return learner.model.task(name).memories["tail"].rows.detach().clone()
 
 
 @pytest.mark.slow
