@@ -11,6 +11,7 @@
 #include "gather_histories.h"
 #include "isa.h"
 #include "linear.h"
+#include "parallel.h"
 #include "plan_batches.h"
 #include "prompt_attention.h"
 #include "to_packed.h"
@@ -233,6 +234,7 @@ NB_MODULE(_C, m) {
   m.def("gather_histories", &gather_histories);
   m.def("plan_batches", &plan_batches);
   m.def("isas", &isas);
+  m.def("has_threads", &pcl::has_threads);
   m.def("compiler", [] { return "g++ " __VERSION__; });
 #ifdef PCL_SANITIZE
   m.def("read_past_the_end", [](uintptr_t p, int64_t count) { return pcl::read_past_the_end(at<float>(p), count); });

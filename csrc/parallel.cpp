@@ -1,18 +1,15 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
-#include <atomic>
-#include <condition_variable>
 #include <exception>
 #include <mutex>
-#include <system_error>
-#include <thread>
 
 namespace pcl {
 namespace {
 
-// How the calling thread computes with floating-point numbers (how it rounds, whether denormal ones are 0): its workers
+// How the calling thread computes with floating-point numbers (how it rounds, whether denormal ones are 0): the others
 // have to do alike, or results would depend on who ran a task.
 class FloatMode {
  public:
@@ -33,126 +30,60 @@ class FloatMode {
 #endif
 };
 
-struct Job {
-  TaskBody body;
-  void* context;
-  int64_t tasks;
-  FloatMode mode;
-  std::atomic<int64_t> next{0};
-  std::mutex error_mutex;
-  std::exception_ptr error;
+// What compilers call for `#pragma omp parallel`; GNU's runtime has it, and so have those of LLVM and Intel.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags) = nullptr;
+  int (*thread_num)() = nullptr;
 
-  void work() noexcept {
-    for (;;) {
-      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks) return;
-      try {
-        body(context, task);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(error_mutex);
-        if (!error) error = std::current_exception();
-        next.store(tasks, std::memory_order_relaxed);
-      }
-    }
+  OpenMp() {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (!torch) return;
+    thread_num = reinterpret_cast<int (*)()>(dlsym(torch, "omp_get_thread_num"));
+    if (thread_num) parallel = reinterpret_cast<decltype(parallel)>(dlsym(torch, "GOMP_parallel"));
   }
 };
 
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
+const OpenMp& open_mp() {
+  static const OpenMp found;
+  return found;
 }
 
 std::atomic<bool> in_forked_child{false};
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
 
-// Workers sleep until a job has seats left, take a seat, work, and leave. A worker that wakes after the job has closed
-// finds no job and sleeps on: the caller never waits for one that has not begun.
-class Pool {
- public:
-  Pool() {
-    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
-  }
+struct Team {
+  int seats;
+  SeatBody body;
+  void* context;
+  FloatMode mode;
+  std::mutex error_mutex;
+  std::exception_ptr error;
 
-  bool try_run(Job& job, int threads) {
-    if (!busy_.try_lock()) return false;
-    const std::lock_guard<std::mutex> busy(busy_, std::adopt_lock);
-    grow(threads - 1);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      job_ = &job;
-      seats_ = threads - 1;
+  void sit() noexcept {
+    const int seat = open_mp().thread_num();
+    if (seat >= seats) return;
+    const FloatMode own;
+    mode.set();
+    try {
+      body(context, seat);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
     }
-    for (int i = 1; i < threads; ++i) wake_.notify_one();
-    job.work();
-    std::unique_lock<std::mutex> lock(mutex_);
-    job_ = nullptr;
-    if (working_ > 0) {
-      lock.unlock();
-      spin();
-      lock.lock();
-      done_.wait(lock, [this] { return working_ == 0; });
-    }
-    return true;
+    own.set();
   }
-
- private:
-  // The last tasks are nearly done when the caller runs out of them: falling asleep would take longer.
-  void spin() const {
-    for (int i = 0; i < 2000 && working_.load(std::memory_order_relaxed) > 0; ++i) pause();
-  }
-
-  void grow(int wanted) {
-    while (size_ < wanted) {
-      try {
-        std::thread([this] { serve(); }).detach();
-      } catch (const std::system_error&) {
-        return;  // the system has no more threads to give: fewer do the same work
-      }
-      ++size_;
-    }
-  }
-
-  [[noreturn]] void serve() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      wake_.wait(lock, [this] { return job_ != nullptr && seats_ > 0; });
-      Job& job = *job_;
-      --seats_;
-      ++working_;
-      lock.unlock();
-      job.mode.set();
-      job.work();
-      lock.lock();
-      if (--working_ == 0) done_.notify_one();
-    }
-  }
-
-  std::mutex busy_;  // held by the caller whose job runs
-  std::mutex mutex_;
-  std::condition_variable wake_, done_;
-  Job* job_ = nullptr;
-  int seats_ = 0;
-  std::atomic<int> working_{0};
-  int size_ = 0;
 };
-
-Pool& pool() {
-  static Pool& pool = *new Pool;  // never destroyed: its workers sleep until the process ends
-  return pool;
-}
 
 }  // namespace
 
-void parallel_run(int64_t tasks, int threads, TaskBody body, void* context) {
-  if (tasks < threads) threads = static_cast<int>(tasks);
-  if (threads > 1 && !in_forked_child.load()) {
-    Job job{body, context, tasks, {}, {}, {}, {}};
-    if (pool().try_run(job, threads)) {
-      if (job.error) std::rethrow_exception(job.error);
-      return;
-    }
-  }
-  for (int64_t task = 0; task < tasks; ++task) body(context, task);
+bool has_threads() { return open_mp().parallel; }
+
+void run_team(int seats, SeatBody body, void* context) {
+  if (seats <= 1 || in_forked_child.load() || !has_threads()) return body(context, 0);
+  Team team{seats, body, context, {}, {}, {}};
+  // All threads that torch has, seats or not: a smaller team would end the others.
+  open_mp().parallel([](void* team) { static_cast<Team*>(team)->sit(); }, &team, 0, 0);
+  if (team.error) std::rethrow_exception(team.error);
 }
 
 }  // namespace pcl

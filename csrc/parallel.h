@@ -1,11 +1,15 @@
-// The one thread pool.
+// Sharing work among threads: those of the OpenMP runtime that torch computes with.
 //
-// parallel_for(tasks, threads, body) calls body(task) once for every task in 0..tasks-1, in any order, on the calling
-// thread and at most threads - 1 sleeping workers. Results must not depend on which thread runs a task. The calling
-// thread runs everything itself where threads is 1, where the pool is busy with another call, and in a forked child,
-// which has no workers. The first exception of a body reaches the caller; tasks not yet begun are then dropped.
+// Torch's threads wait awake for some milliseconds after each of its operations. Threads of our own would share the
+// processors with them; a second OpenMP runtime would do so too. So we ask torch's own runtime, which is found when the
+// first call needs it. The calling thread does everything itself where threads is 1, inside a parallel region, in a
+// forked child, whose runtime has lost its threads, and where torch was built without OpenMP.
+//
+// Results must not depend on which thread runs what. The first exception of a body reaches the caller once all have
+// ended; a thread that has thrown begins nothing more.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -13,42 +17,56 @@
 
 namespace pcl {
 
-using TaskBody = void (*)(void* context, int64_t task);
+using SeatBody = void (*)(void* context, int seat);
 
-void parallel_run(int64_t tasks, int threads, TaskBody body, void* context);
+// Whether torch's runtime was found.
+bool has_threads();
+
+// body(context, seat) for seat 0 and, as far as torch's runtime has that many threads, for 1..seats-1, each on a thread
+// of its own, which computes with floating-point numbers as the caller does.
+void run_team(int seats, SeatBody body, void* context);
 
 template <class Body>
-void parallel_for(int64_t tasks, int threads, Body&& body) {
+void run_team(int seats, Body&& body) {
   using Plain = std::remove_reference_t<Body>;
-  parallel_run(
-      tasks, threads, [](void* context, int64_t task) { (*static_cast<Plain*>(context))(task); },
+  run_team(
+      seats, [](void* context, int seat) { (*static_cast<Plain*>(context))(seat); },
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
+}
+
+// Calls body(task) once for every task in 0..tasks-1, in any order.
+template <class Body>
+void parallel_for(int64_t tasks, int threads, Body&& body) {
+  std::atomic<int64_t> next{0};
+  run_team(static_cast<int>(std::min<int64_t>(tasks, threads)), [&](int) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task);
+  });
 }
 
 // parallel_for in which a thread begins with its own share of neighbouring tasks, the same one call after call, and
 // then helps with the others': for tasks that do little but write, which is slow where another processor wrote last.
 template <class Body>
 void parallel_for_shares(int64_t tasks, int threads, Body&& body) {
-  const int64_t shares = tasks < threads ? tasks : threads;
-  if (shares <= 1) return parallel_for(tasks, threads, body);
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
   };
+  const int shares = static_cast<int>(std::min<int64_t>(tasks, threads));
+  if (shares <= 1) return parallel_for(tasks, threads, body);
   const std::unique_ptr<Share[]> share(new Share[shares]);
-  for (int64_t s = 0; s < shares; ++s) {
+  for (int s = 0; s < shares; ++s) {
     share[s].next = tasks * s / shares;
     share[s].end = tasks * (s + 1) / shares;
   }
-  parallel_for(shares, threads, [&](int64_t own) {
-    for (int64_t i = 0; i < shares; ++i) {
-      Share& from = share[(own + i) % shares];
+  run_team(shares, [&](int seat) {
+    for (int i = 0; i < shares; ++i) {
+      Share& from = share[(seat + i) % shares];
       for (int64_t task; (task = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) body(task);
     }
   });
 }
 
-// Threads worth waking for so many bytes moved or multiply-adds done: a wake-up costs about 10 us.
+// Threads worth asking for so many bytes moved or multiply-adds done.
 inline int threads_for(int64_t work, int threads) {
   constexpr int64_t kWorkPerThread = 1 << 18;
   const int64_t useful = 1 + work / kWorkPerThread;

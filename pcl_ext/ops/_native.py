@@ -46,7 +46,8 @@ def native_status(device: str = "cpu") -> str:
         return f"not built: {folder} holds the sources, not the installed package; start Python in another folder"
     if C is None:
         return "not built: every op runs on its PyTorch reference (install without -Cwheel.cmake=false to build it)"
-    return f"{C.__file__}, {C.compiler()}, instruction sets {', '.join(C.isas())}, using {C.isas()[-1]}"
+    threads = "" if C.has_threads() else ", one thread alone (no OpenMP was found in torch)"
+    return f"{C.__file__}, {C.compiler()}{threads}, instruction sets {', '.join(C.isas())}, using {C.isas()[-1]}"
 
 
 def use_fused(

@@ -1,4 +1,4 @@
-"""The compiled module: missing is fine, broken is loud; its pool sleeps."""
+"""The compiled module: missing is fine, broken is loud; it computes on torch's threads."""
 
 import re
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 import pcl_ext
 from pcl_ext import ops
-from pcl_ext.ops import _gpu
+from pcl_ext.ops import _gpu, _native
 
 PACKAGE = Path(pcl_ext.__file__).parent
 
@@ -108,7 +109,7 @@ def test_status_names_the_module_and_what_runs():
 
 
 @pytest.mark.needs_ext
-def test_the_pool_sleeps_between_calls():
+def test_threads_sleep_between_calls():
     torch.set_num_threads(3)
     case = make([150] * 10, [16], dim=32)
     case.run(impl="fused")
@@ -117,9 +118,38 @@ def test_the_pool_sleeps_between_calls():
     assert time.process_time() - before < 0.1
 
 
+SHARED_THREADS = """
+import os, torch
+from pcl_ext import ops
+torch.set_num_threads(1)
+packed, offsets = torch.ones(60_000, 16), torch.arange(0, 60_001, 10)
+torch.set_num_threads(3)
+print(len(os.listdir("/proc/self/task")))
+ops.to_padded(packed, offsets, 10)
+print(len(os.listdir("/proc/self/task")))
+packed.relu()
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.needs_ext
+def test_ops_and_torch_share_threads():
+    result = subprocess.run([sys.executable, "-c", SHARED_THREADS], capture_output=True, text=True, check=True)
+    alone, ours, with_torch = (int(line) for line in result.stdout.split())
+    assert ours == alone + 2
+    assert with_torch == ours
+
+
+@pytest.mark.needs_ext
+def test_one_thread_alone_is_said(monkeypatch):
+    assert "one thread" not in ops.native_status()
+    monkeypatch.setattr(_native, "C", SimpleNamespace(**vars(_native.C) | {"has_threads": lambda: False}))
+    assert "one thread alone (no OpenMP was found in torch), instruction sets" in ops.native_status()
+
+
 @pytest.mark.needs_ext
 def test_all_threads_count_denormal_numbers_alike():
-    """Each thread of a processor has a mode of its own; the pool's do as their caller does."""
+    """Each thread of a processor has a mode of its own; torch's others do as the caller does, and go back to theirs."""
     rows, offsets = torch.full((20_000, 64), 1e-40), torch.arange(0, 20_001, 100)
     position = torch.zeros(100, 64)
     torch.set_num_threads(3)
