@@ -6,7 +6,7 @@
 //   out                  [T, H, d]   row i of history b attends to all of prefix_index[b] and to rows <= i of b
 //                                    (all rows of b when not causal): softmax(scale * q k^T) v
 //   stats                [T, H, 2]   each row's largest score and one over its softmax's denominator, kept for
-//                                    backward; float, double for double
+//                                    backward; float, double for double; null where nobody asks for them (CPU alone)
 // Backward, with P the softmax and D_i = sum(grad_out_i * out_i):
 //   grad_v = P^T grad_out,  dS = scale * P * (grad_out v^T - D),  grad_q = dS k,  grad_k = dS^T q
 // Sums are taken in float (double for double). A chunk of the plan sums the prefix gradients of its histories, chunks

@@ -114,7 +114,7 @@ void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t
         softmax_rows<Wide, decltype(count)::value>(some, seen_columns, args.causal ? 1 : 0, largest + r, inverse + r);
       });
     }
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; stats && r < rows; ++r) {
       float* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + head);
       row_stats[0] = largest[r] * size;
       row_stats[1] = inverse[r];

@@ -244,7 +244,7 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
       softmax_rows<S, decltype(count)::value>(Scores<S>{scores, score_row}, columns, args.causal ? 1 : 0, largest,
                                               inverse);
     });
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; stats && r < rows; ++r) {
       A* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + task.head);
       row_stats[0] = largest[r];
       row_stats[1] = inverse[r];

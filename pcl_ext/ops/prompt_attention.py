@@ -75,7 +75,7 @@ def prompt_attention(
         batch = offsets.shape[0] - 1
         num_prefixes = 0 if prefix_offsets is None else prefix_offsets.shape[0] - 1
     inputs = (q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
-    return call(torch.ops.pcl_ext.prompt_attention.default, prompt_attention_op.forward, *inputs)[0]
+    return call(torch.ops.pcl_ext.prompt_attention.default, prompt_attention_op.output, *inputs)[0]
 
 
 def use_fused_width(impl: str, q: Tensor) -> bool:

@@ -53,30 +53,31 @@ def _lists(work: Tensor, batch: int, num_prefixes: int) -> tuple[int, int, int]:
 
 def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, *, isa=BEST_ISA):
     """out [T, H, d] and, for backward, [T, H, 2]: each row's largest score, one over its softmax denominator."""
-    pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
-    total, _, num_heads, dim = numbers[:4]
-    cuda = _gpu.runs_cuda(q)
-    device = q.device if cuda else CPU  # which costs less to name
-    out = torch.empty(total, num_heads, dim, dtype=q.dtype, device=device)
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    stats = torch.empty(total, num_heads, 2, dtype=sums, device=device)
-    if cuda:
-        pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
-        results = (SCALARS[q.dtype], out.data_ptr(), stats.data_ptr())
-        _gpu.launch("prompt_attention_fwd", q, pointers, numbers, causal, scale, *results)
-        return out, stats
-    C.prompt_attention_fwd(
-        pointers,
-        numbers,
-        causal,
-        scale,
-        SCALARS[q.dtype],
-        isa,
-        torch.get_num_threads(),
-        out.data_ptr(),
-        stats.data_ptr(),
-    )
+    stats = torch.empty(*q.shape[:2], 2, dtype=sums, device=q.device)
+    if not _gpu.runs_cuda(q):
+        inputs = (q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
+        return _fill(*inputs, stats.data_ptr(), isa), stats
+    pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    pointers = (*pointers[:5], *_lists(work, batch, num_prefixes))
+    results = (SCALARS[q.dtype], out.data_ptr(), stats.data_ptr())
+    _gpu.launch("prompt_attention_fwd", q, pointers, numbers, causal, scale, *results)
     return out, stats
+
+
+def output(q, *arguments) -> tuple[Tensor, ...]:
+    """forward, where only out is asked for."""
+    return forward(q, *arguments) if _gpu.runs_cuda(q) else (_fill(q, *arguments, 0, BEST_ISA),)
+
+
+def _fill(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, stats: int, isa: int) -> Tensor:
+    """out on the CPU; stats: where the rows' statistics go, 0 for nowhere."""
+    pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    out = torch.empty(q.shape, dtype=q.dtype, device=CPU)  # which costs less to name than q's
+    work_of = (SCALARS[q.dtype], isa, torch.get_num_threads())
+    C.prompt_attention_fwd(pointers, numbers, causal, scale, *work_of, out.data_ptr(), stats)
+    return out
 
 
 def forward_fake(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale):

@@ -10,7 +10,7 @@ from attention_cases import CASES, make
 from test_prompt_attention import assert_as_right_as
 
 from pcl_ext import ops
-from pcl_ext.ops import _native
+from pcl_ext.ops import _native, prompt_attention_op
 
 pytestmark = pytest.mark.needs_ext
 ISAS = range(len(_native.C.isas())) if ops.has_fused() else []
@@ -25,6 +25,18 @@ def test_every_instruction_set(name, isa, dtype, dim):
     grad_out = torch.randn(case.rows["q"].shape, dtype=torch.float64).to(dtype)
     exact = case.to(torch.float64).run_with_grads(grad_out, impl="reference")
     assert_as_right_as(case.run_isa(grad_out, isa), case.run_with_grads(grad_out, impl="reference"), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_without_statistics_for_backward_the_output_is_the_same(isa, dtype):
+    case = make(*CASES["some see none"], dim=32, dtype=dtype)
+    plan, rows = ops.attention_plan(case.offsets, case.prefix_offsets, case.prefix_index), case.rows
+    inputs = [rows[n].detach() for n in ("q", "k", "v", "prefix_k", "prefix_v")]
+    inputs += [plan.work, plan.batch, plan.num_prefixes, True, 0.25]
+    out, stats = prompt_attention_op.forward(*inputs, isa=isa)
+    assert torch.equal(prompt_attention_op._fill(*inputs, 0, isa), out)
+    assert stats.isfinite().all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
