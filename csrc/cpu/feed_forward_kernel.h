@@ -137,6 +137,7 @@ void feed_forward_bwd_block(const FeedForwardArgs& args, const Matrix& grad_out,
       const auto* block_of_hidden = Weights::prepare(grad_hidden, features, rows, prepared_hidden);
       Weights::multiply(args.weight_in_t, 0, args.dim, f, features, block_of_hidden, rows, f > 0, grad);
     });
+    for (int64_t i = 0; args.hidden == 0 && i < args.dim * kBlockRows<S>; ++i) grad[i] = A(0);
     normalise_bwd<S>(x, args.norm, rows, args.dim, moments, grad);
     store_block<S>(grad, {grad_x, args.dim, args.x.dtype, grad_out}, first, rows, 0, args.dim);
   });

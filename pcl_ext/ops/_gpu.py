@@ -69,6 +69,11 @@ def runs_cuda(tensor: Tensor) -> bool:
     return tensor.is_cuda or _emulator is not None
 
 
+def emulates() -> bool:
+    """Whether CPU tensors go the way of CUDA tensors, for tests."""
+    return _emulator is not None
+
+
 def has_cuda(tensor: Tensor) -> bool:
     """Whether the CUDA module, or its emulation, can take tensor."""
     if _emulator is not None:

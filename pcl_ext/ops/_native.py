@@ -92,20 +92,44 @@ def define(
     fake,
     autograd: type[torch.autograd.Function] | None = None,
     *,
+    check,
     cuda: bool = False,
 ) -> None:
     """Register pcl_ext::name: its schema, its kernel where its module is there, its fake and its autograd rule.
 
-    cuda: whether kernel takes CUDA tensors too.
+    check takes the op's arguments and raises for dtypes that the CPU's kernel would misread: an exported program that
+    was converted since calls the op by its name. cuda: whether kernel takes CUDA tensors too.
     """
+
+    def checked(*args):
+        if not _gpu.emulates():
+            check(*args)
+        return kernel(*args)
+
     LIBRARY.define(name + schema)
     if C is not None:
-        LIBRARY.impl(name, kernel, "CPU")
+        LIBRARY.impl(name, checked, "CPU")
     if cuda and _gpu.CUDA is not None:
         LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"pcl_ext::{name}", fake, lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, autograd.apply, "Autograd")
+
+
+def check_floats(*tensors: Tensor | None, mixed: bool = False) -> None:
+    """One dtype of float32, float64 and bfloat16 for all; mixed: float32 and bfloat16 may stand together."""
+    found = {x.dtype for x in tensors if x is not None}
+    alike = len(found) <= 1 or (mixed and torch.float64 not in found)
+    if not alike or not found <= set(CPU_FLOATS):
+        names = ", ".join(sorted(str(dtype)[6:] for dtype in found))
+        raise TypeError(f"kernels of pcl_ext take float32, float64 or bfloat16 throughout, got {names}")
+
+
+def check_int64(*tensors: Tensor | None) -> None:
+    """Offsets, indices and work lists."""
+    for x in tensors:
+        if x is not None and x.dtype != torch.int64:
+            raise TypeError(f"kernels of pcl_ext take offsets and indices in int64, got {str(x.dtype)[6:]}")
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -143,7 +167,8 @@ def once_only(backward):
 
 def call(op, kernel, *args):
     """op(*args), or kernel(*args) where the dispatcher would do nothing else: it costs more than a small op."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # a dual tensor asks for no gradient
+    # inside a transform, and where derivatives run forward, tensors do not say whether they want a gradient
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
         return op(*args)
     grad, ordinary = torch.is_grad_enabled(), not _is_watched()
     for a in args:
@@ -157,8 +182,16 @@ def call(op, kernel, *args):
 
 
 def _is_watched() -> bool:
-    """Whether a mode, a transform such as vmap, or a trace wants to see every op."""
-    return bool(_len_torch_dispatch_stack()) or peek_interpreter_stack() is not None or _get_tracing_state() is not None
+    """Whether a mode or a trace wants to see every op."""
+    return bool(_len_torch_dispatch_stack()) or _get_tracing_state() is not None
+
+
+def may_want_gradient(*tensors: Tensor | None) -> bool:
+    """Whether one of them asks for a gradient, or may: inside a transform such as vmap they do not say."""
+    if not torch.is_grad_enabled():
+        return False
+    inside = not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
+    return inside or any(x is not None and x.requires_grad for x in tensors)
 
 
 def below_autograd(op, *args):

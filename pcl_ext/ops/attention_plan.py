@@ -15,7 +15,7 @@ from pcl_ext.ops._check import (
     check_tensor,
 )
 from pcl_ext.ops._gpu import runs_cuda
-from pcl_ext.ops._native import C, address, define
+from pcl_ext.ops._native import C, address, call, check_int64, define
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,9 @@ def work_list(offsets, prefix_offsets, prefix_index, total: int = -1, prefix_tot
     """The checked work list; offsets must end at total and prefix_offsets at prefix_total unless these are -1."""
     index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
     if C is not None and offsets.device.type == "cpu":
-        return torch.ops.pcl_ext.attention_plan(offsets, prefix_offsets, index, total, prefix_total)
+        return call(
+            torch.ops.pcl_ext.attention_plan.default, kernel, offsets, prefix_offsets, index, total, prefix_total
+        )
     check_values(offsets, prefix_offsets, index, total, prefix_total)
     return reference.attention_plan(offsets, prefix_offsets, index)
 
@@ -144,6 +146,7 @@ define(
     "(Tensor offsets, Tensor? prefix_offsets, Tensor? prefix_index, SymInt total, SymInt prefix_total) -> Tensor",
     kernel,
     fake,
+    check=lambda offsets, prefix_offsets, prefix_index, *_: check_int64(offsets, prefix_offsets, prefix_index),
 )
 
 

@@ -4,7 +4,18 @@ import torch
 
 from pcl_ext.ops import _gpu
 from pcl_ext.ops._check import check_offset_values, check_range
-from pcl_ext.ops._native import BEST_ISA, SCALARS, C, address, below_autograd, define, once_only, packed_rows
+from pcl_ext.ops._native import (
+    BEST_ISA,
+    SCALARS,
+    C,
+    address,
+    below_autograd,
+    check_floats,
+    check_int64,
+    define,
+    once_only,
+    packed_rows,
+)
 
 _ROWS = "Tensor items, Tensor offsets"
 _TABLES = "Tensor table, Tensor? position, Tensor? prompt, Tensor? prompt_index"
@@ -94,6 +105,13 @@ def backward_fake(grad_out, items, offsets, table, position, prompt, prompt_inde
     return tuple(x.new_empty(x.shape) if need else grad_out.new_empty(0) for x, need in wanted)
 
 
+def _check(items, offsets, table, position, prompt, prompt_index, grad_out=None) -> None:
+    if items.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"kernels of pcl_ext take items in int32 or int64, got {str(items.dtype)[6:]}")
+    check_floats(table, position, prompt, grad_out)
+    check_int64(offsets, prompt_index)
+
+
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
@@ -113,6 +131,7 @@ define(
     f"(Tensor grad_out, {_ROWS}, {_TABLES}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     backward,
     backward_fake,
+    check=lambda grad_out, *inputs: _check(*inputs[:6], grad_out),
     cuda=True,
 )
-define("embed", f"({_ROWS}, {_TABLES}) -> Tensor", forward, forward_fake, _Embed, cuda=True)
+define("embed", f"({_ROWS}, {_TABLES}) -> Tensor", forward, forward_fake, _Embed, check=_check, cuda=True)

@@ -3,7 +3,7 @@
 import torch
 
 from pcl_ext.ops._native import BEST_ISA, C, address, below_autograd, define, once_only
-from pcl_ext.ops.linear_op import matrix, operands, readable, wide
+from pcl_ext.ops.linear_op import check_products, matrix, operands, readable, wide
 
 _INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight_in, Tensor bias_in, Tensor weight_out"
 
@@ -66,5 +66,18 @@ class _FeedForward(torch.autograd.Function):
         return grad_x, *(None,) * 7
 
 
-define("feed_forward_backward", f"(Tensor grad_out, {_INPUTS}, float eps) -> Tensor", backward, backward_fake)
-define("feed_forward", f"({_INPUTS}, Tensor bias_out, float eps) -> Tensor", forward, forward_fake, _FeedForward)
+define(
+    "feed_forward_backward",
+    f"(Tensor grad_out, {_INPUTS}, float eps) -> Tensor",
+    backward,
+    backward_fake,
+    check=check_products,
+)
+define(
+    "feed_forward",
+    f"({_INPUTS}, Tensor bias_out, float eps) -> Tensor",
+    forward,
+    forward_fake,
+    _FeedForward,
+    check=check_products,
+)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pcl_ext.ops import linear_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_number, check_shape, check_tensor, is_plain
-from pcl_ext.ops._native import call, use_fused
+from pcl_ext.ops._native import call, may_want_gradient, use_fused
 
 _ONE_SUM = (torch.float32, torch.bfloat16)  # dtypes that are summed in float32
 
@@ -68,7 +68,7 @@ def check_weights(x: Tensor, parts: dict[str, Tensor], shapes: dict[str, tuple])
 def use_frozen(impl: str, x: Tensor, parts: dict[str, Tensor], residual: Tensor | None = None) -> bool:
     """Whether the fused path runs: where it can, where none of parts asks for a gradient, and where all dtypes, the
     product's own under autocast too, are summed in one."""
-    trained = [name for name, t in parts.items() if t.requires_grad and torch.is_grad_enabled()]
+    trained = [name for name, t in parts.items() if may_want_gradient(t)]
     if impl == "fused" and trained:
         raise ValueError(f"impl='fused' takes frozen weights, got {trained[0]} that asks for a gradient")
     if trained or not use_fused(impl, x) or (impl == "auto" and not linear_op.PAYS):

@@ -10,6 +10,7 @@ from pcl_ext.ops._native import (
     C,
     address,
     below_autograd,
+    check_floats,
     define,
     once_only,
     packed_rows,
@@ -92,6 +93,11 @@ def backward_fake(grad_out, x, weight, norm_weight, norm_bias, eps):
     return x.new_empty(x.shape)
 
 
+def check_products(*args) -> None:
+    """float32 and bfloat16, or float64 throughout."""
+    check_floats(*(x for x in args if isinstance(x, torch.Tensor)), mixed=True)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, norm_weight, norm_bias, residual, eps):
@@ -116,6 +122,7 @@ define(
     f"(Tensor grad_out, Tensor x, Tensor weight, {_NORM}, float eps) -> Tensor",
     backward,
     backward_fake,
+    check=check_products,
 )
 define(
     "linear",
@@ -123,4 +130,5 @@ define(
     forward,
     forward_fake,
     _Linear,
+    check=check_products,
 )

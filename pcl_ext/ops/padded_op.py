@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pcl_ext.ops import _gpu
 from pcl_ext.ops._check import check_offset_values
-from pcl_ext.ops._native import C, address, below_autograd, define, packed_rows
+from pcl_ext.ops._native import C, address, below_autograd, check_int64, define, packed_rows
 
 
 def check_padded_values(offsets: Tensor, total: int, total_name: str, max_seqlen: int) -> None:
@@ -46,6 +46,8 @@ def to_packed(padded, offsets, total):
     """packed [total, ...]."""
     padded, offsets = packed_rows(padded.resolve_conj(), 2), offsets.contiguous()
     batch, max_seqlen, *row = padded.shape
+    if not _gpu.runs_cuda(padded) and total > batch * max_seqlen:  # no room is asked for what cannot be
+        check_padded_values(offsets, total, "total", max_seqlen)
     packed = torch.empty(total, *row, dtype=padded.dtype, device=padded.device)
     size, (history_stride, row_stride, *_) = padded.element_size(), padded.stride()
     sizes = (batch, max_seqlen, total, math.prod(row) * size, row_stride * size, history_stride * size)
@@ -93,6 +95,7 @@ define(
     to_padded,
     to_padded_fake,
     _ToPadded,
+    check=lambda packed, offsets, *_: check_int64(offsets),
     cuda=True,
 )
 define(
@@ -101,5 +104,6 @@ define(
     to_packed,
     to_packed_fake,
     _ToPacked,
+    check=lambda padded, offsets, *_: check_int64(offsets),
     cuda=True,
 )

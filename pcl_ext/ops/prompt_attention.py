@@ -109,7 +109,7 @@ def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_inde
     """
     if torch.compiler.is_compiling() or type(plan) is not AttentionPlan or not is_plain(q, 3, FLOATS):
         return False
-    if not offsets.is_cpu or not _is_of(plan, offsets, prefix_offsets, prefix_index):
+    if not _is_of(plan, offsets, prefix_offsets, prefix_index) or not offsets.is_cpu:
         return False
     shape, dtypes = q.shape, (q.dtype,)
     if not (is_plain(k, 3, dtypes) and is_plain(v, 3, dtypes) and shape == k.shape and shape == v.shape):

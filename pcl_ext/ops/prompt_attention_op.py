@@ -4,7 +4,19 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import _gpu
-from pcl_ext.ops._native import BEST_ISA, CPU, SCALARS, C, address, below_autograd, define, once_only, packed_rows
+from pcl_ext.ops._native import (
+    BEST_ISA,
+    CPU,
+    SCALARS,
+    C,
+    address,
+    below_autograd,
+    check_floats,
+    check_int64,
+    define,
+    once_only,
+    packed_rows,
+)
 from pcl_ext.ops.attention_plan import prefix_members
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor work"
@@ -93,6 +105,7 @@ def backward(
     grads = backward_fake(
         grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, causal, scale, needs
     )
+    work, out, stats = (x.contiguous() for x in (work, out, stats))  # a caller's hooks may lay them out anew
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
     if _gpu.runs_cuda(q):
         work_of = (work, batch, num_prefixes)
@@ -144,6 +157,11 @@ def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch
     return tuple(x.new_empty(x.shape) if need else q.new_empty(0) for x, need in zip(inputs, needs))
 
 
+def _check(q, k, v, prefix_k, prefix_v, work, *like_q) -> None:
+    check_floats(q, k, v, prefix_k, prefix_v, *like_q)
+    check_int64(work)
+
+
 class _PromptAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, work, *numbers):
@@ -173,6 +191,9 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
     backward_fake,
+    check=lambda grad_out, q, k, v, prefix_k, prefix_v, work, out, *_: _check(
+        q, k, v, prefix_k, prefix_v, work, grad_out, out
+    ),
     cuda=True,
 )
 define(
@@ -181,5 +202,6 @@ define(
     forward,
     forward_fake,
     _PromptAttention,
+    check=lambda *inputs: _check(*inputs[:6]),
     cuda=True,
 )

@@ -1,0 +1,130 @@
+"""Ops called without their Python functions' checks, and inside what watches or transforms them."""
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import make
+
+from pcl_ext import ops
+
+pytestmark = pytest.mark.needs_ext
+OFFSETS = torch.tensor([0, 3, 8])
+
+
+class Embed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(9, 16))
+
+    def forward(self, items, offsets):
+        return ops.embed(items, offsets, self.table)
+
+
+def test_an_exported_program_in_half_precision_is_refused():
+    items = torch.arange(8)
+    exported = torch.export.export(Embed(), (items, OFFSETS)).module()
+    torch.testing.assert_close(exported(items, OFFSETS).shape, torch.Size([8, 16]))
+    with pytest.raises(TypeError, match="take float32, float64 or bfloat16 throughout, got float16"):
+        exported.half()(items, OFFSETS)
+
+
+def _refused(name, *args, match):
+    with pytest.raises(TypeError, match=match), torch.no_grad():
+        getattr(torch.ops.pcl_ext, name).default(*args)
+
+
+def test_dtypes_that_kernels_would_misread_are_refused():
+    case, half = make([3, 5], [4], dim=16), "got float16"
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets)
+    q, k, v, prefix_k, prefix_v = (x.detach() for x in case.rows.values())
+    numbers = (plan.batch, plan.num_prefixes, True, 0.25)
+    everything = [x.half() for x in (q, k, v, prefix_k, prefix_v)]
+    _refused("prompt_attention", *everything, plan.work, *numbers, match=half)
+    _refused("prompt_attention", q, k.double(), v, prefix_k, prefix_v, plan.work, *numbers, match="float32, float64")
+    _refused("prompt_attention", q, k, v, prefix_k, prefix_v, plan.work.int(), *numbers, match="int64, got int32")
+    stats = torch.zeros(8, 2, 2)
+    inputs = (q, k, v, prefix_k, prefix_v, plan.work, q, stats, *numbers, [True] * 5)
+    _refused("prompt_attention_backward", q.half(), *inputs, match=half)
+    items, table = torch.arange(8), torch.randn(9, 16)
+    _refused("embed", items.short(), OFFSETS, table, None, None, None, match="int32 or int64, got int16")
+    _refused("embed", items, OFFSETS.int(), table, None, None, None, match="int64, got int32")
+    _refused("to_padded", table[:8], OFFSETS.int(), 5, 0, match="int64, got int32")
+    _refused("to_packed", torch.randn(2, 5, 3), OFFSETS.int(), 8, match="int64, got int32")
+    _refused("attention_plan", OFFSETS.int(), None, None, 8, 0, match="int64, got int32")
+    x, weight = torch.randn(8, 16), torch.randn(4, 16)
+    _refused("linear", x.half(), weight.half(), None, None, None, None, 1e-5, match=half)
+    _refused("linear", x, weight.double(), None, None, None, None, 1e-5, match="float32, float64")
+
+
+def _gradients(run, *inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad((torch.vmap(run)(*leaves) ** 2).sum(), leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("name", ["embed", "linear", "prompt_attention", "newest_attention", "to_padded", "to_packed"])
+@pytest.mark.filterwarnings("ignore:.*batching rule.*:UserWarning")
+def test_vmap_over_models_keeps_every_gradient(name):
+    """A tensor inside vmap says that it asks for no gradient."""
+    own, prefix = torch.randn(2, 8, 2, 16), torch.randn(2, 4, 2, 16)
+    offsets, prefix_offsets, items = OFFSETS, torch.tensor([0, 4]), torch.arange(8)
+    runs = {
+        "embed": ((torch.randn(2, 9, 16),), lambda impl, t: ops.embed(items, offsets, t, impl=impl)),
+        "linear": (
+            (torch.randn(2, 8, 16), torch.randn(2, 4, 16)),
+            lambda impl, x, w: ops.linear(x, w, impl=impl),
+        ),
+        "prompt_attention": (
+            (own, own + 1, own - 1, prefix, prefix + 1),
+            lambda impl, q, k, v, a, b: ops.prompt_attention(q, k, v, offsets, a, b, prefix_offsets, impl=impl),
+        ),
+        "newest_attention": (
+            (own[:, [2, 7]], own + 1, own - 1, prefix, prefix + 1),
+            lambda impl, q, k, v, a, b: ops.newest_attention(q, k, v, offsets, a, b, prefix_offsets, impl=impl),
+        ),
+        "to_padded": ((own,), lambda impl, x: ops.to_padded(x, offsets, 5, impl=impl)),
+        "to_packed": ((torch.randn(2, 2, 5, 3),), lambda impl, x: ops.to_packed(x, offsets, 8, impl=impl)),
+    }
+    inputs, run = runs[name]
+    want = _gradients(lambda *x: run("reference", *x), *inputs)
+    found = _gradients(lambda *x: run("auto", *x), *inputs)
+    assert all(g is not None for g in found)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_saved_tensors_may_come_back_laid_out_anew():
+    case = make([3, 5], [4], dim=16)
+    want = case.run_with_grads(torch.ones(case.rows["q"].shape), impl="fused")
+
+    def pack(x):
+        return x.transpose(0, 1).contiguous() if x.dim() == 3 else x
+
+    def unpack(x):
+        return x.transpose(0, 1) if x.dim() == 3 else x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        found = case.run_with_grads(torch.ones(case.rows["q"].shape), impl="fused")
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+def test_a_feed_forward_without_hidden_features_passes_the_gradient_on():
+    x, ones, zeros = torch.randn(5, 16, requires_grad=True), torch.ones(16), torch.zeros(16)
+    out = ops.feed_forward(x, (ones, zeros), torch.empty(0, 16), torch.empty(0), torch.empty(16, 0), zeros)
+    assert torch.equal(torch.autograd.grad(out, x, torch.ones_like(out))[0], torch.ones(5, 16))
+
+
+def test_a_total_that_cannot_be_asks_for_no_memory():
+    with pytest.raises(ValueError, match="offsets must .* total = 10000000000, got 8"):
+        ops.to_packed(torch.randn(2, 5, 3), OFFSETS, 10**10)
+
+
+def test_a_plan_beside_offsets_of_another_type():
+    case = make([3, 5], dim=16)
+    plan, rows = ops.attention_plan(case.offsets), (case.rows[name] for name in "qkv")
+    with pytest.raises(TypeError, match="offsets must be a Tensor"):
+        ops.prompt_attention(*rows, [0, 3, 8], plan=plan)
+
+
+def test_numbers_that_lie_across_words_are_copied_first():
+    stored = np.frombuffer(b"x" + np.arange(3, 11).tobytes(), np.int64, offset=1)
+    items, offsets = ops.gather_histories(stored, np.array([0, 3, 8]), np.array([1]), 9)
+    assert items.tolist() == [6, 7, 8, 9, 10]
