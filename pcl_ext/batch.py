@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -78,16 +80,15 @@ class PackedBatch:
         """
         if max_len < 1:
             raise ValueError(f"max_len must be at least 1, got {max_len}")
-        kept, before, dropped = [], [], 0
-        for row, history in enumerate(histories):
-            ids = _as_ids(history, row)
-            known = ids[(ids >= 1) & (ids <= num_items)]
-            dropped += ids.numel() - known.numel()
-            first = max(known.numel() - max_len, 0)
-            before.append(known[:first])
-            kept.append(known[first:])
-        older = Older(*_packed(before)) if any(map(len, before)) else None
-        return cls.from_packed(*_packed(kept)[:2], dropped, older)
+        ids, lengths = _flat(list(histories))
+        user, known = torch.repeat_interleave(lengths), (ids >= 1) & (ids <= num_items)
+        ids, user = ids[known], user[known]
+        counts = torch.bincount(user, minlength=len(lengths))
+        newest = torch.arange(len(ids)) >= (counts.cumsum(0) - max_len)[user]
+        read = counts.clamp_max(max_len)
+        before = counts - read
+        older = Older(ids[~newest], _offsets(before), before) if bool(before.any()) else None
+        return cls.from_packed(ids[newest], _offsets(read), len(known) - len(ids), older)
 
     @classmethod
     def from_padded(cls, padded: Tensor) -> PackedBatch:
@@ -98,7 +99,7 @@ class PackedBatch:
         if padded.dim() != 2 or padded.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"padded must be [B, L] int32 or int64, got {list(padded.shape)} {padded.dtype}")
         known = padded != 0
-        return cls.from_packed(padded[known], nn.functional.pad(known.sum(1).cumsum(0), (1, 0)))
+        return cls.from_packed(padded[known], _offsets(known.sum(1)))
 
     @classmethod
     def from_stored(cls, values, offsets, rows, cut, max_len: int) -> PackedBatch:
@@ -138,11 +139,23 @@ class PackedBatch:
         return PackedBatch(*moved, self.on_host, self.dropped, None if self.older is None else self.older.to(device))
 
 
-def _packed(histories: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Back to back, their offsets and their lengths."""
-    lengths = torch.tensor([0] + [ids.numel() for ids in histories], dtype=torch.int64)
-    items = torch.cat(histories) if histories else torch.empty(0, dtype=torch.int64)
-    return items, lengths.cumsum(0), lengths[1:]
+def _offsets(lengths: Tensor) -> Tensor:
+    return nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def _flat(histories: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """All ids back to back and how many each history has, [sum] and [B] int64."""
+    if all(type(history) is list for history in histories):
+        ids = list(chain.from_iterable(histories))
+        with suppress(OverflowError):  # below, the history is named
+            if set(map(type, ids)) <= {int}:
+                return torch.from_numpy(np.array(ids, np.int64)), _lengths(histories)
+    parts = [_as_ids(history, row) for row, history in enumerate(histories)]
+    return torch.cat(parts), _lengths(parts)
+
+
+def _lengths(histories: list[Sequence[int]] | list[Tensor]) -> Tensor:
+    return torch.tensor([len(history) for history in histories], dtype=torch.int64)
 
 
 def _as_ids(history: Sequence[int], row: int) -> Tensor:

@@ -162,3 +162,23 @@ def test_another_default_device_is_no_matter():
         batch = PackedBatch.from_stored(values, offsets, rows, np.array([4]), 2)
     assert batch.items.tolist() == [6, 7]
     assert batch.older.items.tolist() == [4, 5]
+
+
+def test_lists_and_arrays_of_the_same_ids_are_the_same_batch():
+    lists = [[9, 1, 2, 3], [], [4, 99, 5], [7], [-1, 0], [1, 2, 3, 4, 5, 6]]
+    batches = [
+        PackedBatch.from_lists(histories, num_items=9, max_len=3)
+        for histories in (lists, [np.array(h, np.int32) for h in lists], (tuple(h) for h in lists))
+    ]
+    for batch in batches:
+        assert batch.items.tolist() == [1, 2, 3, 4, 5, 7, 4, 5, 6]
+        assert batch.offsets.tolist() == [0, 3, 3, 5, 6, 6, 9]
+        assert batch.dropped == 3
+        assert batch.older.items.tolist() == [9, 1, 2, 3]
+        assert batch.older.on_host.tolist() == [1, 0, 0, 0, 0, 3]
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, 2**70, "3"], ids=str)
+def test_the_history_with_a_wrong_id_is_named(wrong):
+    with pytest.raises(ValueError, match="history 1 must be a"):
+        PackedBatch.from_lists([[1, 2], [wrong], [4]], num_items=5, max_len=2)
