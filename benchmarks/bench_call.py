@@ -34,7 +34,11 @@ def calls() -> dict[str, tuple[Callable, tuple, dict]]:
     stored = (torch.arange(100, dtype=torch.int32), torch.arange(0, 101, 10), torch.tensor([3, 1]), 4)
     arrays = (*(x.numpy() for x in stored[:3]), 4)
     plan, prefix_plan = ops.attention_plan(offsets), ops.attention_plan(offsets, prefix_offsets)
+    ones, zeros, x = torch.ones(32), torch.zeros(32), torch.randn(8, 32)
+    weight, hidden = torch.randn(64, 32), torch.randn(64)
     return {
+        "linear": (ops.linear, (x, weight, hidden), {"norm": (ones, zeros)}),
+        "feed_forward": (ops.feed_forward, (x, (ones, zeros), weight, hidden, weight.T.contiguous(), zeros), {}),
         "prompt_attention, plan": (ops.prompt_attention, (q, k, v, offsets), {"plan": plan}),
         "prompt_attention, prefix, plan": (ops.prompt_attention, (q, k, v, offsets, *prefix), {"plan": prefix_plan}),
         "embed": (ops.embed, (items, offsets, table, position, prompt), {}),

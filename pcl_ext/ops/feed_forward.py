@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import feed_forward_op, reference
-from pcl_ext.ops._check import FLOATS, check_number, check_tensor
-from pcl_ext.ops._native import call
-from pcl_ext.ops.linear import check_weights, norm_parts, product_dtype, use_frozen
+from pcl_ext.ops._check import FLOATS, check_number, check_tensor, is_plain
+from pcl_ext.ops._native import call, may_want_gradient
+from pcl_ext.ops.linear import check_weights, is_vector, norm_parts, product_dtype, runs_plainly, use_frozen
 
 
 def feed_forward(
@@ -26,6 +26,9 @@ def feed_forward(
     The hidden rows [T, F] are never held. As `linear`, the fused path is for frozen weights and gives the gradient of
     x; dtypes, autocast and errors are those of `linear`.
     """
+    if _is_right(impl, x, norm, weight_in, bias_in, weight_out, bias_out, eps):
+        args = (x, *norm, weight_in, bias_in, weight_out, bias_out, eps)
+        return call(torch.ops.pcl_ext.feed_forward.default, feed_forward_op.forward, *args)
     check_tensor("x", x, 2, FLOATS)
     check_tensor("weight_in", weight_in, 2, FLOATS)
     check_number("eps", eps)
@@ -38,3 +41,18 @@ def feed_forward(
         weights = (product_dtype(weight_in), bias_in, product_dtype(weight_out), bias_out)
         return call(torch.ops.pcl_ext.feed_forward.default, feed_forward_op.forward, x, *norm, *weights, eps)
     return reference.feed_forward(x, *norm, weight_in, bias_in, weight_out, bias_out, eps)
+
+
+def _is_right(impl: str, x, norm, weight_in, bias_in, weight_out, bias_out, eps) -> bool:
+    """Whether nothing is wrong and the fused path runs; no means that the checks have to look."""
+    if not (runs_plainly(impl, x, weight_in, eps) and type(norm) is tuple and len(norm) == 2):
+        return False
+    hidden, dim = weight_in.shape
+    return (
+        x.shape[1] == dim
+        and all(is_vector(v, dim, x.dtype) for v in (*norm, bias_out))
+        and is_vector(bias_in, hidden, x.dtype)
+        and is_plain(weight_out, 2, (x.dtype,))
+        and weight_out.shape == (dim, hidden)
+        and not may_want_gradient(*norm, weight_in, bias_in, weight_out, bias_out)
+    )

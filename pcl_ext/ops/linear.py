@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pcl_ext.ops import linear_op, reference
 from pcl_ext.ops._check import FLOATS, check_like, check_number, check_shape, check_tensor, is_plain
-from pcl_ext.ops._native import call, may_want_gradient, use_fused
+from pcl_ext.ops._native import CPU_FLOATS, call, may_want_gradient, use_fused
 
 _ONE_SUM = (torch.float32, torch.bfloat16)  # dtypes that are summed in float32
 
@@ -28,6 +28,9 @@ def linear(
     the PyTorch path. All tensors share dtype and device; under autocast the product is in its dtype, with sums in
     float32, and a residual keeps its own. Raises ValueError or TypeError naming what is wrong.
     """
+    if _is_right(impl, x, weight, bias, norm, residual, eps):
+        args = (x, weight, bias, *(norm or (None, None)), residual, eps)
+        return call(torch.ops.pcl_ext.linear.default, linear_op.forward, *args)
     check_tensor("x", x, 2, FLOATS)
     check_tensor("weight", weight, 2, FLOATS)
     check_number("eps", eps)
@@ -44,6 +47,38 @@ def linear(
         args = (x, weight, bias, norm_weight, norm_bias, residual, eps)
         return call(torch.ops.pcl_ext.linear.default, linear_op.forward, *args)
     return reference.linear(x, weight, bias, norm_weight, norm_bias, residual, eps)
+
+
+def _is_right(impl: str, x, weight, bias, norm, residual, eps) -> bool:
+    """Whether nothing is wrong and the fused path runs; no means that the checks have to look."""
+    if not runs_plainly(impl, x, weight, eps) or not (norm is None or (type(norm) is tuple and len(norm) == 2)):
+        return False
+    (out, dim), dtype, norms = weight.shape, x.dtype, norm or ()
+    return (
+        x.shape[1] == dim
+        and (bias is None or is_vector(bias, out, dtype))
+        and all(is_vector(v, dim, dtype) for v in norms)
+        and not may_want_gradient(weight, bias, *norms)
+        and (residual is None or (is_plain(residual, 2, (dtype,)) and residual.shape == (len(x), out)))
+    )
+
+
+def runs_plainly(impl: str, x, weight, eps) -> bool:
+    """Whether x and weight are ordinary matrices of one dtype that the CPU's kernels take, outside autocast."""
+    return (
+        impl == "auto"
+        and linear_op.PAYS
+        and type(eps) is float
+        and not torch.compiler.is_compiling()
+        and is_plain(x, 2, CPU_FLOATS)
+        and is_plain(weight, 2, (x.dtype,))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def is_vector(value, length: int, dtype: torch.dtype) -> bool:
+    """Whether value is an ordinary vector of this length and dtype."""
+    return is_plain(value, 1, (dtype,)) and len(value) == length
 
 
 def norm_parts(norm) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from pcl_ext.ops._native import (
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
 _SUMS = (torch.float32, torch.float64)  # the dtypes that sums are taken in
-PAYS = C is not None and len(C.isas()) > 1  # the plain C++ products, all there is without AVX2, are slower than torch's
+_BEST = -1 if C is None else len(C.isas()) - 1
+PAYS = _BEST > 0  # the plain C++ products, all there is without AVX2, are slower than torch's
 
 
 def matrix(rows: Tensor | None) -> tuple[int, int, int]:
@@ -41,7 +42,7 @@ def wide(x: Tensor | None) -> Tensor | None:
 def operands(isa: int, *weights: Tensor) -> list[Tensor]:
     """Contiguous weights as their products read them: bfloat16 where the instruction set multiplies that and all
     dimensions are whole tiles, else the dtype of the sums."""
-    isa = len(C.isas()) - 1 if isa == BEST_ISA else isa
+    isa = _BEST if isa == BEST_ISA else isa
     pairs = isa >= AVX512_BF16 and all(w.dtype == torch.bfloat16 and not any(n % 32 for n in w.shape) for w in weights)
     return [_pairs(w) if pairs else wide(w) for w in weights]
 
