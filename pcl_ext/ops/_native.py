@@ -1,5 +1,6 @@
 """The compiled module: present, absent (PyTorch only) or broken, which is loud. What the ops need to call it."""
 
+import warnings
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,15 +28,23 @@ AVX512_BF16 = 3  # csrc/isa.h: the first that multiplies bfloat16
 CPU = torch.device("cpu")
 
 
-def has_fused() -> bool:
-    """Whether the compiled module is there."""
-    return C is not None
-
-
 def _source_folder() -> Path | None:
     """The folder that pcl_ext was imported from, where that is a checkout of its sources."""
     folder = Path(__file__).parents[2]
     return folder if (folder / "CMakeLists.txt").is_file() and (folder / "csrc").is_dir() else None
+
+
+if C is None and _source_folder() is not None:
+    warnings.warn(
+        f"pcl_ext is imported from its sources in {_source_folder()}, which hold no kernels: every op is many times "
+        "slower; start Python in another folder, where it finds the installed package",
+        stacklevel=2,
+    )
+
+
+def has_fused() -> bool:
+    """Whether the compiled module is there."""
+    return C is not None
 
 
 def native_status(device: str = "cpu") -> str:

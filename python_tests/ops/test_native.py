@@ -178,6 +178,7 @@ def test_sources_are_not_called_an_install(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom pcl_ext import ops; print(ops.native_status())"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert f"not built: {tmp_path} holds the sources, not the installed package" in result.stdout
+    assert f"UserWarning: pcl_ext is imported from its sources in {tmp_path}, which hold no kernels" in result.stderr
 
 
 def test_without_fast_products_torch_multiplies(monkeypatch):
