@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
@@ -78,15 +79,18 @@ def release(array: np.ndarray) -> None:
 
 
 def identity(paths: Sequence[Path], extra: str = "") -> str:
-    """Changes when one of the files does: sizes and modification times, and what else decides the cache's contents."""
-    marks = [(path.name, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+    """Changes when one of the files does: another file, size or time, and what else decides the cache's contents. The
+    time of the last change counts too: a copy may bring its time of modification along."""
+    stats = [(path.name, path.stat()) for path in paths]
+    marks = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
     return sha256(repr((_VERSION, marks, extra)).encode()).hexdigest()[:16]
 
 
 def cached(dataset: Path, stem: str, key: str, build: Callable[[Path], None]) -> Path:
     """The folder that `build` once filled for this key: <dataset>/.cache/<stem>-<key>, or below the temporary folder
-    where that cannot be read or written. Built apart and renamed; one that has lost a file, or a part of it, is built
-    again. Only the user who made it can read it: it may hold more than the modes of the dataset's files show others."""
+    where that cannot be read or written, or has no room. Built apart and renamed; one that has lost a file, or a part
+    of it, is built again. Only the user who made it can read it: it may hold more than the modes of the dataset's files
+    show others."""
     try:
         return _find_or_build(dataset / ".cache", f"{stem}-{key}", build)
     except _NotWritable:
@@ -94,7 +98,7 @@ def cached(dataset: Path, stem: str, key: str, build: Callable[[Path], None]) ->
 
 
 class _NotWritable(OSError):
-    """Files cannot be made in a cache's root."""
+    """Files cannot be made in a cache's root, or there is no room for them."""
 
 
 def _find_or_build(root: Path, name: str, build: Callable[[Path], None]) -> Path:
@@ -105,8 +109,13 @@ def _find_or_build(root: Path, name: str, build: Callable[[Path], None]) -> Path
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise _NotWritable(f"{root} must be a folder that can be written: {error}") from error
-    with _alone(root / f"{name}.lock"):
-        return root / name if _is_whole(root / name) else _build(root / name, build)
+    try:
+        with _alone(root / f"{name}.lock"):
+            return root / name if _is_whole(root / name) else _build(root / name, build)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _NotWritable(f"{root} must have room for the cache of a dataset: {error}") from error
 
 
 @contextmanager

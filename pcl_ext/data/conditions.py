@@ -55,7 +55,7 @@ def holds(condition: Condition, column: pa.ChunkedArray, where: str) -> pa.Chunk
             result = result if op == "in" else pc.invert(result)
             return pc.and_(result, column.is_valid())
         return _OPS[op](column, pa.scalar(value)).combine_chunks().fill_null(False)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         text = f"{where}: {condition.column} ({column.type}) cannot be compared by {op} with {value!r}"
         raise ValueError(f"{text}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,20 +27,42 @@ class TableConfig:
     """A Parquet or CSV file, or a folder of Parquet files. Paths are relative to the TOML file.
 
     columns    names for a CSV without a header line
-    delimiter  of a CSV; more than one character is fine
-    text       columns of a CSV to read as text whatever they look like: ids with leading zeros
+    delimiter  of a CSV; more than one character is fine, and then no cell is quoted
+    quote      the character around cells of a CSV; "" for none
+    text       columns to read as text whatever they look like
     """
 
     file: str = _key(TEXT)
     delimiter: str = _key(TEXT, ",")
+    quote: str = _key(TEXT, '"')
     columns: list | None = _key(LIST, None)
     text: list = _key(LIST, ())
     encoding: str = _key(TEXT, "utf-8")
 
+    def __post_init__(self):
+        for key in ("columns", "text"):
+            if wrong := [name for name in getattr(self, key) or () if not isinstance(name, str)]:
+                raise ValueError(f"{self.file}: {key} must be a list of column names, got {wrong[0]!r}")
+        long = len(self.delimiter) > 1
+        if not self.delimiter or not (long or self.delimiter.isascii()):
+            raise ValueError(f"{self.file}: delimiter must be an ASCII character, or several, got {self.delimiter!r}")
+        if len(self.quote) > 1 or not self.quote.isascii() or self.quote == self.delimiter:
+            raise ValueError(
+                f'{self.file}: quote must be an ASCII character other than the delimiter, or "" for none, '
+                f"got {self.quote!r}"
+            )
+        if long and self.quote not in ('"', ""):
+            raise ValueError(f"{self.file}: quote is for a delimiter of one character, got {self.delimiter!r}")
+
     @property
     def as_text(self) -> list[str]:
         """Columns of a CSV that are read as text."""
-        return list(self.text)
+        return [*self.text, *self.ids]
+
+    @property
+    def ids(self) -> list[str]:
+        """Columns of ids: integers only where every cell is written as an integer is."""
+        return []
 
     @property
     def keys(self) -> list[str]:
@@ -59,6 +82,8 @@ class EventsConfig(TableConfig):
     skip_empty   leave out rows without a user, item or time; they are refused otherwise
     min_length   users with fewer events in their history are left out
     until        histories end before this date (or raw time)
+    item_ids     items.parquet of an earlier dataset: its items keep their ids, whether the log has them or not, and new
+                 ones come after them
     """
 
     user: str = _key(TEXT, "user_id")
@@ -71,8 +96,10 @@ class EventsConfig(TableConfig):
     skip_empty: bool = _key(YES_NO, False)
     min_length: int = _key(WHOLE, 1)
     until: Any = _key(ANY, None)
+    item_ids: str | None = _key(TEXT, None)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.time is None:
             for key, idle in (("time_unit", self.time_unit != "s"), ("time_format", self.time_format is not None)):
                 if idle:
@@ -82,11 +109,15 @@ class EventsConfig(TableConfig):
 
     @property
     def as_text(self) -> list[str]:
-        return [*self.text, self.time] if self.time_format is not None else list(self.text)
+        return [*super().as_text, *([self.time] if self.time_format is not None else [])]
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.user, self.item]
 
     @property
     def keys(self) -> list[str]:
-        return [self.user, self.item, *([self.time] if self.time else [])]
+        return [*self.ids, *([self.time] if self.time else [])]
 
 
 @dataclass(frozen=True)
@@ -95,6 +126,10 @@ class UsersConfig(TableConfig):
 
     user: str = _key(TEXT, "user_id")
 
+    @property
+    def ids(self) -> list[str]:
+        return [self.user]
+
 
 @dataclass(frozen=True)
 class ItemsConfig(TableConfig):
@@ -102,6 +137,10 @@ class ItemsConfig(TableConfig):
     may name its columns."""
 
     item: str = _key(TEXT, "item_id")
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.item]
 
 
 @dataclass(frozen=True)
@@ -132,6 +171,8 @@ class SubsetConfig:
     where: tuple[Condition, ...] = _key(LIST, ())
 
     def __post_init__(self):
+        if self.modulo is not None and self.modulo < 1:
+            raise ValueError(f"items: modulo must be 1 or more, got {self.modulo}")
         if not 0 <= self.remainder < (self.modulo or 1):
             raise ValueError(
                 f"items: remainder must be in 0..modulo - 1, got {self.remainder} and modulo {self.modulo}"
@@ -220,10 +261,15 @@ class TaskConfig:
             raise ValueError(where + f"{wrong[0]} is not for kind {self.kind}")
         if len(given) > 1:
             raise ValueError(where + f"only one of {' and '.join(given)} may be given")
-        if self.bins is not None and (
-            self.bins < 2 if isinstance(self.bins, int) else not self.bins or sorted(set(self.bins)) != self.bins
-        ):
+        if self.bins is not None and not _is_bins(self.bins):
             raise ValueError(where + f"bins must be a number from 2 up or a list of rising edges, got {self.bins!r}")
+
+
+def _is_bins(bins: int | list) -> bool:
+    if isinstance(bins, int):
+        return bins >= 2
+    numbers = all(isinstance(edge, NUMBER) and not isinstance(edge, bool) for edge in bins)
+    return bool(bins) and numbers and sorted(set(bins)) == list(bins)
 
 
 @dataclass(frozen=True)
@@ -259,7 +305,7 @@ def read_config(path: str | Path) -> LogConfig:
     else:
         import tomli as tomllib
     try:
-        return parse_config(tomllib.loads(path.read_text(encoding="utf-8")), path.parent)
+        return parse_config(tomllib.loads(path.read_text(encoding="utf-8-sig")), path.parent)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -268,6 +314,7 @@ def parse_config(values: dict[str, Any], folder: Path) -> LogConfig:
     """A TOML document as a dict -> LogConfig; `folder` is where its files are."""
     known = {"name": str, "events": dict, "users": dict, "items": dict, "fold": dict, "task": list}
     _check_known(values, known, "the file")
+    _check_numbers(values, "")
     for key, kind in known.items():
         if key in values and not isinstance(values[key], kind):
             raise ValueError(f"{key} must be a {kind.__name__}, got {values[key]!r}")
@@ -307,3 +354,17 @@ def parse(cls, values: dict[str, Any], where: str):
 def _check_known(values: dict, known, where: str) -> None:
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """ValueError for a number that no column holds: it would end in an overflow, or be compared with nothing."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_numbers(part, f"{where}.{key}" if where else key)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_numbers(part, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be finite, got {value}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where} must be an integer of at most 63 bits, got {value}")

@@ -13,9 +13,12 @@ import numpy as np
 from pcl_ext.data.cache import cached, identity, load
 from pcl_ext.data.examples import Examples, group_rows, history_windows
 from pcl_ext.data.histories import FILE, build_histories
+from pcl_ext.data.item_table import FILE as ITEMS
+from pcl_ext.data.item_table import item_ids_sha256
+from pcl_ext.data.parquet import require_file
 from pcl_ext.data.split import FOLDS
 from pcl_ext.data.table import NEXT, TaskTable, load_task
-from pcl_ext.data.writer import FORMAT, file_sha256
+from pcl_ext.data.writer import FORMAT, check_recorded, file_sha256
 from pcl_ext.task import check_task_name
 
 
@@ -38,10 +41,9 @@ class Dataset:
         self.name: str = self.info["name"]
         self.num_items: int = self.info["num_items"]
         self.distinct: bool = self.info.get("distinct", False)
-        recorded = self.info.get("sha256", {}).get(FILE)
         source = self.path / FILE
-        if not source.is_file():
-            raise FileNotFoundError(f"{source} is missing")
+        require_file(source)
+        recorded = self.recorded_sha256(source)
         # as the file is now: what is cached of its tables later is of these histories
         self.key = identity([source], repr((self.num_items, recorded)))
         parts = (source, self.num_items, recorded)
@@ -54,6 +56,7 @@ class Dataset:
         self._order = load(folder, "order")
         self._histories_sha256 = json.loads((folder / "meta.json").read_text())["sha256"]
         self._tasks: dict[str, tuple[str, TaskTable]] = {}
+        self._hashes: dict[Path, tuple[str, str]] = {}
 
     @property
     def num_users(self) -> int:
@@ -68,8 +71,34 @@ class Dataset:
         """Of the task's two files; of nothing for a task that has none."""
         digest = sha256()
         for path in self._task_files(name):
-            digest.update(file_sha256(path).encode())
+            digest.update(self._file_sha256(path).encode())
         return digest.hexdigest()
+
+    def _file_sha256(self, path: Path) -> str:
+        """Of a file of the dataset, read once as long as it stays as it is."""
+        now = identity([path])
+        then, digest = self._hashes.get(path, (None, ""))
+        if then != now:
+            digest = file_sha256(path)
+            self._hashes[path] = now, digest
+        return digest
+
+    def recorded_sha256(self, path: Path) -> str | None:
+        """What dataset.json says of a file of the dataset; None where it says nothing."""
+        return self.info.get("sha256", {}).get(path.relative_to(self.path).as_posix())
+
+    def check_recorded(self, path: Path) -> None:
+        """ValueError where a file of the dataset is not the one that dataset.json records."""
+        if (recorded := self.recorded_sha256(path)) is not None:
+            check_recorded(path, recorded, self._file_sha256(path))
+
+    def item_ids_sha256(self, count: int) -> str | None:
+        """Of what items.parquet calls the items 1..count (`original_id`), whichever items come after them: datasets
+        that agree in it mean the same by an item id up to `count`. None where there is no such file or column."""
+        path = self.path / ITEMS
+        if path.is_file():
+            self.check_recorded(path)
+        return item_ids_sha256(path, count)
 
     def _task_files(self, name: str) -> list[Path]:
         paths = (self.path / "tasks" / f"{name}.json", self.path / "tasks" / f"{name}.parquet")
@@ -84,7 +113,13 @@ class Dataset:
     def task_names(self) -> tuple[str, ...]:
         """`next` first, then the tables that tasks/ holds now, by name."""
         names = sorted(path.stem for path in (self.path / "tasks").glob("*.parquet"))
-        return (NEXT, *(check_task_name(name) for name in names if name != NEXT))
+        for name in names:
+            try:
+                check_task_name(name)
+            except ValueError as error:
+                path = self.path / "tasks" / f"{name}.parquet"
+                raise ValueError(f"{path} is named as no task can be: {error}; rename it or move it away") from error
+        return (NEXT, *(name for name in names if name != NEXT))
 
     def task(self, name: str) -> TaskTable:
         """The task's table, as its files are now. `next`, where it has none: the last item of every user with two or
@@ -178,7 +213,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} must be a dataset folder, dataset.json is missing")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:

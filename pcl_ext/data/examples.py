@@ -48,7 +48,7 @@ class Examples:
 
 def group_rows(user: np.ndarray, cut: np.ndarray, target: np.ndarray) -> Examples:
     """One example per distinct (user, cut), ordered; targets of an example keep their order."""
-    if not _ordered(user, cut):  # tables that `prepare` wrote are
+    if not ordered(user, cut):  # tables that `prepare` wrote are
         order = np.lexsort((cut, user))
         user, cut, target = user[order], cut[order], target[order]
     user, cut = user.astype(np.int64), cut.astype(np.int64)
@@ -57,7 +57,7 @@ def group_rows(user: np.ndarray, cut: np.ndarray, target: np.ndarray) -> Example
     return Examples(*(torch.from_numpy(values) for values in (user[starts], cut[starts], offsets, target)))
 
 
-def _ordered(user: np.ndarray, cut: np.ndarray) -> bool:
+def ordered(user: np.ndarray, cut: np.ndarray) -> bool:
     """Whether rows are sorted by user, then cut."""
     same = user[1:] == user[:-1]
     return bool(((user[1:] > user[:-1]) | (same & (cut[1:] >= cut[:-1]))).all())

@@ -9,7 +9,7 @@ import numpy as np
 
 from pcl_ext.data.cache import NpyFolder, load
 from pcl_ext.data.parquet import Column, open_parquet, pieces, row_of
-from pcl_ext.data.writer import file_sha256
+from pcl_ext.data.writer import check_recorded, file_sha256
 from pcl_ext.progress import progress
 
 FILE = "histories.parquet"
@@ -21,10 +21,9 @@ def build_histories(path: Path, num_items: int, recorded: str | None, out: Path)
     order.npy exists where the users are not sorted by id: the rows in the order of their ids.
     Raises ValueError naming file, rule, row and value.
     """
-    digest = file_sha256(path) if path.is_file() else None
-    if recorded is not None and digest is not None and digest != recorded:
-        raise ValueError(f"{path} must have the sha256 that dataset.json gives, {recorded}, got {digest}")
-    file = open_parquet(path, ("user_id", "items", "fold"))
+    file = open_parquet(path, ("user_id", "items", "fold"), ("times",))
+    digest = file_sha256(path)
+    check_recorded(path, recorded, digest)
     timed = "times" in file.schema_arrow.names
     columns = ["user_id", "items", "fold"] + ["times"] * timed
     dtypes = {"user_id": np.int64, "items": np.int32, "offsets": np.int64, "fold": np.uint8}
@@ -70,4 +69,5 @@ def _write_order(path: Path, out: Path) -> None:
     if same.size:
         first, second = order[same[0]], order[same[0] + 1]
         raise Column(path, "user_id").fail(f"unique (first in row {first})", int(second), int(users[second]))
-    np.save(out / "order.npy", order)
+    with NpyFolder(out, order=np.int64) as arrays:
+        arrays.append(order=order)

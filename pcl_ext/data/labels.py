@@ -10,6 +10,7 @@ import numpy as np
 from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.config import TaskConfig
 from pcl_ext.data.log import EventLog
+from pcl_ext.data.targets import check_window
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,14 +26,15 @@ class Labels(NamedTuple):
 def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
     """One value per kept user: `reduce` over the user's selected events; null where there is none to reduce.
 
-    ValueError where a task with `from` selects events that a history shows.
+    ValueError where a history shows events that are not before the task's `from`.
     """
     label = f"task {task.name!r}"
     start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
     kept = log.mask(task.where, f"{label}: where", start, until) & (log.row_of[log.user.codes] >= 0)
     if task.items is not None:
         kept &= log.subset(task.items, f"{label}: items")[log.item.codes]
-    _check_window(log, task, kept)
+    if start is not None:
+        check_window(log, task, start)
     user = log.row_of[log.user.codes]
     if task.reduce in ("any", "count"):
         counts = np.bincount(user[kept], minlength=len(log.users))
@@ -40,18 +42,6 @@ def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
     values = numbers(log.column(task.column, label), f"{label}: column {task.column!r}")
     kept &= np.isfinite(values)
     return pa.array(_reduce(task.reduce, user[kept], values[kept], len(log.users)), from_pandas=True)
-
-
-def _check_window(log: EventLog, task: TaskConfig, kept: np.ndarray) -> None:
-    """A task with `from` is about what comes after the histories: none of its events may be visible in one."""
-    if task.start is None or not (seen := int(kept[log.history].sum())):
-        return
-    ends = "have no end" if log.until is None else f"end at {log.config.events.until}"
-    raise ValueError(
-        f"task {task.name!r}: {seen} of its events, from {task.start} on, are visible in the histories, which {ends}; "
-        f"write [events] until = {task.start}, so that histories end where the task begins, or leave `from` out where "
-        "the label is to describe what is visible"
-    )
 
 
 def _reduce(how: str, user: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
@@ -143,6 +133,8 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
         order = _cast(task.labels, values, f"{label}: labels")
         _tell_missing(order, values, f"{label}: labels")
     else:
+        if task.kind == "classes":
+            _check_whole(values, label)
         order = pc.unique(values).drop_null()
         order = order.take(pc.array_sort_indices(order))
     if task.kind == "binary" and len(order) != 2:
@@ -157,6 +149,16 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
             "%s: users left out, with a value that is not among its labels: %d, with %s", label, others.sum(), found
         )
     return np.where(null | np.isnan(target), np.nan, target), [str(value) for value in order.to_pylist()]
+
+
+def _check_whole(values: pa.Array, label: str) -> None:
+    """ValueError for numbers with a fraction: they are measured, not classes. Whole ones may be integers that lost
+    their type to a missing value."""
+    if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
+        known = numbers(values.drop_null(), label)
+        if (bad := np.flatnonzero(known % 1 != 0)).size:
+            got = f"{known[bad[0]]:g} among {len(np.unique(known))} values"
+            raise ValueError(f"{label}: classes of numbers that are not whole need bins or labels, got {got}")
 
 
 def _tell_missing(wanted: pa.Array, values: pa.Array, where: str) -> None:

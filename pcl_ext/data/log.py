@@ -16,6 +16,7 @@ from pcl_ext.data.times import TimeColumn
 
 _LOG = logging.getLogger(__name__)
 _ROWS = 1 << 20  # of a log that are sorted at a time
+_KIND = {"int64": "integers", "string": "text"}
 
 
 @dataclass
@@ -34,17 +35,15 @@ class Ids:
 
     def find(self, column: pa.ChunkedArray, where: str) -> np.ndarray:
         """Codes of the ids of another table, -1 where an id is not known here."""
-        column = _plain_ids(column, where)
-        if column.type != self.values.type:
-            raise ValueError(f"{where} must be of the same type as in [events], {self.values.type}, got {column.type}")
-        return pc.index_in(column, value_set=self.values).fill_null(-1).to_numpy().astype(np.int64)
+        values, column = _of_one_type(self.values, _plain_ids(column, where), where)
+        return pc.index_in(column, value_set=values).fill_null(-1).to_numpy().astype(np.int64)
 
 
 def encode(columns: list[pa.ChunkedArray], names: list[str]) -> Ids:
     """The ids of the columns, one after the other, as codes. Raises ValueError for nulls and other types."""
     plain = [_plain_ids(column, name) for column, name in zip(columns, names, strict=True)]
-    if any(column.type != plain[0].type for column in plain):
-        raise ValueError(f"{' and '.join(names)} must be of one type, got {plain[0].type} and {plain[-1].type}")
+    if len(plain) == 2:
+        plain = _of_one_type(*plain, names[1])
     encoded = pa.chunked_array([c for column in plain for c in column.chunks], plain[0].type).dictionary_encode()
     encoded = encoded.combine_chunks()
     order = pc.sort_indices(encoded.dictionary).to_numpy()
@@ -54,19 +53,41 @@ def encode(columns: list[pa.ChunkedArray], names: list[str]) -> Ids:
 
 
 def _plain_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """int64 or string. Whole floats are integers: so pandas keeps a column that once had gaps."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_integer(kind):
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         target = pa.int64()
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         target = pa.string()
     else:
-        raise ValueError(f"{where} must hold integers or text, got {column.type}")
+        raise ValueError(f"{where} must hold integers or text, got {column.type}; `text` names columns to read as text")
     if column.null_count:
         raise ValueError(f"{where} must not be null, {column.null_count} of {len(column)} rows are")
+    column = column.cast(kind)
     try:
-        return column.cast(kind).cast(target)
+        ids = column.cast(target)
     except pa.ArrowException as error:
-        raise ValueError(f"{where} must be ids of at most 63 bits, or text: {error}") from error
+        raise ValueError(f"{where} must be whole numbers of at most 63 bits, or text: {error}") from error
+    if pa.types.is_floating(kind):
+        exact = 2 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1)
+        if (largest := pc.max(pc.abs(ids)).as_py() or 0) > exact:
+            raise ValueError(f"{where} must be integers or text: {kind} is rounded beyond {exact:,}, got {largest:,}")
+    return ids
+
+
+def _of_one_type(ids: pa.Array | pa.ChunkedArray, others: pa.ChunkedArray, where: str) -> tuple:
+    """Ids of [events] and of another table: both as text where one is integers and the other text."""
+    if ids.type == others.type:
+        return ids, others
+    texts = ids.cast(pa.string()), others.cast(pa.string())
+    what = f"{where} holds {_KIND[str(others.type)]} where [events] holds {_KIND[str(ids.type)]}"
+    if len(others) and not pc.any(pc.is_in(texts[1], value_set=pc.unique(texts[0]))).as_py():
+        raise ValueError(
+            f"{what}, and as text none is the same: {others[0].as_py()!r} is not in [events], which has "
+            f"{ids[0].as_py()!r}; write ids alike in all files, `text` keeps a column as its file writes it"
+        )
+    _LOG.info("%s: compared as text", what)
+    return texts
 
 
 class EventLog:
@@ -167,10 +188,19 @@ class EventLog:
     def _select_histories(self, order: np.ndarray) -> None:
         events = self.config.events
         self.until = self.bound(events.until, "[events] until")
-        kept = self.mask(events.where, "[events] where", until=self.until) & ~self.held_out[self.item.codes]
+        kept = np.ones(self.num_events, bool)
+        for part, why in (
+            (self.mask(events.where, "[events] where"), "which do not satisfy [events] where"),
+            (self.mask((), "[events] until", until=self.until), f"not before [events] until, {events.until}"),
+            (~self.held_out[self.item.codes], "of items that tasks keep out of all inputs"),
+        ):
+            _tell_left_out(int(kept.sum()), int((kept & part).sum()), why)
+            kept &= part
         chosen = order[kept[order]]
         if events.distinct:
-            chosen = chosen[first_of_pairs(self.user.codes[chosen], self.item.codes[chosen], len(self.item))]
+            first = first_of_pairs(self.user.codes[chosen], self.item.codes[chosen], len(self.item))
+            _tell_left_out(len(chosen), len(first), "which repeat an item of their user ([events] distinct)")
+            chosen = chosen[first]
         counts = np.bincount(self.user.codes[chosen], minlength=len(self.user))
         long_enough = counts >= max(1, events.min_length)
         if not long_enough.any():
@@ -188,6 +218,11 @@ class EventLog:
         self.offsets = np.r_[0, np.cumsum(counts[self.users])]
 
 
+def _tell_left_out(before: int, after: int, why: str) -> None:
+    if after < before:
+        _LOG.info("left out: %d of %d events, %s", before - after, before, why)
+
+
 def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
     """Events with a user, an item and a time. Raises ValueError where some have none and are not to be skipped."""
     empty = {name: events[name].null_count for name in names.keys if events[name].null_count}
@@ -201,7 +236,7 @@ def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
         events = events.filter(pc.is_valid(events[name]))
     if empty:
         text = " or ".join(map(repr, empty))
-        _LOG.info("left out: %d of %d events, with an empty %s", count - len(events), count, text)
+        _tell_left_out(count, len(events), f"with an empty {text}")
     if not len(events):
         raise ValueError(f"[events]: {names.file} holds no events")
     return events

@@ -87,11 +87,11 @@ class Oracle:
         return reciprocal_rank(scores, users.items[ends - 1])
 
 
-def reciprocal_rank(scores: np.ndarray, target: np.ndarray, most: int = 5) -> np.ndarray:
-    """[n] 1 / rank of the target where it is at most `most`, else 0; ties are rare here and count as beaten."""
+def reciprocal_rank(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """[n] 1 / rank of the target where it is at most 5, else 0; ties are rare here and count as beaten."""
     own = np.take_along_axis(scores, target[:, None], 1)
     rank = (scores > own).sum(axis=1) + 1
-    return np.where(rank <= most, 1 / rank, 0)
+    return np.where(rank <= 5, 1 / rank, 0)
 
 
 def area(score: np.ndarray, target: np.ndarray) -> float:

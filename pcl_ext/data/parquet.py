@@ -91,10 +91,17 @@ def row_of(lengths: np.ndarray, position: int) -> int:
     return int(np.searchsorted(np.cumsum(lengths), position, side="right"))
 
 
-def open_parquet(path: Path, required: tuple[str, ...]) -> pq.ParquetFile:
-    """Raises FileNotFoundError, or ValueError for a broken file and for missing columns."""
+def require_file(path: Path) -> None:
+    """Raise FileNotFoundError for what is no file."""
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} must be one Parquet file, it is a folder: write its parts into one file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+
+
+def open_parquet(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> pq.ParquetFile:
+    """Raises FileNotFoundError, or ValueError for a broken file and for columns that are missing or there twice."""
+    require_file(path)
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -102,6 +109,8 @@ def open_parquet(path: Path, required: tuple[str, ...]) -> pq.ParquetFile:
     names = file.schema_arrow.names
     if missing := [name for name in required if name not in names]:
         raise ValueError(f"{path} must have the columns {', '.join(required)}; missing: {', '.join(missing)}")
+    if twice := [name for name in (*required, *optional) if names.count(name) > 1]:
+        raise ValueError(f"{path} must have one column {twice[0]!r}, it has {names.count(twice[0])}")
     return file
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pcl_ext.data.cache import NpyFolder, cached, identity, load
+from pcl_ext.data.examples import ordered
 from pcl_ext.data.parquet import Column, open_parquet, pieces
 from pcl_ext.task import TaskSpec
 
@@ -52,7 +53,7 @@ def load_task(dataset: Dataset, name: str) -> TaskTable:
         folder = cached(dataset.path, "next", key, lambda out: _build_next(dataset, out))
     else:
         spec = _read_spec(dataset, path.with_suffix(".json"), name)
-        key = identity([path], repr((spec, dataset.key)))
+        key = identity([path], repr((spec, dataset.key, dataset.recorded_sha256(path))))
         folder = cached(dataset.path, f"task-{name}", key, lambda out: _build_table(dataset, path, spec, out))
     arrays = {column: load(folder, column) for column in ("user", "cut", "target", "time")}
     return TaskTable(spec, **arrays)
@@ -68,8 +69,9 @@ def _next_spec(dataset: Dataset) -> TaskSpec:
 def _read_spec(dataset: Dataset, path: Path, name: str) -> TaskSpec:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+    dataset.check_recorded(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError(f"must hold an object, got {type(values).__name__}")
         for key in ("name", "kind"):
@@ -99,7 +101,8 @@ def _build_next(dataset: Dataset, out: Path) -> None:
 
 
 def _build_table(dataset: Dataset, path: Path, spec: TaskSpec, out: Path) -> None:
-    file = open_parquet(path, ("user_id", "target", "cut"))
+    file = open_parquet(path, ("user_id", "target", "cut"), ("time",))
+    dataset.check_recorded(path)
     timed, ranked = "time" in file.schema_arrow.names, _ranked(dataset, spec)
     dtypes = {"user": np.int64, "cut": np.int32, "target": np.float32 if spec.kind == "regression" else np.int64}
     if timed:
@@ -117,6 +120,19 @@ def _build_table(dataset: Dataset, path: Path, spec: TaskSpec, out: Path) -> Non
             if timed:
                 values["time"] = Column(path, "time").integers(batch["time"], base)
             arrays.append(**values)
+    if spec.kind != "items":
+        _check_one_label(path, load(out, "user"), load(out, "cut"), dataset)
+
+
+def _check_one_label(path: Path, user: np.ndarray, cut: np.ndarray, dataset: Dataset) -> None:
+    """A user has one label at a cut: several would be as many answers to one question."""
+    order = None if ordered(user, cut) else np.lexsort((cut, user))
+    user, cut = (user, cut) if order is None else (user[order], cut[order])
+    if (twice := np.flatnonzero((user[1:] == user[:-1]) & (cut[1:] == cut[:-1]))).size:
+        at = int(twice[0])
+        first, row = (at, at + 1) if order is None else (int(order[at]), int(order[at + 1]))
+        what, value = "one row for a user and a cut", int(dataset.user_id[user[at]])
+        raise Column(path, "user_id").fail(f"in {what} (first in row {first}, cut {int(cut[at])})", row, value)
 
 
 def _ranked(dataset: Dataset, spec: TaskSpec) -> np.ndarray | None:

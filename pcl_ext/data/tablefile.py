@@ -8,10 +8,12 @@ from pathlib import Path
 
 from pcl_ext.data._arrow import csv, ds, pa, pc
 from pcl_ext.data.config import TableConfig
+from pcl_ext.data.id_text import empty_as_null, integer_ids, refuse_line_breaks
 
 _SEPARATOR = "\x1f"
 _PARQUET = (".parquet", ".pq")
 _NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and keys; another text is missing where it is empty
+_ENCODING = ': give the `encoding` of the file, as "latin-1"'
 
 
 def read_table(
@@ -28,14 +30,35 @@ def read_table(
         raise FileNotFoundError(f"{where}: {'folder' if path.is_dir() else 'file'} {path} {what}")
     if files[0].suffix not in _PARQUET:
         return _read_csv(config, path, where, required, optional)
+    _refuse_csv_keys(config, path, where)
     try:
         parts = _parts(path, files, where, required)
+        _choose(parts.schema.names, path, where, set(config.text), ())
         table = parts.to_table(columns=_choose(parts.schema.names, path, where, required, optional))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: {path} is not a readable Parquet file: {error}") from error
+    table = _nan_as_null(_plain_text(table, config.text, f"{where}: {path}"))
     for name in config.keys:
-        table = _empty_as_null(table, name, [""])
-    return _nan_as_null(table)
+        table = empty_as_null(table, name, [""])
+    return table
+
+
+def _refuse_csv_keys(config: TableConfig, path: Path, where: str) -> None:
+    """ValueError for a key that would do nothing: who gave it believes that it does."""
+    for key in ("delimiter", "quote", "columns", "encoding"):
+        if getattr(config, key) != getattr(TableConfig, key):
+            raise ValueError(f"{where}: {key} is for a CSV, {path} is Parquet: leave it out")
+
+
+def _plain_text(table: pa.Table, as_text: Iterable[str], where: str) -> pa.Table:
+    """With the columns named as text, and those of the type string_view, as strings."""
+    for place, field in enumerate(table.schema):
+        if field.name in as_text or str(field.type) == "string_view":  # a type that not every pyarrow knows
+            try:
+                table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
+            except pa.ArrowException as error:
+                raise ValueError(f"{where}: column {field.name!r} cannot be read as text: {error}") from error
+    return table
 
 
 def _parts(path: Path, files: list[Path], where: str, required: set[str]) -> ds.Dataset:
@@ -63,25 +86,25 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _choose(names: list[str], path: Path, where: str, required: set[str], optional) -> list[str]:
-    if twice := sorted(name for name in required if names.count(name) > 1):
-        raise ValueError(f"{where}: {path} has two columns {twice[0]!r}")
     if missing := sorted(required - set(names)):
         raise ValueError(f"{where}: {path} has no column {missing[0]!r}; it has {', '.join(names)}")
-    return [name for name in names if optional is None or name in required or name in optional]
+    chosen = [name for name in names if optional is None or name in required or name in optional]
+    if twice := sorted(name for name in chosen if chosen.count(name) > 1):
+        raise ValueError(f"{where}: {path} has two columns {twice[0]!r}")
+    return chosen
 
 
 def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], optional) -> pa.Table:
-    delimiter, text = config.delimiter, None
+    delimiter, quote, text, encoding = config.delimiter, config.quote, None, config.encoding
     try:
         if len(delimiter) != 1:
-            text = path.read_text(encoding=config.encoding).replace(delimiter, _SEPARATOR).encode()
-            delimiter = _SEPARATOR
-        encoding = "utf-8" if text is not None else config.encoding
+            text = path.read_text(encoding=encoding).replace(delimiter, _SEPARATOR).encode()
+            delimiter, quote, encoding = _SEPARATOR, "", "utf-8"
+        parse = csv.ParseOptions(delimiter=delimiter, quote_char=quote or False, newlines_in_values=bool(quote))
         options = {
             "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding),
-            "parse_options": csv.ParseOptions(delimiter=delimiter, quote_char=False if text is not None else '"'),
+            "parse_options": parse,
         }
-        options["parse_options"].newlines_in_values = text is None
         convert = csv.ConvertOptions(
             column_types=dict.fromkeys(config.as_text, pa.string()), strings_can_be_null=False, null_values=_NULLS
         )
@@ -95,21 +118,23 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
         convert.include_columns = _choose(names, path, where, required, optional)
         table = csv.read_csv(source(), convert_options=convert, **options)
     except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
-        raise ValueError(f"{where}: {path} is not readable as CSV: {error}") from error
+        raise ValueError(f"{where}: {path} is not readable as CSV: {error}{_hint(error, config)}") from error
     for name in table.column_names:
-        table = _empty_as_null(table, name, _NULLS if name in config.keys else [""])
+        if pa.types.is_binary(table[name].type):
+            raise ValueError(f"{where}: {path}: column {name!r} is not {config.encoding} text{_ENCODING}")
+        if name in config.ids and name not in config.text:
+            table = integer_ids(table, name, _NULLS, where)
+        if name in {*config.ids, *config.keys}:
+            refuse_line_breaks(table[name], f"{where}: {path}: column {name!r}")
+        table = empty_as_null(table, name, _NULLS if name in config.keys else [""])
     return table
 
 
-def _empty_as_null(table: pa.Table, name: str, empty: list[str]) -> pa.Table:
-    """A column of text with null for what is written as one of these; any other column as it is."""
-    column = table[name]
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        return table
-    column = column.cast(kind)
-    column = pc.if_else(pc.is_in(column, pa.array(empty, kind)), pa.scalar(None, kind), column)
-    return table.set_column(table.column_names.index(name), name, column)
+def _hint(error: Exception, config: TableConfig) -> str:
+    """What mends a CSV that cannot be read."""
+    if isinstance(error, UnicodeError) or "UTF8" in str(error):
+        return _ENCODING
+    return '; quote = "" where a quote is a character as others' if config.quote and config.quote in str(error) else ""
 
 
 def _nan_as_null(table: pa.Table) -> pa.Table:

@@ -32,7 +32,7 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
         catalogue = log.subset(task.items, f"{label}: items")
         kept &= catalogue[log.item.codes]
     if task.cut == "end" and start is not None:
-        _check_window(log, task, start)
+        check_window(log, task, start)
     chosen = np.flatnonzero(kept)
     chosen = chosen[np.argsort(log.rank[chosen])]
     user, item = log.row_of[log.user.codes[chosen]], log.item.codes[chosen]
@@ -64,14 +64,16 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
     return ItemTargets(user, item, cut, log.time[chosen] if after and log.config.events.time else None, catalogue)
 
 
-def _check_window(log: EventLog, task: TaskConfig, start: int) -> None:
+def check_window(log: EventLog, task: TaskConfig, start: int) -> None:
     """A task with `from` is about what comes after the histories: whatever they show has to lie before it."""
     if seen := int((log.time[log.history] >= start).sum()):
         ends = "have no end" if log.until is None else f"end at {log.config.events.until}"
+        other = "leave `from` out where the label is to describe what is visible"
+        if task.kind == "items":
+            other = 'cut = "before", or leave `from` out where the targets are held out and say nothing of the time'
         raise ValueError(
             f"task {task.name!r}: {seen} events of the histories, which {ends}, are not before its `from`, "
-            f'{task.start}: they would be visible. Write [events] until = {task.start}, or cut = "before", or leave '
-            "`from` out where the targets are held out and say nothing of the time"
+            f"{task.start}: they would be visible. Write [events] until = {task.start}, or {other}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from pcl_ext.data._arrow import pa, pc
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
+_NUMBER = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -115,11 +117,22 @@ def _from_text(column: pa.ChunkedArray, time_format: str | None, where: str) -> 
     try:
         return parse(column)
     except pa.ArrowInvalid:
-        first, end = 0, len(column)
-        while end - first > 1:  # the first that cannot be read
-            middle = (first + end) // 2
-            first, end = (middle, end) if _parses(parse, column[first:middle]) else (first, middle)
-        raise ValueError(f"{where} {wanted}, got {column[first].as_py()!r}") from None
+        row = first_bad(column, lambda part: _parses(parse, part))
+        if time_format is None:
+            numbers = pc.match_substring_regex(column, _NUMBER).to_numpy()
+            if len(numbers) / 2 < np.count_nonzero(numbers) < len(numbers):
+                row, wanted = int(np.argmin(numbers)), "must be numbers where most are"
+        got = f"{column[row].as_py()[:60]!r} in row {row + 1:,} of {len(column):,}"
+        raise ValueError(f"{where} {wanted}, got {got}") from None
+
+
+def first_bad(column: pa.ChunkedArray, good: Callable[[pa.ChunkedArray], bool]) -> int:
+    """The row of the first value that is not good, where a part of the column is good as all of its values are."""
+    first, end = 0, len(column)
+    while end - first > 1:
+        middle = (first + end) // 2
+        first, end = (middle, end) if good(column[first:middle]) else (first, middle)
+    return first
 
 
 def _parses(parse, column: pa.ChunkedArray) -> bool:

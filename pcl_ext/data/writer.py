@@ -31,8 +31,7 @@ class DatasetWriter:
     def __init__(self, out: str | Path, name: str, num_items: int, check: Callable[[Path], object] | None = None):
         """`check` is called with the finished folder before it is renamed; where it raises nothing is kept."""
         self.out = Path(out).absolute()
-        if self.out.is_symlink() or (self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))):
-            raise FileExistsError(f"out must be a new or an empty folder, got {self.out}")
+        check_out(self.out)
         if num_items < 1:
             raise ValueError(f"num_items must be at least 1, got {num_items}")
         self.header: dict[str, Any] = {"format": FORMAT, "name": name, "num_items": int(num_items)}
@@ -131,8 +130,22 @@ class DatasetWriter:
         if self.check is not None:
             self.check(self.folder)
         sync(self.folder)
-        os.rename(self.folder, self.out)
+        try:
+            os.rename(self.folder, self.out)
+        except OSError:
+            check_out(self.out)  # another writer was first
+            raise
         sync_one(self.out.parent)
+
+
+def check_out(out: str | Path) -> None:
+    """Raise FileExistsError unless `out` is a new or an empty folder, PermissionError where it cannot be made."""
+    out = Path(out).absolute()
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise FileExistsError(f"out must be a new or an empty folder, got {out}")
+    parent = next(folder for folder in out.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"out must lie in a folder that can be written, {parent} is none")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -142,6 +155,15 @@ def file_sha256(path: str | Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def check_recorded(path: Path, recorded: str | None, digest: str) -> None:
+    """ValueError where dataset.json records another sha256 of a file than it has now."""
+    if recorded is not None and digest != recorded:
+        raise ValueError(
+            f"{path} must have the sha256 that dataset.json gives, {recorded}, got {digest}: put the file back, or, "
+            'where it was changed on purpose, remove its entry from "sha256" in dataset.json'
+        )
 
 
 def source(path: str | Path) -> dict[str, Any]:

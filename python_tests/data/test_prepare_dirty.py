@@ -21,6 +21,44 @@ def test_events_without_user_item_or_time_are_skipped_on_request(prepare, caplog
         prepare(BASE, LOG.splitlines()[0] + "\n")
 
 
+@pytest.mark.parametrize(
+    ("keys", "want"),
+    [
+        ('where = [["kind", "==", "buy"]]', ["1 of 8 events, which do not satisfy [events] where"]),
+        (
+            "until = 9",
+            [
+                "1 of 8 events, not before [events] until, 9",
+                "1 of 3 users, whose histories have fewer than 1 of the events that count",
+            ],
+        ),
+        ("distinct = true", ["1 of 8 events, which repeat an item of their user ([events] distinct)"]),
+        (
+            'where = [["rating", ">=", 2]]\nuntil = 5\ndistinct = true\nmin_length = 2',
+            [
+                "2 of 8 events, which do not satisfy [events] where",
+                "2 of 6 events, not before [events] until, 5",
+                "1 of 4 events, which repeat an item of their user ([events] distinct)",
+                "2 of 3 users, whose histories have fewer than 2 of the events that count",
+            ],
+        ),
+        (
+            '[items]\nfile = "items.csv"\n[[task]]\nname = "t"\nkind = "items"\nsource = "events"\n'
+            'items = { where = [["item_id", "==", "w"]] }',
+            ["2 of 8 events, of items that tasks keep out of all inputs"],
+        ),
+        ("", []),
+    ],
+    ids=str,
+)
+def test_what_is_left_out_of_histories_is_told(tmp_path, prepare, caplog, keys, want):
+    (tmp_path / "items.csv").write_text("item_id\nw\n")
+    with caplog.at_level("INFO", "pcl_ext"):
+        prepare(BASE + keys)
+    told = [record.getMessage() for record in caplog.records]
+    assert [line for line in told if line.startswith("left out")] == [f"left out: {line}" for line in want]
+
+
 def test_a_key_that_reads_like_a_missing_value_is_none(prepare):
     log = LOG + "NA,x,6,buy,1\nann,null,6,buy,1\n"
     with pytest.raises(ValueError, match="'user_id' in 1, 'item_id' in 1; skip_empty = true"):
@@ -42,7 +80,9 @@ def test_the_time_that_is_none_is_named(prepare, extra, place):
     times[place] = "2023-13-01 00:00:00"
     lines = [f"ann,x,{time},buy,1" for time in times]
     log = "\n".join(["user_id,item_id,time,kind,rating", *lines]) + "\n"
-    with pytest.raises(ValueError, match=r"\[events\] time must be .* got '2023-13-01 00:00:00'"):
+    with pytest.raises(
+        ValueError, match=rf"\[events\] time must be .* got '2023-13-01 00:00:00' in row {place + 1} of 8"
+    ):
         prepare('name = "shop"\n[events]\nfile = "log.csv"\ntime = "time"\ntext = ["time"]\n' + extra, log)
 
 

@@ -75,7 +75,11 @@ def test_the_good_file_is_good(tmp_path):
         ('time = "time"', 'time_format = "%Y"', "[events]: time_format is for a log with `time`"),
         ('time = "time"', "min_length = -3", "[events]: min_length must not be negative, got -3"),
         ('time = "time"', 'time = "time"\ntext = ["item"]', "log.csv has no column 'item'; it has user_id, item_id"),
-        ('time = "time"', 'item = "price"', "[events] item must hold integers or text, got double"),
+        (
+            'time = "time"',
+            'item = "price"',
+            "[items] item holds integers where [events] holds text, and as text none is the same: 0 is not in [events]",
+        ),
         ('"users.csv"', '"nobody.csv"', "nobody.csv is missing"),
         ('[users]\nfile = "users.csv"\n', "", "task 'age': source users needs a [users] table"),
         ('column = "age"', 'column = "size"', "has no column 'size'"),
@@ -93,6 +97,13 @@ def test_the_good_file_is_good(tmp_path):
         ),
         ('kind = "regression"', 'kind = "classes"\nbins = 1', "bins must be a number from 2 up"),
         ('kind = "regression"', 'kind = "classes"\nbins = [3, 2]', "a list of rising edges, got [3, 2]"),
+        ('kind = "regression"', 'kind = "classes"\nbins = [2.0, nan]', "task.bins must be finite, got nan"),
+        ('kind = "regression"', 'kind = "classes"\nbins = ["1", "5"]', "a list of rising edges, got ['1', '5']"),
+        ('kind = "regression"', 'kind = "classes"\nbins = [1, true]', "a list of rising edges, got [1, True]"),
+        ('kind = "regression"', 'kind = "classes"\nbins = true', "bins must be int or list, got True"),
+        ('kind = "regression"', 'kind = "binary"\nthreshold = nan', "task.threshold must be finite, got nan"),
+        ('kind = "regression"', 'kind = "binary"\nlabels = [1, -inf]', "task.labels must be finite, got -inf"),
+        ('time = "time"', 'where = [["price", "<", 1e999]]', "events.where must be finite, got inf"),
         ('kind = "regression"', 'kind = "binary"', "task 'age': binary needs 2 values"),
         ('kind = "regression"', 'kind = "binary"\nthreshold = 1\npositive = 3', "only one of threshold and positive"),
         ('kind = "regression"', 'kind = "binary"\npositive = "x"', "positive must be values of the column (int64)"),
@@ -114,6 +125,12 @@ def test_the_good_file_is_good(tmp_path):
         ("{ modulo = 2 }", "{ modulo = 2, remainder = 2 }", "remainder must be in 0..modulo - 1, got 2"),
         ("{ modulo = 2 }", "{ remainder = 3 }", "remainder must be in 0..modulo - 1, got 3 and modulo None"),
         ('kind = "regression"', 'kind = "classes"\nlabels = [3, 4, 4]', "labels must differ, 4 is there twice"),
+        ("{ modulo = 2 }", "{ modulo = 0 }", "items: modulo must be 1 or more, got 0"),
+        (
+            "{ modulo = 2 }",
+            "{ modulo = 99999999999999999999 }",
+            "task.items.modulo must be an integer of at most 63 bits, got 99999999999999999999",
+        ),
         ("{ modulo = 2 }", "{ modulus = 2 }", "unknown key 'modulus'"),
         ("{ modulo = 2 }", "5", "items must be dict, got 5"),
         ("{ modulo = 2 }", '{ where = [["kind", "==", "z"]] }', "must hold at least one item, got none"),
@@ -136,7 +153,10 @@ def test_mistakes_in_the_file(tmp_path, old, new, words):
     [
         ({"users": USERS + "1,7,c\n"}, "[users]: user must be unique, 1 is there twice"),
         ({"users": USERS + ",7,c\n"}, "[users] user must not be null, 1 of 4 rows are"),
-        ({"users": "user_id,age\nann,3\n"}, "[users] user must be of the same type as in [events], int64, got string"),
+        (
+            {"users": "user_id,age\nann,3\n"},
+            "[users] user holds text where [events] holds integers, and as text none is the same: 'ann' is not in",
+        ),
         ({"items": ITEMS + "3,k\n"}, "[items] item must be unique"),
         (
             {"log": LOG + "1,,3,1\n"},
@@ -169,7 +189,7 @@ def test_ids_of_more_than_63_bits_are_named(tmp_path):
     table = {"user_id": pa.array([2**63 + 1], pa.uint64()), "item_id": [1], "time": [1], "price": [1.0]}
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
     with pytest.raises(
-        ValueError, match=r"\[events\] user must be ids of at most 63 bits, or text: .*9223372036854775809"
+        ValueError, match=r"\[events\] user must be whole numbers of at most 63 bits, or text: .*9223372036854775809"
     ):
         run(tmp_path, GOOD.replace("log.csv", "log.parquet"))
 

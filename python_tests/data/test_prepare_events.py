@@ -243,24 +243,24 @@ def test_labels(prepare, keys, want, labels):
 @pytest.mark.parametrize(
     ("until", "keys", "words"),
     [
-        ("", "from = 5", "3 of its events, from 5 on, are visible in the histories, which have no end"),
-        ("until = 8", "from = 5", "2 of its events, from 5 on, are visible in the histories, which end at 8"),
-        ("until = 8", "from = 5\nuntil = 6", "1 of its events"),
-        ("until = 8", 'from = 3\nwhere = [["kind", "==", "back"]]', "1 of its events"),
+        ("", "from = 5", "3 events of the histories, which have no end, are not before its `from`, 5"),
+        ("until = 8", "from = 5", "2 events of the histories, which end at 8, are not before its `from`, 5"),
+        ("until = 8", "from = 5\nuntil = 6", "2 events"),  # of these one is after the task's window
+        ("until = 8", 'from = 5\nwhere = [["rating", "==", 1]]', "2 events"),  # none of them is a label's
+        ('where = [["kind", "==", "buy"]]', 'from = 3\nwhere = [["kind", "==", "back"]]', "4 events"),
         ("until = 5", "from = 5", None),
         ("until = 8", "from = 8", None),
         ("until = 8", "", None),  # describes what is visible
-        ("until = 8", 'from = 5\nwhere = [["rating", "==", 1]]', None),  # no such event
-        ('where = [["kind", "==", "buy"]]', 'from = 3\nwhere = [["kind", "==", "back"]]', None),
+        ('where = [["kind", "==", "back"]]', "from = 4", None),  # histories without an end, but none later than 3
     ],
     ids=str,
 )
-def test_a_label_of_later_events_is_not_visible(prepare, until, keys, words):
+def test_no_label_is_learned_from_what_came_after_it_begins(prepare, until, keys, words):
     toml = BASE + until + f'\n[[task]]\nname = "t"\nkind = "regression"\nreduce = "count"\n{EVENTS}{keys}\n'
     if words is None:
         assert len(prepare(toml).task("t"))
         return
-    with pytest.raises(ValueError, match=r"write \[events\] until = \d, so that") as error:
+    with pytest.raises(ValueError, match=r"Write \[events\] until = \d, or leave `from` out") as error:
         prepare(toml)
     assert words in str(error.value)
 
@@ -332,10 +332,10 @@ def test_a_description_reaches_the_task(prepare):
     assert saved == {"name": "t", "kind": "regression", "description": "how old", "metric": "mae", "repeats": False}
 
 
-def test_ids_with_leading_zeros_stay_apart_as_text(prepare):
-    log = "user_id,item_id,time\n1,007,1\n1,7,2\n"
-    assert histories(prepare(BASE, log=log)) == {"1": ["7", "7"]}
-    assert histories(prepare(BASE + 'text = ["item_id"]', log=log)) == {"1": ["007", "7"]}
+def test_ids_that_are_text_by_name_are_in_the_order_of_text(prepare):
+    log = "user_id,item_id,time\n1,7,1\n1,10,2\n"
+    for text, want in (("", ["7", "10"]), ('text = ["item_id"]', ["10", "7"])):
+        assert list(originals(prepare(BASE + text, log=log), "items.parquet", "item_id").values()) == want
 
 
 def test_a_log_may_be_a_folder_of_parquet_files(prepare, tmp_path):

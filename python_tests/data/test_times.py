@@ -60,3 +60,17 @@ def test_times_too_large_for_their_unit_are_refused(prepare):
         prepare(BASE, log_of(["1.7e18", "1.6e18"]))
     toml = BASE + 'time_unit = "ns"\n'
     assert histories(prepare(toml, log_of(["1.7e18", "1.6e18"]))) == {"ann": ["b", "a"]}
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("time", ["17", "1.5e9", "-3"])
+def test_the_word_among_numbers_is_named(prepare, place, time):
+    times = [time] * 5
+    times[place] = "unknown"
+    with pytest.raises(ValueError, match=rf"must be numbers where most are, got 'unknown' in row {place + 1} of 5"):
+        prepare(BASE, log_of(times))
+
+
+def test_numbers_that_are_read_as_text_are_no_times(prepare):
+    with pytest.raises(ValueError, match="must be times as 2011-09-10 12:30:00, .* got '17' in row 1 of 2"):
+        prepare(BASE + 'text = ["time"]\n', log_of([17, 18]))

@@ -1,0 +1,68 @@
+"""CSV files whose quotes, encoding or columns are not what the TOML file says."""
+
+import pytest
+from shop_log import BASE, LOG, USERS, histories, rows, task
+
+HEAD = "user_id,item_id,time\n"
+OPEN = HEAD + 'a,"mug,1\na,vase,2\nb,"tea,3\nb,cup,4\n'
+
+
+def test_a_quote_that_nothing_closes_is_told_by_the_id_that_swallows_lines(prepare):
+    words = r"column 'item_id' must not hold line breaks, got 'mug,1\\na,vase.* in row 1: .* quote = \"\" reads quotes"
+    with pytest.raises(ValueError, match=words):
+        prepare(BASE, OPEN)
+    want = {"a": ['"mug', "vase"], "b": ['"tea', "cup"]}
+    assert histories(prepare(BASE + 'quote = ""\n', OPEN)) == want
+    with pytest.raises(
+        ValueError, match='(?s)not readable as CSV: .* quote = "" where a quote is a character as others'
+    ):
+        prepare(BASE, OPEN.replace('"tea', "tea"))
+
+
+def test_another_quote(prepare):
+    log = HEAD + "'a,b',\"x,1\n"
+    assert histories(prepare(BASE + 'quote = "\'"\n', log)) == {"a,b": ['"x']}
+
+
+@pytest.mark.parametrize("name", ["log", "users", "items"])
+def test_an_encoding_that_is_another_is_told(tmp_path, prepare, name):
+    texts = {"log": HEAD + "ann,té,1\n", "users": "user_id,city\nann,Malmö\n", "items": "item_id,range\nx,thé\n"}
+    (tmp_path / "other.csv").write_bytes(texts[name].encode("latin-1"))
+    toml = task('kind = "binary"\ncolumn = "city"\npositive = "Malmö"\n')
+    if name == "items":
+        toml = BASE + 'where = [["range", "==", "thé"]]\n[items]\nfile = "items.csv"\n'
+    toml = toml.replace(f"{name}.csv", "other.csv")
+    with pytest.raises(ValueError, match=r"other\.csv.* give the `encoding` of the file, as \"latin-1\""):
+        prepare(toml)
+    prepare(toml.replace('"other.csv"', '"other.csv"\nencoding = "latin-1"'), log=LOG.replace(",w,", ",x,"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "users", "words"),
+    [
+        ("", "user_id,city,age,age\nann,a,1,2\n", "users.csv has two columns 'age'"),
+        ('columns = ["user_id", "age", "city", "age"]', "ann,1,a,2\n", "users.csv has two columns 'age'"),
+        ("columns = [1]", USERS, "users.csv: columns must be a list of column names, got 1"),
+        ("text = [1]", USERS, "users.csv: text must be a list of column names, got 1"),
+        ('delimiter = ""', USERS, "users.csv: delimiter must be an ASCII character, or several, got ''"),
+        ('delimiter = "é"', USERS, "users.csv: delimiter must be an ASCII character, or several, got 'é'"),
+        ("quote = \"''\"", USERS, "users.csv: quote must be an ASCII character other than the delimiter, or"),
+        ('quote = ","', USERS, "users.csv: quote must be an ASCII character other than the delimiter, or"),
+        ('delimiter = "::"\nquote = "\'"', USERS, "quote is for a delimiter of one character, got '::'"),
+    ],
+    ids=str,
+)
+def test_mistakes_about_a_csv(prepare, keys, users, words):
+    toml = task('kind = "binary"\ncolumn = "city"').replace('"users.csv"\n', f'"users.csv"\n{keys}\n')
+    with pytest.raises(ValueError, match=r"users\.csv|delimiter") as error:
+        prepare(toml, users=users)
+    assert words in str(error.value)
+
+
+def test_a_column_that_is_there_twice_and_not_read_is_no_mistake(prepare):
+    log = "user_id,item_id,time,note,note\nann,x,1,a,b\n"
+    assert histories(prepare(BASE, log)) == {"ann": ["x"]}
+
+
+def test_a_toml_file_may_begin_with_a_mark(prepare):
+    assert rows(prepare("\ufeff" + task('kind = "regression"\ncolumn = "age"')), "t")

@@ -1,0 +1,101 @@
+"""What `prepare events` says of its work and of what is left out, and what it refuses before it reads a log."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from shop_log import BASE, LOG, USERS_TOML, task
+
+from pcl_ext.data import DatasetWriter, events, prepare_events, writer
+
+
+@pytest.fixture
+def said(prepare, caplog):
+    """The lines that are logged while a TOML file is prepared."""
+
+    def run(toml, *tables, **more):
+        caplog.clear()
+        with caplog.at_level("INFO", "pcl_ext"):
+            prepare(toml, *tables, **more)
+        return [record.getMessage() for record in caplog.records]
+
+    return run
+
+
+def test_users_and_items_without_a_partner_are_counted(said, tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,kind\nx,a\ny,b\nq,c\n")
+    toml = (
+        BASE + USERS_TOML + '[items]\nfile = "items.csv"\n[[task]]\nname = "t"\nkind = "regression"\ncolumn = "age"\n'
+    )
+    lines = said(toml + '[[task]]\nname = "u"\nkind = "binary"\ncolumn = "city"\n')
+    for line in (
+        "[users]: 1 of 3 users with a history have no row",  # cat
+        "[users]: 1 of 3 rows are of no user of the log",  # dan
+        "[items]: 2 of 4 items of the log have no row",  # z and w
+    ):
+        assert lines.count(line) == 1
+    whole = "user_id,item_id,time\nann,x,1\nbob,y,2\nbob,q,2\ndan,x,1\n"
+    assert not [line for line in said(toml, whole) if line.startswith(("[users]", "[items]"))]
+
+
+def test_long_work_and_the_folds_are_said(said):
+    log = "user_id,item_id,time\n" + "".join(f"u{i},a,1\n" for i in range(300))
+    lines = said(BASE, log)
+    assert lines[:2] == ["reading log.csv", "sorting 300 events"]
+    assert "users: train 245, valid 7, test 48" in lines
+    assert not [line for line in lines if line.startswith("no ")]
+    lines = said(BASE, "user_id,item_id,time\nann,x,1\nann,y,2\n")
+    ways = 'to train on this dataset give it some by [fold] rotate or --rotate 0 to 4, by = "date", or another `name`'
+    (line,) = [line for line in lines if line.startswith("no ")]
+    assert line.count("no ") == 2
+    assert line.endswith(f"users: {ways}")
+
+
+def test_train_users_whose_histories_run_past_the_date_of_test_are_said(said):
+    lines = said(BASE + '[fold]\nby = "date"\nvalid = 2\ntest = 5\n', LOG.replace("bob,y,1", "bob,y,3"))
+    assert not [line for line in lines if line.startswith("[fold]")]
+    lines = said(BASE + '[fold]\nby = "date"\nvalid = 2\ntest = 3\n')
+    what = "[fold] by date: 4 of 7 events of train users are not before test, 3: histories run on past it"
+    assert what in lines
+
+
+def test_classes_of_numbers_with_a_fraction_are_refused(prepare, tmp_path):
+    def of(ages, keys=""):
+        table = {"user_id": ["ann", "bob", "cat"], "age": pa.array(ages)}
+        pq.write_table(pa.table(table), tmp_path / "users.parquet")
+        return prepare(task(f'kind = "classes"\ncolumn = "age"\n{keys}').replace("users.csv", "users.parquet"))
+
+    text = "task 't': classes of numbers that are not whole need bins or labels, got 2.5 among 2 values"
+    with pytest.raises(ValueError, match=text):
+        of([2.5, 3.0, None])
+    assert of([2.0, 3.0, None]).task("t").spec.num_classes == 2  # integers, but for a missing value
+    assert of([2.5, 3.0, 4.0], "bins = [3]").task("t").spec.num_classes == 2
+    assert of([2.5, 3.0, 4.0], "labels = [2.5, 3.0]").task("t").spec.num_classes == 2
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_log_is_read(tmp_path, monkeypatch):
+    (tmp_path / "shop.toml").write_text(BASE)
+    monkeypatch.setattr(events, "read_table", lambda *args: pytest.fail("the log was read"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out must be a new or an empty folder, got .*full"):
+        prepare_events(tmp_path / "shop.toml", tmp_path / "full")
+    with pytest.raises(PermissionError, match=r"out must lie in a folder that can be written, .*mine is none"):
+        prepare_events(tmp_path / "shop.toml", tmp_path / "full" / "mine" / "deep" / "out")
+    monkeypatch.setattr(writer.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match=r"out must lie in a folder that can be written, .* is none"):
+        prepare_events(tmp_path / "shop.toml", tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
+def test_of_two_writers_the_later_one_is_told(tmp_path):
+    out = tmp_path / "out"
+
+    def write(then):
+        with DatasetWriter(out, "d", 1, check=then) as dataset:
+            dataset.histories([1], [1], [0, 1], [0])
+
+    with pytest.raises(FileExistsError, match="out must be a new or an empty folder, got .*out"):
+        write(lambda folder: write(None))
+    assert os.listdir(tmp_path) == ["out"]
