@@ -64,6 +64,13 @@ void prompt_attention_fwd(nb::tuple pointers, nb::tuple numbers, bool causal, do
   pcl::prompt_attention_fwd_cpu(call.args, at(out), at(stats), call.dtype, call.isa, call.threads);
 }
 
+bool newest_attention_fwd(nb::tuple pointers, nb::tuple numbers, double scale, int dtype, int isa, int threads,
+                          uintptr_t out) {
+  const AttentionCall call = attention_call(pointers, numbers, true, scale, dtype, isa, threads);
+  const nb::gil_scoped_release release;
+  return pcl::newest_attention_fwd_cpu(call.args, at(out), call.dtype, call.isa, call.threads);
+}
+
 void prompt_attention_bwd(nb::tuple pointers, nb::tuple numbers, bool causal, double scale, int dtype, int isa,
                           int threads, nb::tuple grad_pointers, int64_t grad_row, int64_t grad_head) {
   const AttentionCall call = attention_call(pointers, numbers, causal, scale, dtype, isa, threads);
@@ -222,6 +229,7 @@ NB_MODULE(_C, m) {
   m.def("attention_plan", &attention_plan);
   m.def("prompt_attention_fwd", &prompt_attention_fwd);
   m.def("prompt_attention_bwd", &prompt_attention_bwd);
+  m.def("newest_attention_fwd", &newest_attention_fwd);
   m.def("embed_fwd", &embed_fwd);
   m.def("embed_bwd", &embed_bwd);
   m.def("linear_fwd", &linear_fwd);

@@ -33,6 +33,7 @@ struct AttentionArgs {
   int64_t total, prefix_total, num_heads, head_dim;
   double scale;
   bool causal;
+  const int64_t* newest = nullptr;  // [B] the row of q, out and stats that is a history's newest; null: they hold all
 };
 
 struct AttentionGrads {
@@ -50,6 +51,11 @@ struct AttentionMembers {
 void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* stats, Scalar dtype, Isa isa, int threads);
 void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
                               int threads);
+
+// newest_attention: the newest row of each of the m histories that are not empty, and no other. args.total is m, and q
+// and out are [m, H, d]; their rows have the bits of the same rows among all. False, with nothing done, where m is not
+// how many such histories there are.
+bool newest_attention_fwd_cpu(AttentionArgs args, void* out, Scalar dtype, Isa isa, int threads);
 
 // On CUDA the offsets, prefixes and indices of the plan are all that is read, unchecked: whatever they hold, nothing
 // outside the tensors is touched. Rows before the first history and after the last are 0, and so are their gradients.

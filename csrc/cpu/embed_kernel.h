@@ -97,10 +97,16 @@ struct Run {
   T* out;
 };
 
-template <class T, int kBytes, bool kPosition, bool kPrompt, class Id>
-void sum_run(const Run<T, Id>& run, const EmbedShape& shape) {
+// A row's width that the compiler knows.
+template <int64_t kDim>
+struct Width {
+  constexpr operator int64_t() const { return kDim; }
+};
+
+// dim: the width of a row, a Width or a number.
+template <class T, int kBytes, bool kPosition, bool kPrompt, class Id, class Dim>
+void sum_run(const Run<T, Id>& run, const EmbedShape& shape, Dim dim) {
   using R = Row<T, kBytes>;
-  const int64_t dim = shape.dim;
   const T *position = run.position, *prompt = run.prompt;
   T* out = run.out;
   for (int64_t i = 0; i < run.count; ++i) {
@@ -124,9 +130,9 @@ void sum_run(const Run<T, Id>& run, const EmbedShape& shape) {
   }
 }
 
-template <class T, int kBytes, class Id>
+template <class T, int kBytes, class Id, class Dim>
 bool fwd_ids(const Id* ids, const EmbedRows& rows, const EmbedTables& tables, const EmbedShape& shape,
-             const EmbedTask& task) {
+             const EmbedTask& task, Dim dim) {
   if (!ids_inside(ids + task.first, task.last - task.first, shape.table_rows)) return false;
   const T* table = static_cast<const T*>(tables.table);
   const T *positions = static_cast<const T*>(tables.position), *prompts = static_cast<const T*>(tables.prompt);
@@ -145,10 +151,10 @@ bool fwd_ids(const Id* ids, const EmbedRows& rows, const EmbedTables& tables, co
       Run<T, Id> run{ids + t, until - t, table, nullptr, nullptr, static_cast<T*>(tables.out) + t * shape.dim};
       if (positions) run.position = positions + (end - 1 - t) * shape.position_stride;
       if (with_prompt) run.prompt = prompts + (which * shape.prompt_len + t - prompted) * shape.dim;
-      if (positions && with_prompt) sum_run<T, kBytes, true, true>(run, shape);
-      if (positions && !with_prompt) sum_run<T, kBytes, true, false>(run, shape);
-      if (!positions && with_prompt) sum_run<T, kBytes, false, true>(run, shape);
-      if (!positions && !with_prompt) sum_run<T, kBytes, false, false>(run, shape);
+      if (positions && with_prompt) sum_run<T, kBytes, true, true>(run, shape, dim);
+      if (positions && !with_prompt) sum_run<T, kBytes, true, false>(run, shape, dim);
+      if (!positions && with_prompt) sum_run<T, kBytes, false, true>(run, shape, dim);
+      if (!positions && !with_prompt) sum_run<T, kBytes, false, false>(run, shape, dim);
       t = until;
     }
   }
@@ -157,8 +163,21 @@ bool fwd_ids(const Id* ids, const EmbedRows& rows, const EmbedTables& tables, co
 
 template <class T, int kBytes>
 bool fwd_task(const EmbedRows& rows, const EmbedTables& tables, const EmbedShape& shape, const EmbedTask& task) {
-  if (rows.wide_items) return fwd_ids<T, kBytes>(static_cast<const int64_t*>(rows.items), rows, tables, shape, task);
-  return fwd_ids<T, kBytes>(static_cast<const int32_t*>(rows.items), rows, tables, shape, task);
+  const auto with_width = [&](auto dim) {
+    if (rows.wide_items)
+      return fwd_ids<T, kBytes>(static_cast<const int64_t*>(rows.items), rows, tables, shape, task, dim);
+    return fwd_ids<T, kBytes>(static_cast<const int32_t*>(rows.items), rows, tables, shape, task, dim);
+  };
+  switch (shape.dim) {
+    case 32:
+      return with_width(Width<32>());
+    case 64:
+      return with_width(Width<64>());
+    case 128:
+      return with_width(Width<128>());
+    default:
+      return with_width(shape.dim);
+  }
 }
 
 constexpr int kTogether = 4;  // rows added to a row of sums while it is in registers

@@ -91,6 +91,13 @@ class Partials {
     return {piece(k_), piece(v_)};
   }
 
+  // The work of adding up, in multiply-adds of a kernel: these numbers are added one by one, in double.
+  int64_t work() const {
+    constexpr int64_t kEach = 8;
+    const int64_t gradients = (k_ ? 1 : 0) + (v_ ? 1 : 0);
+    return kEach * gradients * (begin_.back() + args_.prefix_total) * args_.num_heads * dim_;
+  }
+
   // Adds up the chunks of prefix r, in order, and writes one head of its gradients.
   template <class A, class T>
   void reduce(const AttentionGrads& grads, int64_t r, int64_t head) const {
@@ -137,6 +144,20 @@ void prompt_attention_fwd_cpu(const AttentionArgs& args, void* out, void* stats,
   });
 }
 
+bool newest_attention_fwd_cpu(AttentionArgs args, void* out, Scalar dtype, Isa isa, int threads) {
+  const int64_t *offsets = args.plan.offsets, batch = args.plan.batch;
+  std::vector<int64_t> newest(batch);
+  int64_t filled = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    newest[b] = filled;
+    filled += offsets[b + 1] > offsets[b];
+  }
+  if (filled != args.total) return false;
+  args.newest = newest.data();
+  prompt_attention_fwd_cpu(args, out, nullptr, dtype, isa, threads);
+  return true;
+}
+
 void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& grads, Scalar dtype, Isa isa,
                               int threads) {
   const AttentionPlan& plan = args.plan;
@@ -151,7 +172,8 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
     for (int64_t h = 0; h < at.heads; ++h) sums[h] = partials.at(at.chunk, at.head + h);
     kernels.bwd(args, grads, sums, at);
   });
-  parallel_for(plan.num_prefixes * args.num_heads, sharing.threads, [&](int64_t task) {
+  if (!grads.grad_prefix_k && !grads.grad_prefix_v) return;
+  parallel_for(plan.num_prefixes * args.num_heads, threads_for(partials.work(), threads), [&](int64_t task) {
     const int64_t r = task / args.num_heads, head = task % args.num_heads;
     switch (dtype) {
       case Scalar::kDouble:

@@ -88,17 +88,19 @@ struct ScorePairs {
 };
 
 template <class E>
-void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t begin, int64_t length, int64_t head,
-                      Bfloat16* out, float* stats, Pieces<uint32_t> pieces, Ahead<Bfloat16>& ahead) {
+void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, const Span& span, int64_t head, Bfloat16* out,
+                      float* stats, Pieces<uint32_t> pieces, Ahead<Bfloat16>& ahead) {
+  const int64_t length = span.length, asked = length - span.first;
   const int64_t dim = args.head_dim, wide = round_up(dim, kRowPad), out_row = args.num_heads * dim;
-  pack_keys(args.k, args.v, begin, length, head, dim, keys.own_begin, keys, pieces);
-  const PairRows query = left_rows<E>(args.q, begin, length, head, dim, pieces);
+  pack_keys(args.k, args.v, span.begin, length, head, dim, keys.own_begin, keys, pieces);
+  const PairRows query = left_rows<E>(args.q, span.at, asked, head, dim, pieces);
   const int64_t score_row = round_up(keys.own_begin + length, kRowPad);
   float* scores = reinterpret_cast<float*>(pieces.take(E::kRows * score_row));
   uint32_t* weights = pieces.take(E::kRows * score_row / 2);
   const float scale = static_cast<float>(args.scale), size = scale < 0 ? -scale : scale;
-  for (int64_t i = 0; i < length; i += E::kRows) {
-    const int64_t rows = least(E::kRows, length - i), seen = args.causal ? i + rows : length;
+  for (int64_t i = 0; i < asked; i += E::kRows) {
+    const int64_t rows = least(E::kRows, asked - i), before = span.first + i;
+    const int64_t seen = args.causal ? before + rows : length;
     const int64_t columns = keys.own_begin + seen, depth = round_up(columns, 2 * E::kDepth) / 2;
     E::multiply({query.data + i * query.stride, query.stride, 1}, {keys.key_panels, kLanes, wide / 2 * kLanes},
                 round_up(dim, 2 * E::kDepth) / 2, rows, round_up(columns, kLanes) / kLanes,
@@ -109,19 +111,19 @@ void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, int64_t
       ahead.step();
       const ScorePairs some{scores + r * score_row, reinterpret_cast<uint16_t*>(weights) + r * score_row, score_row,
                             Wide::fill(size * kLog2E)};
-      const Columns seen_columns{keys.prefix, args.causal ? i + r + 1 : length, keys.own_begin, 2 * depth};
+      const Columns seen_columns{keys.prefix, args.causal ? before + r + 1 : length, keys.own_begin, 2 * depth};
       with_rows<kSoftmaxRows>(rows - r, [&](auto count) {
         softmax_rows<Wide, decltype(count)::value>(some, seen_columns, args.causal ? 1 : 0, largest + r, inverse + r);
       });
     }
     for (int64_t r = 0; stats && r < rows; ++r) {
-      float* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + head);
+      float* row_stats = stats + 2 * ((span.at + i + r) * args.num_heads + head);
       row_stats[0] = largest[r] * size;
       row_stats[1] = inverse[r];
     }
     E::multiply({weights, score_row / 2, 1}, {keys.value_pairs, wide, kLanes}, depth, rows,
                 round_up(dim, kLanes) / kLanes,
-                StoreOut{out + (begin + i) * out_row + head * dim, out_row, dim, inverse});
+                StoreOut{out + (span.at + i) * out_row + head * dim, out_row, dim, inverse});
   }
 }
 
@@ -147,14 +149,16 @@ void bf16_fwd_task(const AttentionArgs& args, void* out, void* stats, const Atte
     if (prefix) pack_keys(args.prefix_k, args.prefix_v, prefix_begin, prefix, task.head + h, dim, 0, heads[h], pieces);
   }
   Ahead<Bfloat16> ahead(dim);
-  ahead.add(args.q);
   ahead.add(args.k);
   ahead.add(args.v);
-  ahead.add({out, args.num_heads * dim, dim});
-  const auto steps = [](int64_t length) { return parts(length, kSoftmaxRows); };
-  for_histories(args, task, ahead, steps, [&](int64_t begin, int64_t length, int64_t h) {
-    bf16_fwd_history<E>(args, heads[h], begin, length, task.head + h, static_cast<Bfloat16*>(out),
-                        static_cast<float*>(stats), pieces, ahead);
+  if (!args.newest) {
+    ahead.add(args.q);
+    ahead.add({out, args.num_heads * dim, dim});
+  }
+  const auto steps = [](int64_t rows) { return parts(rows, kSoftmaxRows); };
+  for_histories(args, task, ahead, steps, [&](const Span& span, int64_t h) {
+    bf16_fwd_history<E>(args, heads[h], span, task.head + h, static_cast<Bfloat16*>(out), static_cast<float*>(stats),
+                        pieces, ahead);
   });
 }
 

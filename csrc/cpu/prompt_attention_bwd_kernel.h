@@ -261,9 +261,9 @@ void bwd_task(const AttentionArgs& args, const AttentionGrads& grads, const Pref
   const auto steps = [&](int64_t length) {
     return 3 * parts(length, block_step<S>(wanted)) + products * parts(length, S::kTileRows);
   };
-  for_histories(args, task, ahead, steps, [&](int64_t begin, int64_t length, int64_t h) {
+  for_histories(args, task, ahead, steps, [&](const Span& span, int64_t h) {
     const AttentionTask one{task.chunk, task.head + h, 1, nullptr};
-    bwd_history<S, T>(args, grads, sums[h], wanted, prefixes[h], begin, length, one, pieces, ahead);
+    bwd_history<S, T>(args, grads, sums[h], wanted, prefixes[h], span.begin, span.length, one, pieces, ahead);
   });
 }
 

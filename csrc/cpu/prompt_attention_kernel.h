@@ -75,25 +75,36 @@ struct RowTiles {
   int64_t begin(int64_t tile) const { return tile * size + (tile < larger ? tile : larger); }
 };
 
-// Calls each(begin, length, head) for the histories and heads of a task, looking ahead to the next in each's
-// steps(length) steps.
+// A history's rows of k and v, and which of them attend: those from `first` on, which lie from row `at` on in q, out and
+// stats.
+struct Span {
+  int64_t begin, length, first, at;
+};
+
+inline Span span_of(const AttentionArgs& args, int64_t history) {
+  const int64_t begin = args.plan.offsets[history], length = args.plan.offsets[history + 1] - begin;
+  return args.newest ? Span{begin, length, length - 1, args.newest[history]} : Span{begin, length, 0, begin};
+}
+
+// Calls each(span, head) for the histories and heads of a task, looking ahead to the next in each's steps(rows that
+// attend) steps.
 template <class T, class Steps, class Each>
 void for_histories(const AttentionArgs& args, const AttentionTask& task, Ahead<T>& ahead, Steps steps_of, Each each) {
   const AttentionPlan& plan = args.plan;
   const int64_t last = plan.chunk_begin[task.chunk + 1];
   for (int64_t m = plan.chunk_begin[task.chunk]; m < last; ++m) {
-    const int64_t begin = plan.offsets[plan.members[m]], length = plan.offsets[plan.members[m] + 1] - begin;
-    const int64_t steps = steps_of(length);
-    for (int64_t h = 0; h < task.heads && length > 0; ++h) {
+    const Span span = span_of(args, plan.members[m]);
+    const int64_t steps = steps_of(span.length - span.first);
+    for (int64_t h = 0; h < task.heads && span.length > 0; ++h) {
       if (h + 1 < task.heads) {
-        ahead.aim(begin, length, task.head + h + 1, steps);
+        ahead.aim(span.begin, span.length, task.head + h + 1, steps);
       } else if (m + 1 < last) {
         const int64_t next = plan.members[m + 1];
         ahead.aim(plan.offsets[next], plan.offsets[next + 1] - plan.offsets[next], task.head, steps);
       } else {
         ahead.aim(0, 0, 0, 0);
       }
-      each(begin, length, h);
+      each(span, h);
     }
   }
 }
@@ -119,17 +130,19 @@ Prefix<typename S::A> load_prefix(const AttentionArgs& args, const AttentionTask
   if (prefix.length == 0) return prefix;
   prefix.width = S::round_up(prefix.length);
   const int64_t dim = args.head_dim, wide = S::round_up(dim);
-  const auto rows = [&](const AttentionRows& from) {
-    return copy_rows<S>(row<T>(from, prefix.begin, task.head), from.row_stride, prefix.length, dim,
-                        pieces.take(prefix.length * wide));
+  const auto rows = [&](const AttentionRows& from, bool once) {
+    const T* data = row<T>(from, prefix.begin, task.head);
+    A* room = pieces.take(prefix.length * wide);
+    return once ? as_rows<S>(data, from.row_stride, prefix.length, dim, room)
+                : copy_rows<S>(data, from.row_stride, prefix.length, dim, room);
   };
   const auto transposed = [&](Rows<A> from) {
     A* to = pieces.take(wide * prefix.width);
     transpose<S>(from.data, from.stride, prefix.length, wide, to, prefix.width);
     return to;
   };
-  prefix.keys = rows(args.prefix_k);
-  prefix.values = rows(args.prefix_v);
+  prefix.keys = rows(args.prefix_k, !transpose_values);  // then they are transposed, and not read again
+  prefix.values = rows(args.prefix_v, false);
   prefix.keys_t = transposed(prefix.keys);
   if (transpose_values) prefix.values_t = transposed(prefix.values);
   return prefix;
@@ -210,26 +223,28 @@ inline void softmax_rows(const Rows& rows, const Columns& columns, int64_t wider
 }
 
 template <class S, class T>
-void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix, int64_t begin, int64_t length, T* out,
+void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix, const Span& span, T* out,
                  typename S::A* stats, const AttentionTask& task, Pieces<typename S::A> pieces, Ahead<T>& ahead) {
   using A = typename S::A;
   constexpr int R = S::kTileRows;
   const int64_t dim = args.head_dim, wide = S::round_up(dim), out_row = args.num_heads * dim;
-  const int64_t own_width = S::round_up(length);
-  const T* q = row<T>(args.q, begin, task.head);
+  const int64_t length = span.length, own_width = S::round_up(length);
+  const RowTiles<S> tiles(length - span.first);
+  const T *q = row<T>(args.q, span.at, task.head), *v = row<T>(args.v, span.begin, task.head);
   const Rows<A> keys =
-      as_rows<S>(row<T>(args.k, begin, task.head), args.k.row_stride, length, dim, pieces.take(length * wide));
-  const Rows<A> values =
-      copy_rows<S>(row<T>(args.v, begin, task.head), args.v.row_stride, length, dim, pieces.take(length * wide));
+      as_rows<S>(row<T>(args.k, span.begin, task.head), args.k.row_stride, length, dim, pieces.take(length * wide));
+  A* room = pieces.take(length * wide);
+  const Rows<A> values = tiles.count == 1 ? as_rows<S>(v, args.v.row_stride, length, dim, room)  // read once
+                                          : copy_rows<S>(v, args.v.row_stride, length, dim, room);
   A* keys_t = pieces.take(wide * own_width);
   transpose<S>(keys.data, keys.stride, length, wide, keys_t, own_width);
   const int64_t score_row = prefix.width + own_width;
   A* scores = pieces.take(R * score_row);
   A *query_scratch = pieces.take(R * wide), *out_scratch = pieces.take(R * wide);
-  const RowTiles<S> tiles(length);
   for (int64_t tile = 0; tile < tiles.count; ++tile) {
-    const int64_t i = tiles.begin(tile), rows = tiles.begin(tile + 1) - i, seen = args.causal ? i + rows : length;
-    const Rows<A> query = as_rows<S>(q + i * args.q.row_stride, args.q.row_stride, rows, dim, query_scratch);
+    const int64_t asked = tiles.begin(tile), rows = tiles.begin(tile + 1) - asked;
+    const int64_t i = span.first + asked, seen = args.causal ? i + rows : length;
+    const Rows<A> query = as_rows<S>(q + asked * args.q.row_stride, args.q.row_stride, rows, dim, query_scratch);
     ahead.step();
     const Product<A> score{query.stride, 1, score_row, static_cast<A>(args.scale), false};
     const Factor<A> with_prefix{query.data, prefix.keys_t, prefix.width, dim},
@@ -245,12 +260,12 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
                                               inverse);
     });
     for (int64_t r = 0; stats && r < rows; ++r) {
-      A* row_stats = stats + 2 * ((begin + i + r) * args.num_heads + task.head);
+      A* row_stats = stats + 2 * ((span.at + asked + r) * args.num_heads + task.head);
       row_stats[0] = largest[r];
       row_stats[1] = inverse[r];
     }
     ahead.step();
-    const Sink<S, T> sink(out + (begin + i) * out_row + task.head * dim, out_row, rows, dim, out_scratch);
+    const Sink<S, T> sink(out + (span.at + asked) * out_row + task.head * dim, out_row, rows, dim, out_scratch);
     const Product<A> mix{score_row, 1, sink.stride, 1, false, inverse};
     const Factor<A> parts[2] = {{scores, prefix.values.data, prefix.values.stride, prefix.length},
                                 {scores + prefix.width, values.data, values.stride, seen}};
@@ -268,15 +283,16 @@ void fwd_task(const AttentionArgs& args, void* out, void* stats, const Attention
     prefixes[h] = load_prefix<S, T>(args, {task.chunk, task.head + h, 1, nullptr}, pieces, false);
   }
   Ahead<T> ahead(args.head_dim);
-  ahead.add(args.q);
   ahead.add(args.k);
   ahead.add(args.v);
-  ahead.add({out, args.num_heads * args.head_dim, args.head_dim});
-  const auto steps = [](int64_t length) { return 4 * parts(length, S::kTileRows); };
-  for_histories(args, task, ahead, steps, [&](int64_t begin, int64_t length, int64_t h) {
+  if (!args.newest) {
+    ahead.add(args.q);
+    ahead.add({out, args.num_heads * args.head_dim, args.head_dim});
+  }
+  const auto steps = [](int64_t rows) { return 4 * parts(rows, S::kTileRows); };
+  for_histories(args, task, ahead, steps, [&](const Span& span, int64_t h) {
     const AttentionTask one{task.chunk, task.head + h, 1, nullptr};
-    fwd_history<S, T>(args, prefixes[h], begin, length, static_cast<T*>(out), static_cast<A*>(stats), one, pieces,
-                      ahead);
+    fwd_history<S, T>(args, prefixes[h], span, static_cast<T*>(out), static_cast<A*>(stats), one, pieces, ahead);
   });
 }
 

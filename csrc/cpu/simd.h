@@ -174,7 +174,10 @@ inline void multiply_tile(const Product<typename S::A>& product, const Factor<ty
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       V result = scale * sums[r][n];
-      if (add) result += S::load(c + n * S::kLanes);
+      if (add) {
+        S::hold(result);  // in two roundings everywhere: the same bits whatever R is
+        result += S::load(c + n * S::kLanes);
+      }
       S::store(c + n * S::kLanes, result);
     }
   }

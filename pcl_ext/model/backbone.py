@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +49,7 @@ class Layer(nn.Module):
             x = x.index_select(0, layout.newest)
             q = self.queries(x)
             q = layout.turn(q, layout.newest) if self.rotary else q
-            attended = ops.newest_attention(q, k, v, layout.offsets, *layout.prefixed(before))
+            attended = ops.newest_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
         else:
             q = layout.turn(q) if self.rotary else q
             attended = ops.prompt_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
@@ -156,12 +155,12 @@ class Backbone(nn.Module):
         states[-1] = self.norm(x)
         return states, LayerPrefix(keys, values, offsets)
 
-    def prefix(self, rows: Tensor, offsets: Tensor, index: Tensor | None = None) -> LayerPrefix:
+    def prefix(self, rows: Tensor, offsets: Tensor) -> LayerPrefix:
         """Keys and values of prompt rows [M, D] placed in front of histories.
 
         Under a causal mask they do not depend on the user: once per task, not once per user.
         """
-        return replace(self.run(rows, offsets)[1], index=index)
+        return self.run(rows, offsets)[1]
 
     def check_lengths(self, batch: PackedBatch) -> None:
         """ValueError for a history longer than max_len; the batch knows its lengths, nothing is read from a GPU."""

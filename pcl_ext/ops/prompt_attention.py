@@ -44,12 +44,12 @@ def prompt_attention(
     Under autocast, float32 tensors are cast to its dtype. Raises ValueError or TypeError naming what is wrong.
     """
     q, k, v, prefix_k, prefix_v = autocast(q, k, v, prefix_k, prefix_v)
-    if not _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan):
+    if not fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan):
         _check_rows(q, k, v, prefix_k, prefix_v, prefix_offsets, prefix_index)
         check_layout(offsets, prefix_offsets, prefix_index, "q", q)
         if plan is not None:
-            _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k)
-            if torch.compiler.is_compiling() and q.is_cpu and not _is_of(plan, offsets, prefix_offsets, prefix_index):
+            check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k)
+            if torch.compiler.is_compiling() and q.is_cpu and not is_of(plan, offsets, prefix_offsets, prefix_index):
                 plan = None  # values could not be compared: it is made anew
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
@@ -96,20 +96,20 @@ def use_fused_width(impl: str, q: Tensor) -> bool:
     return False
 
 
-def _is_of(plan: AttentionPlan, offsets, prefix_offsets, prefix_index) -> bool:
+def is_of(plan: AttentionPlan, offsets, prefix_offsets, prefix_index) -> bool:
     """Whether plan was made from these very tensors."""
     same_index = plan.index_left_out if prefix_index is None else prefix_index is plan.prefix_index
     return offsets is plan.offsets and prefix_offsets is plan.prefix_offsets and same_index
 
 
-def _fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan) -> bool:
+def fits_plan(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, prefix_index, plan) -> bool:
     """Whether plan was made from these very offsets and prefixes, which were checked then, and the rows fit it.
 
     No means that the checks below have to look.
     """
     if torch.compiler.is_compiling() or type(plan) is not AttentionPlan or not is_plain(q, 3, FLOATS):
         return False
-    if not _is_of(plan, offsets, prefix_offsets, prefix_index) or not offsets.is_cpu:
+    if not is_of(plan, offsets, prefix_offsets, prefix_index) or not offsets.is_cpu:
         return False
     shape, dtypes = q.shape, (q.dtype,)
     if not (is_plain(k, 3, dtypes) and is_plain(v, 3, dtypes) and shape == k.shape and shape == v.shape):
@@ -159,10 +159,11 @@ def check_prefix(q, prefix_k, prefix_v, prefix_offsets, prefix_index) -> None:
         check_shape(name, value, (prefix_k.shape[0], *q.shape[1:]), "[M, H, d]")
 
 
-def _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k) -> None:
+def check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k, like: str = "q") -> None:
+    """like: what q, whose rows histories are packed in, is called."""
     if not isinstance(plan, AttentionPlan):
         raise TypeError(f"plan must be an AttentionPlan, got {type(plan).__name__}")
-    check_like("plan", plan.work, "q", q, dtype=False)
+    check_like("plan", plan.work, like, q, dtype=False)
     pairs = [("offsets", offsets, plan.offsets), ("prefix_offsets", prefix_offsets, plan.prefix_offsets)]
     if prefix_offsets is not None and not (prefix_index is None and plan.index_left_out):
         index = resolve_prefix_index(offsets, prefix_offsets, prefix_index)
@@ -176,6 +177,6 @@ def _check_plan(plan, offsets, prefix_offsets, prefix_index, q, prefix_k) -> Non
     if plan.total is None and runs_cuda(q):  # made there, and unread
         return
     if plan.total != q.shape[0]:
-        raise ValueError(f"offsets must end at len(q) = {q.shape[0]}, got {plan.total}")
+        raise ValueError(f"offsets must end at len({like}) = {q.shape[0]}, got {plan.total}")
     if prefix_k is not None and plan.prefix_total != prefix_k.shape[0]:
         raise ValueError(f"prefix_offsets must end at len(prefix_k) = {prefix_k.shape[0]}, got {plan.prefix_total}")

@@ -1,9 +1,10 @@
-"""pcl_ext::prompt_attention and its backward: schema, kernel, fake, autograd."""
+"""pcl_ext::prompt_attention and its backward, pcl_ext::newest_attention: schema, kernel, fake, autograd."""
 
 import torch
 from torch import Tensor
 
 from pcl_ext.ops import _gpu
+from pcl_ext.ops._check import check_shape
 from pcl_ext.ops._native import (
     BEST_ISA,
     CPU,
@@ -90,6 +91,27 @@ def _fill(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale,
     work_of = (SCALARS[q.dtype], isa, torch.get_num_threads())
     C.prompt_attention_fwd(pointers, numbers, causal, scale, *work_of, out.data_ptr(), stats)
     return out
+
+
+def newest(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, scale, *, isa=BEST_ISA):
+    """out [m, H, d] of the histories' newest rows q [m, H, d], on the CPU; nothing for a backward is kept."""
+    pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    out = torch.empty(q.shape, dtype=q.dtype, device=CPU)
+    work_of = (SCALARS[q.dtype], isa, torch.get_num_threads())
+    if not C.newest_attention_fwd(pointers, numbers, scale, *work_of, out.data_ptr()):
+        check_newest(q, int((work[: batch + 1].diff() > 0).sum()))
+        raise AssertionError("the kernel refused what its rules allow")
+    return out
+
+
+def newest_fake(q, *_):
+    """Output of newest, unfilled."""
+    return q.new_empty(q.shape)
+
+
+def check_newest(q: Tensor, filled: int) -> None:
+    """ValueError unless q [m, H, d] has a row for each of the histories that are not empty."""
+    check_shape("q", q, (filled, *q.shape[1:]), "[m, H, d], m histories that are not empty")
 
 
 def forward_fake(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale):
@@ -204,4 +226,11 @@ define(
     _PromptAttention,
     check=lambda *inputs: _check(*inputs[:6]),
     cuda=True,
+)
+define(
+    "newest_attention",
+    f"({_INPUTS}, SymInt batch, SymInt num_prefixes, float scale) -> Tensor",
+    newest,
+    newest_fake,
+    check=lambda *inputs: _check(*inputs[:6]),
 )

@@ -1,7 +1,8 @@
-"""Inputs of prompt_attention for the tests: lengths of histories and prefixes, and which history sees which."""
+"""Inputs of prompt_attention for the tests: lengths of histories and prefixes, who sees which; how right it must be."""
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ CASES = {
     "several chunks": ([60, 100, 70, 90, 110, 80], [6, 9], [0, 1, 0, 1, 0, 0]),
 }
 INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
+IMPLS = ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)]
 
 
 @dataclass
@@ -80,3 +82,19 @@ def make(lengths, prefixes=None, index=None, *, heads=2, dim=16, dtype=torch.flo
     given |= {name: None if prefixes is None else rows(shared) for name in INPUTS[3:]}
     prefix_offsets = None if prefixes is None else to_offsets(prefixes)
     return Case(given, to_offsets(lengths), prefix_offsets, None if index is None else torch.tensor(index))
+
+
+def assert_as_right_as(got: dict, reference: dict, exact: dict) -> None:
+    """No tensor of got is more than twice as far from exact as reference is, root mean square; one rounding is free."""
+    largest = max((x.abs().max() for x in exact.values() if x.numel()), default=0)
+    for name, want in exact.items():
+        assert got[name].shape == want.shape
+        error, allowed = (got[name].double() - want).norm(), 2 * (reference[name].double() - want).norm()
+        one_rounding = torch.finfo(got[name].dtype).eps * largest * want.numel() ** 0.5
+        assert error <= max(allowed, one_rounding), f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def as_right_as(got, naive, exact):
+    """At most twice the naive way's distance from float64, root mean square."""
+    error, allowed = (got.double() - exact).norm(), 2 * (naive.double() - exact).norm()
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from attention_cases import to_offsets
+from attention_cases import IMPLS, to_offsets
+from embed_cases import make, with_grads
 
 from pcl_ext import ops
 from pcl_ext.ops import _native, embed_op
@@ -10,40 +11,6 @@ from pcl_ext.ops import _native, embed_op
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 LENGTHS = [[1], [3, 1, 2], [5, 0, 4], [0, 0], [], [7] * 9, [400, 30]]
 ISAS = range(len(_native.C.isas())) if ops.has_fused() else []
-IMPLS = ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)]
-
-
-def make(
-    lengths,
-    *,
-    dtype=torch.float32,
-    dim=8,
-    num_items=11,
-    prompts=3,
-    prompt_len=4,
-    item_dtype=torch.int64,
-    device="cpu",
-):
-    """Arguments of embed by name; tables ask for gradients."""
-
-    def table(*shape):
-        return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_()
-
-    return {
-        "items": torch.randint(0, num_items + 1, (sum(lengths),), dtype=item_dtype).to(device),
-        "offsets": to_offsets(lengths).to(device),
-        "table": table(num_items + 1, dim),
-        "position": table(max(lengths, default=0) + 2, dim),
-        "prompt": table(prompts, prompt_len, dim),
-        "prompt_index": torch.randint(-1, prompts, (len(lengths),)).to(device),
-    }
-
-
-def with_grads(arguments, grad_out, **options):
-    """out and the gradients of the tables given."""
-    out = ops.embed(**arguments, **options)
-    tables = {n: arguments[n] for n in ("table", "position", "prompt") if arguments.get(n) is not None}
-    return {"out": out.detach(), **dict(zip(tables, torch.autograd.grad(out, list(tables.values()), grad_out.to(out))))}
 
 
 def with_grads_isa(arguments, grad_out, isa):
@@ -109,9 +76,19 @@ def test_widths_and_item_types(dim, item_dtype, device):
 @pytest.mark.needs_ext
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dim", [5, 64, 100])
+@pytest.mark.parametrize("dim", [5, 32, 64, 100, 128])
 def test_every_instruction_set(dim, isa, dtype):
     check(make([30, 5, 0, 40, 9, 9, 1], dim=dim, dtype=dtype), isa)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_a_width_that_has_loops_of_its_own_has_the_bits_of_any(dim, isa, dtype):
+    wide = [x.detach() for x in make([30, 5, 0, 40, 9, 9, 1], dim=dim + 8, dtype=dtype).values()]
+    narrow = [x[..., :dim].contiguous() if x.is_floating_point() else x for x in wide]
+    assert torch.equal(embed_op.forward(*narrow, isa=isa), embed_op.forward(*wide, isa=isa)[:, :dim])
 
 
 @pytest.mark.needs_ext

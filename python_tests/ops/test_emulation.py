@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from test_embed import make, with_grads
+from embed_cases import make, with_grads
 
 from pcl_ext import ops
 from pcl_ext.ops import _gpu, _native

@@ -5,21 +5,9 @@ AddressSanitizer watches what lies outside (`make sanitize`, on the emulation), 
 
 import pytest
 import torch
+from cuda_cases import LEAST, MOST, OFFSETS, TOTAL
 
 from pcl_ext import ops
-
-MOST, LEAST = 2**63 - 1, -(2**63)
-OFFSETS = {
-    "falling": [0, 9, 3, 12],
-    "past the end": [0, 5, 30, 12],
-    "negative": [-7, -3, 4, 12],
-    "not from 0": [5, 6, 7, 12],
-    "short": [0, 1, 2, 3],
-    "huge": [LEAST, MOST, LEAST, MOST],
-    "huge and small": [MOST, LEAST, 0, -1],
-    "a long history": [0, 0, 12, 12],
-}
-TOTAL = 12
 
 
 @pytest.mark.parametrize("name", OFFSETS)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import assert_as_right_as
 from layer_cases import make_feed_forward, make_linear, normal, run_with_grads, to
-from test_prompt_attention import assert_as_right_as
 
 from pcl_ext import ops
 from pcl_ext.ops import _native

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from attention_cases import make
-from test_prefix_sharing import IMPLS, as_right_as
-from test_prompt_attention import assert_as_right_as
-from test_prompt_attention_cuda import on
+from attention_cases import IMPLS, as_right_as, assert_as_right_as, make
+from cuda_cases import on
+from torch.autograd import forward_ad
 
 from pcl_ext import ops
+from pcl_ext.ops import _native, prompt_attention_op
 
+ISAS = range(len(_native.C.isas())) if ops.has_fused() else []
 LENGTHS = [5, 0, 33, 1, 18, 2, 0]
 PREFIXES = {
     "none": ([], None),
@@ -44,6 +45,101 @@ def test_equals_prompt_attention(prefix, dtype, impl):
         got, reference = newest_of(case, impl)
         exact = newest_of(case.to(torch.float64), "reference")[1]
     as_right_as(got, reference, exact)
+
+
+def inputs_of(case, plan):
+    """What the kernel of the newest rows takes, and the same with all queries, which prompt_attention's takes."""
+    q, *rows = (None if x is None else x.detach() for x in rows_of(case))
+    numbers = (*rows, plan.work, plan.batch, plan.num_prefixes)
+    newest = case.offsets[1:][case.offsets.diff() > 0] - 1
+    return (q[newest], *numbers, 0.25), (q, *numbers, True, 0.25), newest
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dim", [16, 40])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_on_the_cpu_it_has_the_bits_of_prompt_attention(prefix, dim, isa, dtype):
+    lengths, index = PREFIXES[prefix]
+    lengths_of_all = [*LENGTHS, 300, 7, 12]
+    index = None if index is None else [*index, 0, 2, 2]
+    case = make(lengths_of_all, lengths or None, index, dim=dim, dtype=dtype)
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets, case.prefix_index)
+    ours, all_rows, newest = inputs_of(case, plan)
+    want = prompt_attention_op._fill(*all_rows, 0, isa)[newest]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(prompt_attention_op.newest(*ours, isa=isa), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_plan_changes_nothing(prefix, learns, impl):
+    case = case_of(prefix)
+    q, k, v, prefix_k, prefix_v = rows_of(case)
+    call = {"q": q[case.offsets[1:][case.offsets.diff() > 0] - 1], "k": k, "v": v, "offsets": case.offsets}
+    layout = {"offsets": case.offsets}
+    if prefix_k is not None:
+        layout |= {"prefix_offsets": case.prefix_offsets, "prefix_index": case.prefix_index}
+        call |= {**layout, "prefix_k": prefix_k, "prefix_v": prefix_v}
+    with torch.set_grad_enabled(learns):
+        want = ops.newest_attention(**call, impl=impl)
+        assert torch.equal(ops.newest_attention(**call, plan=ops.attention_plan(**layout), impl=impl), want)
+        copied = {name: None if x is None else x.clone() for name, x in layout.items()}
+        assert torch.equal(ops.newest_attention(**call, plan=ops.attention_plan(**copied), impl=impl), want)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(2, 2, 16)}, r"q must be \[m, H, d\], m histories that are not empty = \(3, 2, 16\)"),
+        ({"q": torch.randn(3, 1, 16)}, r"k must be \[T, H, d\]"),
+        ({"q": torch.randn(3, 2, 16).double()}, "k must have the dtype of q"),
+        ({"plan": ops.attention_plan(torch.tensor([0, 2, 4, 4, 5]))}, "plan must be made from the same offsets"),
+        ({"plan": ops.attention_plan(torch.tensor([0, 2, 3]))}, "plan must be made from the same offsets"),
+        ({"k": torch.randn(6, 2, 16), "v": torch.randn(6, 2, 16)}, r"offsets must end at len\(k\) = 6, got 5"),
+        ({"plan": 1}, "plan must be an AttentionPlan"),
+    ],
+    ids=str,
+)
+def test_a_plan_does_not_hide_mistakes(change, message):
+    call = {"q": torch.randn(3, 2, 16), "offsets": torch.tensor([0, 2, 3, 3, 5])}
+    call |= {n: torch.randn(5, 2, 16) for n in "kv"}
+    call["plan"] = ops.attention_plan(call["offsets"])
+    ops.newest_attention(**call)
+    with pytest.raises((ValueError, TypeError), match=message):
+        ops.newest_attention(**(call | change))
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("prefix", ["none", "chosen"])
+def test_it_is_one_op_of_torch(prefix):
+    case = case_of(prefix)
+    inputs = inputs_of(case, ops.attention_plan(case.offsets, case.prefix_offsets, case.prefix_index))[0]
+    torch.library.opcheck(torch.ops.pcl_ext.newest_attention, inputs)
+    with pytest.raises(TypeError, match="got float16"):
+        torch.ops.pcl_ext.newest_attention(*(x.half() if x is not None else x for x in inputs[:5]), *inputs[5:])
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize("planned", [False, True])
+def test_compiles_in_one_graph(planned):
+    case = case_of("shared")
+    q, k, v, prefix_k, prefix_v = (x.detach() for x in rows_of(case))
+    inputs = (q[[4, 37, 38, 56, 58]], k, v, case.offsets, prefix_k, prefix_v, case.prefix_offsets)
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets) if planned else None
+    compiled = torch.compile(lambda *rows: ops.newest_attention(*rows, plan=plan), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), ops.newest_attention(*inputs))
+
+
+@pytest.mark.needs_ext
+def test_a_tangent_is_not_dropped_in_silence():
+    q, k, v = (x.detach() for x in rows_of(case_of("none"), ("q", "k", "v")))
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        ops.newest_attention(q[:5], k, forward_ad.make_dual(v, v), case_of("none").offsets)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

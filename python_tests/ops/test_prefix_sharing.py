@@ -2,16 +2,9 @@
 
 import pytest
 import torch
-from attention_cases import make, to_offsets
+from attention_cases import IMPLS, as_right_as, make, to_offsets
 
 from pcl_ext import ops
-
-IMPLS = ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)]
-
-
-def as_right_as(got, naive, exact):
-    """At most twice the naive way's distance from float64, root mean square."""
-    assert (got.double() - exact).norm() <= 2 * (naive.double() - exact).norm()
 
 
 def naive_prompts(case, causal=True):

@@ -4,23 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import CASES, Case, make
+from attention_cases import CASES, Case, assert_as_right_as, make
 
 from pcl_ext import ops
 from pcl_ext.ops import _gpu, prompt_attention_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 WIDTHS = [1, 8, 16, 20, 33, 64, 128]
-
-
-def assert_as_right_as(got: dict, reference: dict, exact: dict) -> None:
-    """No tensor of got is more than twice as far from exact as reference is, root mean square; one rounding is free."""
-    largest = max((x.abs().max() for x in exact.values() if x.numel()), default=0)
-    for name, want in exact.items():
-        assert got[name].shape == want.shape
-        error, allowed = (got[name].double() - want).norm(), 2 * (reference[name].double() - want).norm()
-        one_rounding = torch.finfo(got[name].dtype).eps * largest * want.numel() ** 0.5
-        assert error <= max(allowed, one_rounding), f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
 def compare(case: Case, **options) -> None:

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import CASES, Case, make
-from test_prompt_attention import assert_as_right_as
+from attention_cases import CASES, Case, assert_as_right_as, make
 
 from pcl_ext import ops
 from pcl_ext.ops import _native

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import CASES, make
-from test_prompt_attention import assert_as_right_as
+from attention_cases import CASES, assert_as_right_as, make
 
 from pcl_ext import ops
 from pcl_ext.ops import _native, prompt_attention_op

@@ -5,34 +5,11 @@ import sys
 import pytest
 import torch
 from attention_cases import CASES, INPUTS, Case, make
-from test_hostile_values import LEAST, MOST, OFFSETS, TOTAL
-from test_prompt_attention import assert_as_right_as
+from cuda_cases import DTYPES, LEAST, MOST, OFFSETS, TOTAL, compare, on, some_grad
 
 from pcl_ext import ops
 from pcl_ext.ops import _gpu, prompt_attention_op
 from pcl_ext.ops.attention_plan import cuda_list
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def on(case: Case, device: str) -> Case:
-    """The same on another device."""
-    rows = {n: None if x is None else x.detach().to(device).requires_grad_() for n, x in case.rows.items()}
-    layout = (case.offsets, case.prefix_offsets, case.prefix_index)
-    return Case(rows, *(None if x is None else x.to(device) for x in layout))
-
-
-def some_grad(case: Case) -> torch.Tensor:
-    return torch.randn(case.rows["q"].shape).to(case.rows["q"].device, case.rows["q"].dtype)
-
-
-def compare(case: Case, device: str, **options) -> None:
-    """The kernels against the twin, by the bound of assert_as_right_as."""
-    case = on(case, device)
-    grad_out = some_grad(case)
-    want = case.run_with_grads(grad_out, impl="reference", **options)
-    got = case.run_with_grads(grad_out, impl="fused", **options)
-    assert_as_right_as(got, want, case.to(torch.float64).run_with_grads(grad_out, impl="reference", **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_cases import make
-from test_prompt_attention_cuda import DTYPES, compare
+from cuda_cases import DTYPES, compare
 
 from pcl_ext.ops import _gpu
 

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from attention_cases import make
+from attention_cases import IMPLS, make
 
 from pcl_ext import ops
-
-IMPLS = ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)]
 
 
 def ids(*numbers, dtype=torch.int64):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention_cases import to_offsets
-from test_to_padded import DTYPES, IMPLS, LENGTHS, numbers
+from attention_cases import IMPLS, to_offsets
+from layout_cases import DTYPES, LENGTHS, numbers
 
 from pcl_ext import ops
 

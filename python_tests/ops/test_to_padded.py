@@ -2,18 +2,10 @@
 
 import pytest
 import torch
-from attention_cases import to_offsets
+from attention_cases import IMPLS, to_offsets
+from layout_cases import DTYPES, LENGTHS, numbers
 
 from pcl_ext import ops
-
-LENGTHS = [[1], [3, 1, 2], [5, 0, 4], [0, 0], [], [7] * 9]  # one user, empty users, ties
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
-DTYPES += [torch.bool, torch.complex64]
-IMPLS = ["reference", pytest.param("fused", marks=pytest.mark.needs_ext)]
-
-
-def numbers(*shape, dtype=torch.float32):
-    return (torch.randn(*shape) * 50).abs().to(dtype)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
