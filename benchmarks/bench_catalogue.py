@@ -46,8 +46,7 @@ def make(items: int, rows: int) -> tuple[dict[str, Callable[[], Tensor]], Backbo
     history = drawn[100_000 : 100_000 + rows + users]
     offsets = torch.arange(users + 1) * (LENGTH + 1)
     batch = SimpleNamespace(history=PackedBatch.from_packed(history, offsets))
-    exact = NextItemLoss(backbone, task, train, PretrainConfig(full_softmax=items))
-    sampled = NextItemLoss(backbone, task, train, PretrainConfig(full_softmax=1))
+    exact, sampled = (NextItemLoss(backbone, task, train, n) for n in (None, PretrainConfig().negatives))
     inputs = PackedBatch.from_packed(history.view(users, -1)[:, :-1].flatten(), torch.arange(users + 1) * LENGTH)
     target = history.view(users, -1)[:, 1:].flatten() - 1
 
@@ -86,7 +85,7 @@ def step(items: int, rows: int, way: str, threads: int) -> None:
     torch.set_num_threads(threads)
     before = memory_mb("VmRSS")
     ways, backbone, _ = make(items, rows)
-    optimizer = adamw([(list(backbone.parameters()), 1e-3)], PretrainConfig(), 1000)
+    optimizer = adamw([{"params": backbone.parameters(), "lr": 1e-3}], PretrainConfig(), 1000)
 
     def run() -> None:
         optimizer.zero_grad()

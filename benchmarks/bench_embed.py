@@ -3,7 +3,7 @@ shorter way where all users share one prompt: it is added to the first positions
 
 import torch
 import torch.nn.functional as F
-from measure import Report, lengths_of, medians_ms, to_offsets
+from measure import Report, lengths_of, main, medians_ms, to_offsets
 
 from pcl_ext import ops
 
@@ -47,10 +47,6 @@ def bench(report: Report, mean: int, dim: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     columns = ["what", "gather + add + add / fused", "prompt in the positions / fused", "fused"]
     columns += ["gather + add + add", "prompt in the positions"]
-    report = Report(f"embed, float32, {USERS} users; milliseconds", columns)
-    for shape in report.shapes(SHAPES):
-        bench(report, *shape)
-    report.close()
+    main(f"embed, float32, {USERS} users; milliseconds", columns, bench, SHAPES)

@@ -5,7 +5,7 @@ the matrix-product rate counts all layers on all real rows.
 """
 
 import torch
-from measure import Report
+from measure import Report, main
 from padded_model import (
     COLUMNS,
     QUICK,
@@ -21,6 +21,7 @@ from padded_model import (
 )
 
 
+@torch.no_grad()
 def bench(report: Report, users: int, dim: int, num_heads: int) -> None:
     model, batch = make_model(dim, num_heads).eval(), make_batch(users)
     gflop = sum(forward_gflop(batch, dim))
@@ -49,9 +50,4 @@ def bench(report: Report, users: int, dim: int, num_heads: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    report = Report("encode, users of mean length 64, no gradient, 2 layers; milliseconds", COLUMNS)
-    with torch.no_grad():
-        for shape in report.shapes(SHAPES, QUICK):
-            bench(report, *shape)
-    report.close()
+    main("encode, users of mean length 64, no gradient, 2 layers; milliseconds", COLUMNS, bench, SHAPES, QUICK)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from measure import Report, copy_of, lengths_of, medians_ms, to_offsets
+from measure import Report, copy_of, lengths_of, main, medians_ms, to_offsets
 
 from pcl_ext import ops
 
@@ -32,8 +32,5 @@ def bench(report: Report, users: int, mean: int, picked: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    report = Report("gather_histories, int32; milliseconds", ["what", "ratio", "fused", "numpy", "copy", "% of copy"])
-    for shape in report.shapes(SHAPES):
-        bench(report, *shape)
-    report.close()
+    columns = ["what", "ratio", "fused", "numpy", "copy", "% of copy"]
+    main("gather_histories, int32; milliseconds", columns, bench, SHAPES)

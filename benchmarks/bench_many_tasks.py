@@ -4,7 +4,7 @@ What an extra task costs is a share of one call for one task, from the calls for
 """
 
 import torch
-from measure import Report, medians_ms
+from measure import Report, main, medians_ms
 from padded_model import ITEMS
 
 from pcl_ext import BackboneConfig, MemoryConfig, TaskSpec, UserModel
@@ -29,6 +29,7 @@ def make_model(dim: int, num_heads: int, tasks: int, readout: tuple[str, ...]) -
     return model.eval()
 
 
+@torch.no_grad()
 def bench(report: Report, users: int, dim: int, num_heads: int, tasks: int) -> None:
     items = torch.randint(1, ITEMS + 1, (users * LENGTH,))
     batch = PackedBatch.from_packed(items, torch.arange(users + 1) * LENGTH)
@@ -49,9 +50,5 @@ def bench(report: Report, users: int, dim: int, num_heads: int, tasks: int) -> N
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    report = Report("encode, K tasks in one pass, histories of 200, tails of 20, 2 layers; milliseconds", COLUMNS)
-    with torch.no_grad():
-        for shape in report.shapes(SHAPES, QUICK):
-            bench(report, *shape)
-    report.close()
+    title = "encode, K tasks in one pass, histories of 200, tails of 20, 2 layers; milliseconds"
+    main(title, COLUMNS, bench, SHAPES, QUICK)

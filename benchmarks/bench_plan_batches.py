@@ -1,7 +1,7 @@
 """plan_batches against what one would write: sort by length and cut where a batch is full."""
 
 import torch
-from measure import Report, lengths_of, medians_ms
+from measure import Report, lengths_of, main, medians_ms
 from torch import Tensor
 
 from pcl_ext import ops
@@ -48,7 +48,4 @@ def bench(report: Report, users: int, mean: int) -> None:
 
 if __name__ == "__main__":
     columns = ["what", "ratio", "plan_batches", "sort and cut", "batches", "sorted", "fullest over mean, %"]
-    report = Report(f"plan_batches, {MAX_TOKENS} rows a batch; milliseconds", columns)
-    for shape in report.shapes(SHAPES):
-        bench(report, *shape)
-    report.close()
+    main(f"plan_batches, {MAX_TOKENS} rows a batch; milliseconds", columns, bench, SHAPES)

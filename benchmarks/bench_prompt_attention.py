@@ -8,13 +8,24 @@ that have to be read and written.
 import torch
 import torch.nn.functional as F
 from flex_attention_way import flex_attention_way
-from measure import PRODUCT_GFLOP, Report, copy_of, lengths_of, matrix_products, medians_ms, release_memory, to_offsets
+from measure import (
+    PRODUCT_GFLOP,
+    Report,
+    copy_of,
+    lengths_of,
+    main,
+    matrix_products,
+    medians_ms,
+    release_memory,
+    to_offsets,
+)
 from torch import Tensor
 
 from pcl_ext import ops
 
 ROWS, PROMPTS, HEADS = 16_384, 16, 4
 SHAPES = [(mean, dim) for mean in (20, 64, 400) for dim in (32, 64, 128)]  # mean length, head width
+DTYPES = [torch.float32, torch.bfloat16]
 BUCKETS = [8, 16, 32, 64]
 
 
@@ -167,13 +178,8 @@ def bench(report: Report, dtype: torch.dtype, mean: int, dim: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    report = Report(
-        f"prompt_attention, {ROWS} rows, {PROMPTS} prompts, {HEADS} heads; milliseconds",
-        ["what", "ratio to the best", "fused", "padded", "best of 8 to 64 buckets", "loop", "FlexAttention"]
-        + ["% of torch's matrix product", "% of the best one", "% of the roofline"],
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in report.shapes(SHAPES):
-            bench(report, dtype, *shape)
-    report.close()
+    columns = ["what", "ratio to the best", "fused", "padded", "best of 8 to 64 buckets", "loop", "FlexAttention"]
+    columns += ["% of torch's matrix product", "% of the best one", "% of the roofline"]
+    shapes, quick = ([(dtype, *shape) for dtype in DTYPES for shape in some] for some in (SHAPES, SHAPES[:1]))
+    title = f"prompt_attention, {ROWS} rows, {PROMPTS} prompts, {HEADS} heads; milliseconds"
+    main(title, columns, bench, shapes, quick)

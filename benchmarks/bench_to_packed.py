@@ -1,25 +1,19 @@
 """to_packed against a boolean mask, index_select by an index made outside the clock, and a copy of the same bytes."""
 
 import torch
-from measure import Report, copy_of, lengths_of, medians_ms, to_offsets
+from layouts import SHAPES, USERS, make_rows
+from measure import Report, copy_of, main, medians_ms
 
 from pcl_ext import ops
 
-USERS = 512
-SHAPES = [(mean, dim) for mean in (20, 64, 200) for dim in (64, 256)]  # mean length, width
-
 
 def bench(report: Report, mean: int, dim: int) -> None:
-    lengths = lengths_of(USERS, mean)
-    offsets, total, longest = to_offsets(lengths), int(lengths.sum()), int(lengths.max())
-    packed = torch.randn(total, dim)
-    mask = torch.arange(longest) < lengths[:, None]
-    padded = ops.to_padded(packed, offsets, longest, impl="reference")
+    packed, padded, offsets, mask = make_rows(mean, dim)
     index = mask.flatten().nonzero()[:, 0]
     moved = 2 * packed.nbytes  # read, written
 
     def fused():
-        return ops.to_packed(padded, offsets, total, impl="fused")
+        return ops.to_packed(padded, offsets, len(packed), impl="fused")
 
     def theirs():
         return padded[mask]
@@ -36,9 +30,5 @@ def bench(report: Report, mean: int, dim: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     columns = ["what", "ratio to the best", "fused", "mask", "index_select", "copy", "% of copy"]
-    report = Report(f"to_packed, {USERS} users; milliseconds", columns)
-    for shape in report.shapes(SHAPES):
-        bench(report, *shape)
-    report.close()
+    main(f"to_packed, {USERS} users; milliseconds", columns, bench, SHAPES)

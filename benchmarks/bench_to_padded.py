@@ -1,27 +1,21 @@
 """to_padded against PyTorch's boolean mask, and against a plain copy of the same bytes."""
 
 import torch
-from measure import Report, copy_of, lengths_of, medians_ms, to_offsets
+from layouts import SHAPES, USERS, make_rows
+from measure import Report, copy_of, main, medians_ms
 
 from pcl_ext import ops
 
-USERS = 512
-SHAPES = [(mean, dim) for mean in (20, 64, 200) for dim in (64, 256)]  # mean length, width
-
 
 def bench(report: Report, mean: int, dim: int) -> None:
-    lengths = lengths_of(USERS, mean)
-    offsets, total, longest = to_offsets(lengths), int(lengths.sum()), int(lengths.max())
-    packed = torch.randn(total, dim)
-    mask = torch.arange(longest) < lengths[:, None]
-    padded = ops.to_padded(packed, offsets, longest, impl="reference")
+    packed, padded, offsets, mask = make_rows(mean, dim)
     moved = packed.nbytes + padded.nbytes  # read, written
 
     def fused():
-        return ops.to_padded(packed, offsets, longest, impl="fused")
+        return ops.to_padded(packed, offsets, padded.shape[1], impl="fused")
 
     def theirs():
-        out = packed.new_zeros(USERS, longest, dim)
+        out = torch.zeros_like(padded)
         out[mask] = packed
         return out
 
@@ -32,8 +26,5 @@ def bench(report: Report, mean: int, dim: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    report = Report(f"to_padded, {USERS} users; milliseconds", ["what", "ratio", "fused", "mask", "copy", "% of copy"])
-    for shape in report.shapes(SHAPES):
-        bench(report, *shape)
-    report.close()
+    columns = ["what", "ratio", "fused", "mask", "copy", "% of copy"]
+    main(f"to_padded, {USERS} users; milliseconds", columns, bench, SHAPES)

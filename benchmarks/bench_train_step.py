@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from measure import Report
+from measure import Report, main
 from padded_model import (
     CLASSES,
     COLUMNS,
@@ -111,8 +111,5 @@ def bench(report: Report, users: int, dim: int, num_heads: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    report = Report(f"train step, users of mean length 64, {ITEMS} items, 2 layers; milliseconds", COLUMNS)
-    for shape in report.shapes(SHAPES, QUICK):
-        bench(report, *shape)
-    report.close()
+    title = f"train step, users of mean length 64, {ITEMS} items, 2 layers; milliseconds"
+    main(title, COLUMNS, bench, SHAPES, QUICK)

@@ -5,7 +5,7 @@ back first, which makes it forget the events of the call before. A tail prompt o
 """
 
 import torch
-from measure import Report, medians_ms
+from measure import Report, main, medians_ms
 from padded_model import ITEMS
 
 from pcl_ext import BackboneConfig, MemoryConfig, TaskSpec, UserModel
@@ -30,6 +30,7 @@ def random_batch(users: int, length: int) -> PackedBatch:
     return PackedBatch.from_packed(torch.randint(1, ITEMS + 1, (users * length,)), torch.arange(users + 1) * length)
 
 
+@torch.no_grad()
 def bench(report: Report, name: str, users: int, shape: dict) -> None:
     model = UserModel(Backbone(BackboneConfig(ITEMS, max_len=256, **shape)))
     model.freeze_backbone()
@@ -61,9 +62,4 @@ def bench(report: Report, name: str, users: int, shape: dict) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    report = Report("UserState, 5 new events on histories of 200; milliseconds", COLUMNS)
-    with torch.no_grad():
-        for shape in report.shapes(SHAPES, QUICK):
-            bench(report, *shape)
-    report.close()
+    main("UserState, 5 new events on histories of 200; milliseconds", COLUMNS, bench, SHAPES, QUICK)

@@ -42,9 +42,9 @@ def release_memory() -> None:
 PRODUCT_GFLOP = 2 * 1024**3 / 1e9
 
 
-def lengths_of(users: int, mean: float, *, most: int | None = None, seed: int = 0) -> Tensor:
+def lengths_of(users: int, mean: float, *, most: int | None = None) -> Tensor:
     """Lognormal history lengths [users] of about this mean, at most `most`, 3.2 times the mean where left out."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     raw = torch.exp(0.7 * torch.randn(users, generator=generator))
     return (raw * mean / raw.mean()).long().clamp(1, most or int(3.2 * mean))
 
@@ -174,6 +174,15 @@ class Report:
             kept = {"title": self.title, "machine": self.machine, "rates": self.rates}
             rows = [dict(zip(self.columns, row)) for row in self.rows]
             Path(self.arguments.json).write_text(json.dumps({**kept, "rows": rows}, indent=1))
+
+
+def main(title: str, columns: list[str], bench: Callable, shapes: list, quick: list | None = None) -> None:
+    """A whole benchmark: `bench(report, *shape)` adds the rows of each shape; `quick` as `Report.shapes` has it."""
+    torch.manual_seed(0)
+    report = Report(title, columns)
+    for shape in report.shapes(shapes, quick):
+        bench(report, *shape)
+    report.close()
 
 
 def describe_rates(rates: dict[str, float]) -> str:

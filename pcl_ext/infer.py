@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from pcl_ext.batch import PackedBatch
 from pcl_ext.data import Dataset, ExampleBatch, Examples, iterate, make_batch, plan
 from pcl_ext.metrics import TaskMetrics
-from pcl_ext.model import UserModel
+from pcl_ext.model import Task, UserModel
 from pcl_ext.progress import progress
 
 BATCH_TOKENS = 16_384
@@ -30,26 +31,21 @@ class Score:
     loss                     mean of the task's training loss over the targets
     count                    targets that were ranked or predicted
     sample                   "20,000 of 1,500,000 examples" where a sample of the fold was measured; "" where all were
-    outputs                  sha256 of all outputs, in a fixed order of batches: equal hashes mean equal bits; "" where
-                             nobody asked for it
+    outputs                  sha256 of all outputs, in a fixed order of batches: equal hashes mean equal bits; "" of
+                             `measure`
     """
 
     metrics: dict[str, float]
     standard_error: dict[str, float]
     loss: float
     count: int
-    outputs: str
+    outputs: str = ""
     sample: str = ""
 
 
 @torch.no_grad()
 def evaluate(
-    model: UserModel,
-    dataset: Dataset,
-    tasks: Sequence[str] | None = None,
-    *,
-    fold: str = "test",
-    batch_tokens: int = BATCH_TOKENS,
+    model: UserModel, dataset: Dataset, tasks: Sequence[str] | None = None, *, fold: str = "test"
 ) -> dict[str, Score]:
     """Every metric of every task (all of the model's by default) on a fold; full ranking, all examples.
 
@@ -66,9 +62,10 @@ def evaluate(
             raise ValueError(f"{dataset.path} has no {fold} users with a target of task {name!r}: nothing to measure")
         most, whole = max(FEWEST, MOST_MEASURED // model.task(name).spec.num_outputs(dataset.num_items)), len(examples)
         examples = drawn(examples, most, seed=0) if whole > most else examples
-        score = measure(model, dataset, name, examples, users=f"{fold} users", batch_tokens=batch_tokens)
+        digest = hashlib.sha256()
+        score = _score(model.task(name), _hashed(outputs(model, dataset, name, examples, f"{fold} users"), digest))
         sample = f"{most:,} of {whole:,} examples" if whole > most else ""
-        scores[name] = replace(score, sample=sample)
+        scores[name] = replace(score, outputs=digest.hexdigest(), sample=sample)
     return scores
 
 
@@ -79,46 +76,38 @@ def drawn(examples: Examples, count: int, seed: int) -> Examples:
 
 
 @torch.no_grad()
-def measure(
-    model: UserModel,
-    dataset: Dataset,
-    name: str,
-    examples: Examples,
-    *,
-    users: str = "users",
-    batch_tokens: int = BATCH_TOKENS,
-    fingerprint: bool = True,
-) -> Score:
-    """One task on some examples of it, called `users` while it lasts; fingerprint: take the hash of the outputs too."""
-    task = model.task(name)
-    metrics, digest, loss = TaskMetrics(task.spec), hashlib.sha256(), 0.0
-    for batch, output in outputs(model, dataset, name, examples, users=users, batch_tokens=batch_tokens):
-        if fingerprint:
-            digest.update(output.cpu().contiguous().view(-1).numpy())  # the memory itself: no copy of it
+def measure(model: UserModel, dataset: Dataset, name: str, examples: Examples, users: str = "users") -> Score:
+    """One task on some examples of it, called `users` while it lasts; without the hash of the outputs."""
+    return _score(model.task(name), outputs(model, dataset, name, examples, users))
+
+
+def _score(task: Task, batches: Iterable[tuple[ExampleBatch, Tensor]]) -> Score:
+    """A task measured on batches and their outputs."""
+    metrics, loss = TaskMetrics(task.spec), 0.0
+    for batch, output in batches:
         columns = task.columns(batch.target)
         metrics.update(output.cpu(), columns.cpu(), batch.target_row.cpu())
         loss += float(task.loss(output, columns, batch.target_row)) * len(columns)
-    mean = loss / metrics.count
-    made = digest.hexdigest() if fingerprint else ""
-    return Score(metrics.compute(), metrics.standard_error(), mean, metrics.count, made)
+    return Score(metrics.compute(), metrics.standard_error(), loss / metrics.count, metrics.count)
+
+
+def _hashed(batches: Iterable[tuple[ExampleBatch, Tensor]], digest) -> Iterator[tuple[ExampleBatch, Tensor]]:
+    """The same; every output that passes goes into the digest."""
+    for batch, output in batches:
+        digest.update(output.cpu().contiguous().view(-1).numpy())  # the memory itself: no copy of it
+        yield batch, output
 
 
 @torch.no_grad()
 def outputs(
-    model: UserModel,
-    dataset: Dataset,
-    name: str,
-    examples: Examples,
-    *,
-    users: str = "users",
-    batch_tokens: int = BATCH_TOKENS,
+    model: UserModel, dataset: Dataset, name: str, examples: Examples, users: str = "users"
 ) -> Iterator[tuple[ExampleBatch, Tensor]]:
     """Batches of a task's examples in a fixed order, each with the model's output, on the model's device; in evaluation
-    mode, float32."""
+    mode, float32. users: what they are called while it lasts."""
     config = model.backbone.config
     most = max(1, MOST_SCORES // model.task(name).spec.num_outputs(config.num_items))
     with evaluating(model), progress(f"measuring {name}, {users}", len(examples), " examples") as bar:
-        for rows in plan(examples, max_tokens=batch_tokens, max_len=config.max_len, seed=None):
+        for rows in plan(examples, max_tokens=BATCH_TOKENS, max_len=config.max_len, seed=None):
             for part in rows.split(most):
                 batch = make_batch(dataset, examples, part, config.max_len).to(model.device)
                 yield batch, model(batch.history, name).float()
@@ -131,17 +120,24 @@ def fit_head(model: UserModel, dataset: Dataset, name: str, max_examples: int = 
     task, examples, max_len = model.task(name), dataset.examples(name, "train"), model.backbone.config.max_len
     if len(examples) > 2 * max_examples:  # planning all of them would take longer than what follows
         examples = drawn(examples, max_examples, seed=0)
-    features, targets, rows, count = [], [], [], 0
+    batches = iterate(dataset, examples, max_tokens=BATCH_TOKENS, max_len=max_len, seed=0)
     with evaluating(model):
-        for batch in iterate(dataset, examples, max_tokens=BATCH_TOKENS, max_len=max_len, seed=0):
-            batch = batch.to(model.device)
-            features.append(model.encode(batch.history, [name])[name])
-            targets.append(task.columns(batch.target))
-            rows.append(batch.target_row + count)
-            count += len(batch.history)
-            if count >= max_examples:
-                break
-    task.fit_head(torch.cat(features), torch.cat(targets), torch.cat(rows))
+        on_device = (batch.to(model.device) for batch in batches)
+        fit_head_on(task, on_device, lambda history: model.encode(history, [name])[name], max_examples)
+
+
+def fit_head_on(
+    task: Task, batches: Iterable[ExampleBatch], read: Callable[[PackedBatch], Tensor], max_examples: int
+) -> None:
+    """Start a head on batches until these hold `max_examples`; read: histories -> what the head reads of them."""
+    features, targets, count = [], [], 0
+    for batch in batches:
+        features.append(read(batch.history))
+        targets.append(task.columns(batch.target))
+        count += len(batch.history)
+        if count >= max_examples:
+            break
+    task.fit_head(torch.cat(features), torch.cat(targets))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,14 +17,11 @@ from pcl_ext.model import Backbone, Task
 from pcl_ext.model.softmax import catalogue_cross_entropy
 from pcl_ext.sampled_items import ItemSampler, candidates, places_in
 
-if TYPE_CHECKING:
-    from pcl_ext.train import PretrainConfig
-
 _USERS = 100_000  # of a dataset that are counted at a time
 
 
 class NextItemLoss:
-    """Cross-entropy of the next item at every position, over all items or a sample of them.
+    """Cross-entropy of the next item at every position, over all items or `negatives` drawn for each step.
 
     Where targets are new items, these are all that the user's history does not hold yet, its earlier windows included:
     what is ranked when the task is used.
@@ -33,11 +29,10 @@ class NextItemLoss:
     counts [V + 1] int64: how often each item occurs in the train users' histories.
     """
 
-    def __init__(self, backbone: Backbone, task: Task, dataset: Dataset, config: PretrainConfig):
+    def __init__(self, backbone: Backbone, task: Task, dataset: Dataset, negatives: int | None = None):
         self.backbone, self.task = backbone, task
         self.counts = item_counts(dataset)
-        sampled = backbone.config.num_items > config.full_softmax
-        self.sampler = ItemSampler(self.counts, config.negatives) if sampled else None
+        self.sampler = None if negatives is None else ItemSampler(self.counts, negatives)
 
     def __call__(self, batch) -> Tensor:
         history, target = shift(batch.history)

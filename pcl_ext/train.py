@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,8 @@ def pretrain(
         torch.manual_seed(config.seed)
         model = UserModel(Backbone(backbone))
         task = model.add_task(dataset.task("next").spec, NEXT)
-        loss = NextItemLoss(model.backbone, task, dataset, config)
+        negatives = config.negatives if dataset.num_items > config.full_softmax else None
+        loss = NextItemLoss(model.backbone, task, dataset, negatives)
         sequences = dataset.sequences("train", backbone.max_len)
         examples = _some(sequences, f"{dataset.path} has no train users with two events or more")
         _some(dataset.examples("next", "valid"), f"{dataset.path} has no valid users with a target of 'next'")
@@ -121,7 +123,7 @@ def pretrain(
         identity = {"dataset": dataset.sha256, "backbone": backbone.to_json(), "config": asdict(config)}
         problem = Problem("next", batches, loss, judge, task.spec.metric, identity)
         steps = config.epochs * batches(0, 0)[0]
-        optimizer = adamw([(list(model.parameters()), config.learning_rate)], config, steps)
+        optimizer = adamw([{"params": model.parameters(), "lr": config.learning_rate}], config, steps)
         curve = fit(model, optimizer, problem, config, checkpoint)
     epochs = 1 + max(entry["epoch"] for entry in curve if entry["best"])
     model.backbone.trained_items[(loss.counts > 0) & _items_read(dataset, batches, epochs, config)] = True
@@ -247,23 +249,23 @@ def _most_with_repeats(train: Examples, config: LearnConfig) -> int:
     return max(1, int(targets * len(train) / max(1, len(train.target))))
 
 
-def adamw(groups: list[tuple], config: LoopConfig, steps: int) -> RowAdamW:
-    """AdamW for a run of `steps` steps at most, over (parameters, learning rate) groups, or (parameters, learning rate,
-    eps); biases and norms do not decay.
+def adamw(groups: list[dict[str, Any]], config: LoopConfig, steps: int) -> RowAdamW:
+    """AdamW for a run of `steps` steps at most, over torch's parameter groups; biases and norms do not decay.
 
-    Weight decay is normalised to 1,000 steps by sqrt(1000 / steps) (Loshchilov and Hutter, 2019, appendix B.1): one
-    setting for small datasets and large ones.
+    Weight decay, the configuration's where a group has none of its own, is normalised to 1,000 steps by
+    sqrt(1000 / steps) (Loshchilov and Hutter, 2019, appendix B.1): one setting for small datasets and large ones.
     """
-    decay, parts = config.weight_decay * math.sqrt(1000 / steps), []
-    for parameters, rate, *eps in groups:
+    parts = []
+    for group in groups:
+        parameters = list(group["params"])
+        decay = group.get("weight_decay", config.weight_decay) * math.sqrt(1000 / steps)
         for decays in (True, False):
             chosen = [p for p in parameters if (p.dim() > 1) == decays]
-            part = {"params": chosen, "lr": rate, "weight_decay": decay if decays else 0.0}
-            parts.append(part | ({"eps": eps[0]} if eps else {}))
+            parts.append(group | {"params": chosen, "weight_decay": decay if decays else 0.0})
     return RowAdamW([part for part in parts if part["params"]])
 
 
-def task_rates(task: Task, config: LearnConfig, factor: float = 1.0) -> list[tuple]:
+def task_rates(task: Task, config: LearnConfig, factor: float = 1.0) -> list[dict[str, Any]]:
     """Groups of a task's parameters for `adamw`.
 
     A label is one number a user, so a rare item has few and small gradients. Adam would move its row as far as a common
@@ -273,10 +275,10 @@ def task_rates(task: Task, config: LearnConfig, factor: float = 1.0) -> list[tup
     tables = task.item_tables()
     rest = [p for p in task.memory_parameters() if not any(p is table for table in tables)]
     rate, head_rate = config.learning_rate * factor, config.head_rate * factor
-    groups = [(rest, rate), (task.head_parameters(), head_rate)]
+    groups = [{"params": rest, "lr": rate}, {"params": task.head_parameters(), "lr": head_rate}]
     if tables:
-        eps = (RARE_EPS / task.config.members,) if task.spec.kind != "items" else ()
-        groups.append((tables, rate, *eps))
+        eps = {"eps": RARE_EPS / task.config.members} if task.spec.kind != "items" else {}
+        groups.append({"params": tables, "lr": rate} | eps)
     return groups
 
 
@@ -358,5 +360,4 @@ class Judge:
                 self.examples = some
 
     def __call__(self) -> infer.Score:
-        measured = {"users": "valid users", "fingerprint": False}
-        return infer.measure(self.model, self.dataset, self.name, self.examples, **measured)
+        return infer.measure(self.model, self.dataset, self.name, self.examples, "valid users")

@@ -16,7 +16,7 @@ from benchmarks.continual.loop import Run, train
 from benchmarks.continual.settings import Budget, Setting, readout_of
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import Dataset, ExampleBatch, Examples, make_batch, plan
-from pcl_ext.infer import MOST_SCORES
+from pcl_ext.infer import MOST_SCORES, fit_head_on
 from pcl_ext.item_start import start_items
 from pcl_ext.metrics import TaskMetrics, higher_is_better
 from pcl_ext.model import Backbone, LayerPrefix, MemoryConfig, Task, UserModel, task_loss
@@ -99,6 +99,10 @@ class Learner(nn.Module):
         """What learns at the method's own rate, besides readout and head."""
         return list(self.model.backbone.parameters())
 
+    def groups(self) -> list[dict[str, Any]]:
+        """The same as groups of `adamw`."""
+        return [{"params": self.trained(), "lr": self.world.setting.rate, "weight_decay": BACKBONE_DECAY}]
+
     def loss(self, batch: ExampleBatch, name: str) -> Tensor:
         return self.task_loss(batch, name)
 
@@ -130,7 +134,7 @@ class Learner(nn.Module):
 
     def encode(self, history: PackedBatch, name: str, view: Backbone | View | None = None) -> Encoded:
         task, view = self.model.task(name), self.view(name) if view is None else view
-        return encode(view, history, None, None, self.prefix(history, name), every_state=task.every_state)
+        return encode(view, history, prefix=self.prefix(history, name), every_state=task.every_state)
 
     def output(self, history: PackedBatch, name: str) -> Tensor:
         view = self.view(name)
@@ -184,8 +188,8 @@ class Learner(nn.Module):
         """(batches of an epoch, loss) of T1: every position of the train users' histories."""
         dataset, max_len = self.world.dataset, self.model.backbone.config.max_len
         examples = dataset.sequences("train", max_len)
-        exact = replace(config, full_softmax=dataset.num_items)  # a sampled one reads a module's own table
-        items = NextItemLoss(self.model.backbone, self.model.task("next"), dataset, exact)
+        # over all items: a sample would read the backbone's own table, not the view's
+        items = NextItemLoss(self.model.backbone, self.model.task("next"), dataset)
 
         def loss(batch: ExampleBatch) -> Tensor:
             items.backbone = self.view("next")
@@ -203,40 +207,19 @@ class Learner(nn.Module):
         learn = self.world.learn_config()
         factors = {task: learn.ridge_rate if task.cold and learn.ridge else 1.0 for task in opened}
         groups = [group for task, factor in factors.items() for group in task_rates(task, learn, factor)]
-        optimizer = adamw(groups, learn, steps) if groups else None
-        optimizer = self._with_method(optimizer, config.epochs, steps)
+        optimizer = adamw([*groups, *self.groups()], learn, steps)
         ready = [task.spec.name for task, factor in factors.items() if factor < 1]  # their start has learned something
         start, score = (lambda: self.epoch_score(ready)) if ready else None, lambda: self.epoch_score(names)
         train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, start))
-
-    def _with_method(self, optimizer, epochs: int, steps: int) -> torch.optim.Optimizer:
-        parameters, decay = self.trained(), BACKBONE_DECAY * (1000 / steps) ** 0.5
-        groups = []
-        for decays in (True, False):
-            chosen = [p for p in parameters if (p.dim() > 1) == decays]
-            if chosen:
-                rate = self.world.setting.rate
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay if decays else 0.0})
-        if optimizer is None:
-            return torch.optim.AdamW(groups)
-        for group in groups:
-            optimizer.add_param_group(group)
-        return optimizer
 
     @torch.no_grad()
     def fit_head(self, name: str, most: int = 20_000) -> None:
         """Start a task's head at the base rates of its training data, on standardised features; a cold catalogue at the
         ridge regression that PCL starts it at: the same readout for every method."""
-        task, features, targets, rows, count = self.model.task(name), [], [], [], 0
+        task = self.model.task(name)
         self.eval()
-        for batch in batches_of(self.world.dataset, self.world.train_examples(name), self.model, seed=0):
-            features.append(task.features(self.encode(batch.history, name)))
-            targets.append(task.columns(batch.target))
-            rows.append(batch.target_row + count)
-            count += len(batch.history)
-            if count >= most:
-                break
-        task.fit_head(torch.cat(features), torch.cat(targets), torch.cat(rows))
+        batches = batches_of(self.world.dataset, self.world.train_examples(name), self.model, seed=0)
+        fit_head_on(task, batches, lambda history: task.features(self.encode(history, name)), most)
         if task.cold and (strengths := self.world.learn_config().ridge):
             start_items(self.model, self.world.dataset, name, strengths, lambda: self.valid_score(name))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +24,7 @@ class Piece:
     on_host  [B] int64, its rows of each history, on the CPU; None: read from the offsets where they are needed
     """
 
-    states: list[Tensor]
+    states: Sequence[Tensor]
     items: Tensor
     offsets: Tensor
     on_host: Tensor | None = None
@@ -124,9 +125,9 @@ def users_of(offsets: Tensor, total: int) -> Tensor:
 def encode(
     backbone: Backbone,
     batch: PackedBatch,
-    prompt: Tensor | None,
-    index: Tensor | None,
-    prefix: LayerPrefix | None,
+    prompt: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: LayerPrefix | None = None,
     *,
     every_state: bool,
 ) -> Encoded:
@@ -139,16 +140,6 @@ def encode(
     top = newest_states(states[-1], batch.offsets, batch.on_host) if every_state else states[-1]
     top = newest_of(top, batch.offsets, batch.on_host)
     return Encoded(batch.items, batch.offsets, top, pieces, batch.on_host, batch.older)
-
-
-def encode_on_trunk(
-    backbone: Backbone, batch: PackedBatch, prompt: Tensor, index: Tensor | None, *, every_state: bool
-) -> Encoded:
-    """A batch read for one task through a trunk: a gradient of the prompts passes through the tails alone.
-
-    prompt [K, P, D] and index [B] as in `ops.embed`.
-    """
-    return Trunk.of(backbone, batch, prompt.shape[1], every_state=every_state).read(prompt, index, every_state)[0]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model.backbone import Backbone, is_frozen
-from pcl_ext.model.encoded import Encoded, Trunk, encode, encode_on_trunk
+from pcl_ext.model.encoded import Encoded, Trunk, encode
 from pcl_ext.model.layout import LayerPrefix, to_offsets
 from pcl_ext.model.task_module import Task
 from pcl_ext.model.user_state import UserState
@@ -21,14 +21,15 @@ TAIL_ROWS = 16_384  # tails computed together: more would take memory and no les
 def encode_rows(backbone: Backbone, batch: PackedBatch, tasks: list[Task], index: Tensor | None = None) -> Encoded:
     """Histories with each row's own prompts. index [B] int64 into tasks; None: all rows are of tasks[0].
 
-    While a tail prompt learns on a frozen backbone, what lies before it needs no gradient.
+    While a tail prompt learns on a frozen backbone, what lies before it needs no gradient: it is a trunk.
     """
     prompt, prompt_index = _stack_tails(tasks, index)
     prefix = _prefix_of_rows(backbone, tasks, index)
     every_state = any(task.every_state for task in tasks)
     learns = prompt is not None and prompt.requires_grad and torch.is_grad_enabled()
     if learns and prefix is None and is_frozen(backbone):
-        return encode_on_trunk(backbone, batch, prompt, prompt_index, every_state=every_state)
+        trunk = Trunk.of(backbone, batch, prompt.shape[1], every_state=every_state)
+        return trunk.read(prompt, prompt_index, every_state)[0]
     return encode(backbone, batch, prompt, prompt_index, prefix, every_state=every_state)
 
 
@@ -49,49 +50,61 @@ def _prefix_of_rows(backbone: Backbone, tasks: list[Task], index: Tensor | None)
     return LayerPrefix(keys, values, to_offsets(lengths), index)
 
 
-def encode_each(
-    backbone: Backbone, batch: PackedBatch | UserState, tasks: dict[str, Task]
-) -> Iterator[tuple[str, Encoded]]:
-    """The histories as each task reads them, in any order; few of them exist at a time."""
+def encode_each(backbone: Backbone, batch: PackedBatch, tasks: dict[str, Task]) -> Iterator[tuple[str, Encoded]]:
+    """The histories as each task reads them, in any order; few of them exist at a time.
+
+    Two tasks or more without a prefix share what no tail prompt reaches.
+    """
     shared = {name: task for name, task in tasks.items() if task.prefix() is None}
-    tails = {name: task for name, task in shared.items() if task.tail() is not None and len(task.tail())}
-    plain = [name for name in shared if name not in tails]
-    state = batch if isinstance(batch, UserState) else None
-    every_state = any(task.every_state for task in shared.values())
-    if state is not None:
-        _check_state(state, tasks, shared, every_state)
+    if len(shared) == 1:
+        shared = {}
     for name, task in tasks.items():
-        if name not in shared or (state is None and len(shared) == 1 and tails):
+        if name not in shared:
             yield name, encode_rows(backbone, batch, [task])
-    if plain and (state is not None or not tails):
-        if state is not None:
-            encoded = state.read()
-        else:
-            encoded = encode(backbone, batch, None, None, None, every_state=every_state)
+    if not shared:
+        return
+    every_state = any(task.every_state for task in shared.values())
+    plain, tails, longest = _tails(shared)
+    if tails:
+        yield from _read_tails(Trunk.of(backbone, batch, longest, every_state=every_state), shared, plain, tails)
+        return
+    encoded = encode(backbone, batch, every_state=every_state)
+    yield from ((name, encoded) for name in plain)
+
+
+def encode_state(state: UserState, tasks: dict[str, Task]) -> Iterator[tuple[str, Encoded]]:
+    """As `encode_each`, of histories that are known already; ValueError where a task reads what the state lacks."""
+    for name, task in tasks.items():
+        _check_state(state, name, task)
+    plain, tails, longest = _tails(tasks)
+    if plain:
+        encoded = state.read()
         yield from ((name, encoded) for name in plain)
-        plain = []
-    if tails and (state is not None or len(shared) > 1):
-        longest = max(len(task.tail()) for task in tails.values())
-        if state is not None:
-            trunk = state.trunk(longest, every_state=every_state)
-        else:
-            trunk = Trunk.of(backbone, batch, longest, every_state=every_state)
-        yield from _read_tails(trunk, shared, [plain] if plain else [], list(tails))
+    if tails:
+        trunk = state.trunk(longest, every_state=any(task.every_state for task in tasks.values()))
+        yield from _read_tails(trunk, tasks, [], tails)
 
 
-def _check_state(state: UserState, tasks: dict[str, Task], shared: dict[str, Task], every_state: bool) -> None:
-    if prefixed := [name for name in tasks if name not in shared]:
+def _tails(tasks: dict[str, Task]) -> tuple[list[str], list[str], int]:
+    """The tasks without a tail prompt, those with one, and the longest one's rows."""
+    rows = {name: task.tail() for name, task in tasks.items()}
+    plain = [name for name, tail in rows.items() if tail is None]
+    longest = max((len(tail) for tail in rows.values() if tail is not None), default=0)
+    return plain, [name for name in tasks if name not in plain], longest
+
+
+def _check_state(state: UserState, name: str, task: Task) -> None:
+    if task.prefix() is not None:
         raise ValueError(
-            f"task {prefixed[0]!r} has a prefix, which every row of a history sees, and a UserState holds rows "
+            f"task {name!r} has a prefix, which every row of a history sees, and a UserState holds rows "
             "without one; read state.batch() instead"
         )
-    if every_state and not state.every_state:
-        name = next(name for name, task in shared.items() if task.every_state)
+    if task.every_state and not state.every_state:
         raise ValueError(f"task {name!r} reads the states of all rows; make the UserState with every_state=True")
 
 
 def _read_tails(
-    trunk: Trunk, tasks: dict[str, Task], plain: list[list[str]], tails: list[str]
+    trunk: Trunk, tasks: dict[str, Task], plain: list[str], tails: list[str]
 ) -> Iterator[tuple[str, Encoded]]:
     """Every way to read a trunk, and the tasks that read it so: one way for all `plain` ones, one for each with a tail.
 
@@ -101,7 +114,7 @@ def _read_tails(
     for every_state in (False, True):
         ways = [
             [name for name in way if tasks[name].every_state == every_state]
-            for way in plain + [[name] for name in tails]
+            for way in [plain, *([name] for name in tails)]
         ]
         ways = [way for way in ways if way]
         step = max(1, TAIL_ROWS // max(len(trunk.tail_items), 1))

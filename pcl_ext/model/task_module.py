@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.catalogue import Catalogue
-from pcl_ext.model.config import BackboneConfig, MemoryConfig
+from pcl_ext.model.config import MemoryConfig
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead, task_loss
 from pcl_ext.model.layout import LayerPrefix
@@ -66,7 +66,7 @@ class Task(nn.Module):
         self.cold = spec.kind == "items" and self._is_cold(backbone)
         members = config.members if spec.kind != "items" else 1
         for name in config.readout or self._default_readout():
-            self.memories[name] = self._readout(name, shape, earlier, closed)
+            self.memories[name] = self._readout(name, earlier, closed)
         self.context: ContextualPrompt | None = None
         self.repeats = RepeatScores(shape.dim) if spec.repeats else None
         self.dropout = nn.Dropout(config.dropout)
@@ -77,7 +77,7 @@ class Task(nn.Module):
         self.head = self._build_head(backbone)
         self.others = nn.ModuleList()
         for _ in range(0 if closed else members - 1):
-            own = {name: self._readout(name, shape, (), False) for name in self.memories if name in OWN}
+            own = {name: self._readout(name, (), False) for name in self.memories if name in OWN}
             self.others.append(Member(own, self._build_head(backbone)))
 
     def _default_readout(self) -> tuple[str, ...]:
@@ -90,8 +90,8 @@ class Task(nn.Module):
         fixed = [memory.standardise for memory in self.memories.values() for _ in range(memory.num_features)]
         return torch.tensor(fixed, dtype=torch.bool)
 
-    def _readout(self, name: str, shape: BackboneConfig, earlier: Sequence[Task], closed: bool) -> Memory:
-        config = self.config
+    def _readout(self, name: str, earlier: Sequence[Task], closed: bool) -> Memory:
+        config, shape = self.config, self.shape
         if name == "last":
             return LastState(shape)
         if name == "mean":
@@ -99,14 +99,14 @@ class Task(nn.Module):
         if name == "pooled":
             return LearnedPool(shape, self._width(name, config.pooled_units, closed), config.item_dropout)
         if name == "earlier":
-            return EarlierReadouts(shape, earlier, self.config.earlier_units)
-        width = config.item_width or self._item_width(shape)
+            return EarlierReadouts(shape, earlier, config.earlier_units)
+        width = config.item_width or self._item_width()
         return ItemMemory(shape.num_items, self._width(name, width, closed), config.item_dropout, config.item_rows)
 
-    def _item_width(self, shape: BackboneConfig) -> int:
+    def _item_width(self) -> int:
         if self.spec.kind != "items":
             return 16
-        return COLD_WIDTH if self.cold else shape.dim
+        return COLD_WIDTH if self.cold else self.shape.dim
 
     def _width(self, name: str, width: int, closed: bool) -> int:
         if self.spec.kind == "items" or not closed:
@@ -141,23 +141,25 @@ class Task(nn.Module):
         return ItemsHead(table, trained, ~self.fixed)
 
     def tail(self) -> Tensor | None:
-        """[P, D] added to the newest embeddings, the contextual prompt included while the task is open."""
+        """[P, D] added to the newest rows, the contextual prompt included while the task is open; None if P is 0."""
         return self._prompt("tail")
 
     def prefix(self) -> Tensor | None:
-        """[P, D] in front of a history, the contextual prompt included while the task is open."""
+        """[P, D] in front of a history, the contextual prompt included while the task is open; None if P is 0."""
         return self._prompt("prefix")
 
     def _prompt(self, placement: str) -> Tensor | None:
         if placement not in self.memories:
             return None
         rows = getattr(self.memories[placement], placement)()
+        if not len(rows):
+            return None
         return rows if self.context is None else rows + self.context()
 
     def layer_prefix(self, backbone: Backbone) -> LayerPrefix | None:
         """Keys and values of the prefix in every layer of the backbone, as they are kept or computed now; or None."""
         rows = self.prefix()
-        if rows is None or not len(rows):
+        if rows is None:
             return None
         offsets = torch.arange(2, device=rows.device) * len(rows)
         if not self.keeps_prefix:
@@ -282,12 +284,12 @@ class Task(nn.Module):
         return scores
 
     @torch.no_grad()
-    def fit_head(self, features: Tensor, target: Tensor, target_row: Tensor) -> None:
+    def fit_head(self, features: Tensor, target: Tensor) -> None:
         """Start the head at the training data's own base rates, on standardised features.
 
-        features [n, F] of some training histories, target [m], target_row [m]. The base rate of a binary task is the
-        mean of its targets, which may lie between 0 and 1. ValueError where there are none, one is not finite, or the
-        task is closed.
+        features [n, F] of some training histories, target [m], all their targets as `columns` gives them. The base rate
+        of a binary task is the mean of its targets, which may lie between 0 and 1. ValueError where there are none, one
+        is not finite, or the task is closed.
         """
         self._check_open()
         self._check_fit(features, target)
@@ -360,7 +362,7 @@ class Task(nn.Module):
         one = fold(
             shared,
             [Member(self.memories, self.head), *self.others],
-            lambda name: self._readout(name, self.shape, (), True).to(self.shift),
+            lambda name: self._readout(name, (), True).to(self.shift),
         )
         for name, memory in one.memories.items():
             self.memories[name] = memory

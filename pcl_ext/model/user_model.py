@@ -13,7 +13,7 @@ from pcl_ext.model.answers import answer, as_rows, check_k
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze, is_frozen
 from pcl_ext.model.config import MemoryConfig
 from pcl_ext.model.encoded import Encoded
-from pcl_ext.model.many_tasks import encode_each, encode_rows
+from pcl_ext.model.many_tasks import encode_each, encode_rows, encode_state
 from pcl_ext.model.memories import ContextualPrompt, hashed_text_vector
 from pcl_ext.model.task_module import Task
 from pcl_ext.model.user_state import UserState
@@ -171,7 +171,7 @@ class UserModel(nn.Module):
             raise ValueError("give either task or task_index")
         _check_batch(batch)
         if task is not None and isinstance(batch, UserState):
-            ((_, encoded),) = encode_each(self.backbone, batch, {task: self.task(task)})
+            ((_, encoded),) = encode_state(batch, {task: self.task(task)})
             return self.task(task)(encoded, self.backbone.table)
         if isinstance(batch, UserState):
             raise ValueError("task_index takes a PackedBatch, got a UserState; give task, or read state.batch()")
@@ -227,7 +227,9 @@ class UserModel(nn.Module):
         _check_batch(batch)
         names = self.task_names if tasks is None else list(tasks)
         parts = {name: self.task(name) for name in names}
-        vectors = {name: parts[name].features(encoded) for name, encoded in encode_each(self.backbone, batch, parts)}
+        known = isinstance(batch, UserState)
+        each = encode_state(batch, parts) if known else encode_each(self.backbone, batch, parts)
+        vectors = {name: parts[name].features(encoded) for name, encoded in each}
         return {name: vectors[name] for name in names}
 
     @torch.no_grad()

@@ -182,6 +182,8 @@ def test_a_task_table_that_was_replaced_is_refused(plan, out, inline, tmp_path):
     Comparison(plan, out).run(1)
     path = data / "tasks" / "segment.json"
     path.write_text(path.read_text() + "\n")
+    header = data / "dataset.json"
+    header.write_text(header.read_text().replace('"sha256"', '"was"'))  # another table, on purpose
     with pytest.raises(ValueError, match=r"made with tasks_sha256\.segment = "):
         Comparison(replace(plan, methods=("probe",)), out).run(1)
     (line,) = records.read_lines(out / "matrices.jsonl")
@@ -212,12 +214,10 @@ def test_a_grid_point_that_diverges_leaves_the_choice_to_the_others(plan, out, i
     assert records.read_lines(out / "results.jsonl") == []
 
 
-def test_two_commands_do_not_write_into_one_folder(comparison, tmp_path):
-    command = ["--data", str(comparison / "data"), "--out", str(tmp_path)]
-    with store.lock(tmp_path):
-        for run in (lambda: main([*command, "--methods", "popularity"]), lambda: studies.main(["off", *command])):
-            with pytest.raises(store.StoreError, match="is in use by"):
-                run()
+@pytest.mark.parametrize(("run", "words"), [(main, ["--methods", "popularity"]), (studies.main, ["off"])])
+def test_two_commands_do_not_write_into_one_folder(run, words, comparison, tmp_path):
+    with store.lock(tmp_path), pytest.raises(store.StoreError, match="is in use by"):
+        run([*words, "--data", str(comparison / "data"), "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--points", "--jobs"])
@@ -279,7 +279,7 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(plan, out, inline, mon
         raise OSError("no space left")
 
     monkeypatch.setattr(LEARNERS["fine"], "first", broken)
-    with pytest.raises(RuntimeError, match="4? trials failed: fine/tiny-0-0"):
+    with pytest.raises(RuntimeError, match=r"^2 trials failed: fine/tiny-0-0, fine/tiny-0-1; run again"):
         Comparison(replace(plan, methods=("fine", "probe")), out).run(1)
     assert {line["method"] for line in records.read_lines(out / "results.jsonl")} == {"probe"}
 
@@ -291,17 +291,15 @@ def test_the_same_trial_gives_the_same_bits(plan, comparison):
     assert all(np.array_equal(outputs[name], again[name]) for name in outputs)
 
 
-def test_the_metric_or_the_loss_stops_training(learner):
+@pytest.mark.parametrize(("name", "metric", "mixed"), [("segment", "accuracy", "loss"), ("next", "mrr@5", "metric")])
+@pytest.mark.parametrize("stop", ["metric", "loss", "mixed"])
+def test_the_metric_or_the_loss_stops_training(learner, name, metric, mixed, stop):
     made = learner("probe")
-    for name, metric in (("segment", "accuracy"), ("next", "mrr@5")):
-        if name == "segment":
-            made.learn(name)
-        values, loss = made.measure(name, "valid")
-        scores = {"metric": math.log(max(values[metric], 1e-6)), "loss": -loss}
-        scores["mixed"] = scores["loss" if name == "segment" else "metric"]
-        for stop, expected in scores.items():
-            made.world = replace(made.world, budget=replace(made.world.budget, stop=stop))
-            assert made.valid_score(name) == pytest.approx(expected)
+    made.learn("segment")
+    values, loss = made.measure(name, "valid")
+    expected = {"metric": math.log(max(values[metric], 1e-6)), "loss": -loss}
+    made.world = replace(made.world, budget=replace(made.world.budget, stop=stop))
+    assert made.valid_score(name) == pytest.approx(expected[mixed if stop == "mixed" else stop])
 
 
 @pytest.mark.parametrize("bad", ["accuracy", ""])

@@ -3,24 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_user_model import SPECS, V, add, histories, pack
+from model_cases import KINDS, SPECS, V, add, histories, make_model, pack
 
-from pcl_ext.model import Backbone, BackboneConfig, UserModel
+from pcl_ext.model import Backbone, BackboneConfig
 from pcl_ext.store import from_pretrained, save_pretrained
-
-KINDS = {"rotary": {"positions": "rotary"}, "nextitnet": {"kind": "nextitnet", "num_layers": 3}}
-
-
-def make(kind, max_len=20):
-    torch.manual_seed(0)
-    model = UserModel(Backbone(BackboneConfig(V, dim=16, max_len=max_len, **KINDS[kind])))
-    model.freeze_backbone()
-    return model.eval()
 
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    return make(request.param)
+    return make_model(**KINDS[request.param])
 
 
 def padded_nextitnet(backbone, x):

@@ -4,14 +4,14 @@ import warnings
 
 import pytest
 import torch
-from test_user_model import SPECS, V, add, model  # noqa: F401 (a fixture)
+from model_cases import SPECS, V, add
 
 from pcl_ext import BackboneConfig, MemoryConfig, TaskSpec, UserModel, task_loss
 from pcl_ext.model import Backbone
 from pcl_ext.model.catalogue import Catalogue
 
 
-def test_nothing_of_it_is_saved(model):  # noqa: F811
+def test_nothing_of_it_is_saved(model):
     task = add(model, "rank")
     assert task.catalogue.tolist() == list(range(5, 25))
     assert not any("ranked" in name or "column" in name for name in task.state_dict())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_user_model import SPECS, add, model  # noqa: F401 (a fixture)
+from model_cases import SPECS, add
 
 from pcl_ext.model import MemoryConfig
 from pcl_ext.model.memories import ContextualPrompt, hashed_text_vector
@@ -43,7 +43,7 @@ def test_the_vector_of_a_text_counts_words_and_pairs_and_always_has_the_same_bit
         ("texts", 5, "prefix", ["click"]),
     ],
 )
-def test_prompts_of_another_shape_or_place_are_not_read(model, contextual, length, placement, read):  # noqa: F811
+def test_prompts_of_another_shape_or_place_are_not_read(model, contextual, length, placement, read):
     add(model, "click", "tail", 4)
     model.freeze_task("click")
     task = model.add_task(SPECS["age"], MemoryConfig(placement, length, contextual=contextual))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_user_model import SPECS, V, add, histories, pack
+from model_cases import SPECS, V, add, histories, pack
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
 

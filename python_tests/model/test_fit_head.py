@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_user_model import SPECS, histories, model, pack  # noqa: F401 (a fixture)
+from model_cases import SPECS, histories, pack
 
 from pcl_ext import MemoryConfig
 
@@ -15,22 +15,22 @@ TARGETS = {
 DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64]
 
 
-def fit(model, name, target, rows=6):  # noqa: F811
+def fit(model, name, target, rows=6):
     task = model.add_task(SPECS[name], MemoryConfig(prompt_len=3, members=2)).eval()
     with torch.no_grad():
         features = model.encode(pack(histories()), [name])[name][:rows]
-    task.fit_head(features, task.columns(target), torch.arange(len(target)))
+    task.fit_head(features, task.columns(target))
     return task
 
 
-def test_a_binary_task_starts_at_its_base_rate(model):  # noqa: F811
+def test_a_binary_task_starts_at_its_base_rate(model):
     task = fit(model, "click", TARGETS["click"].float())
     for part in (task, *task.others):
         torch.testing.assert_close(part.head.linear.bias, torch.tensor([5 / 3]).log())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_the_base_rate_of_soft_targets_is_their_mean(model, share):  # noqa: F811
+def test_the_base_rate_of_soft_targets_is_their_mean(model, share):
     task = fit(model, "click", torch.full((30,), share))
     want = torch.tensor([(30 * share + 1) / (30 * (1 - share) + 1)]).log()
     torch.testing.assert_close(task.head.linear.bias, want)
@@ -38,7 +38,7 @@ def test_the_base_rate_of_soft_targets_is_their_mean(model, share):  # noqa: F81
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TARGETS)
-def test_targets_may_be_of_any_integer_dtype(model, name, dtype):  # noqa: F811
+def test_targets_may_be_of_any_integer_dtype(model, name, dtype):
     want = fit(model, name, TARGETS[name]).state_dict()
     columns = model.task(name).columns(TARGETS[name])
     model.remove_task(name)
@@ -60,17 +60,17 @@ def test_targets_may_be_of_any_integer_dtype(model, name, dtype):  # noqa: F811
         ("click", [0.0, 2.0], r"targets of task 'click' must be in 0\.\.1, got 0 to 2"),
     ],
 )
-def test_targets_that_say_nothing_are_refused(model, name, target, message):  # noqa: F811
+def test_targets_that_say_nothing_are_refused(model, name, target, message):
     with pytest.raises(ValueError, match=message):
         fit(model, name, torch.tensor(target))
     assert not model.task(name).shift.any()
 
 
-def test_no_history_at_all_is_refused(model):  # noqa: F811
+def test_no_history_at_all_is_refused(model):
     with pytest.raises(ValueError, match="at least one history and one target, got 0 and 6"):
         fit(model, "age", TARGETS["age"], rows=0)
 
 
-def test_items_that_are_no_integers_are_refused(model):  # noqa: F811
+def test_items_that_are_no_integers_are_refused(model):
     with pytest.raises(TypeError, match="targets of task 'rank' must be item ids, integers, got torch.float32"):
         fit(model, "rank", TARGETS["rank"].float())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_user_model import SPECS, V, histories, model, pack  # noqa: F401 (a fixture)
+from model_cases import SPECS, histories, pack
 
 from pcl_ext.model import MemoryConfig
 from pcl_ext.model.catalogue import SEEN_SCORE
@@ -11,7 +11,7 @@ from pcl_ext.task import TaskSpec
 
 
 @pytest.mark.parametrize("spec", [SPECS["rank"], TaskSpec("rank", "items")], ids=["some", "all"])
-def test_a_new_tied_task_ranks_by_the_newest_state_and_the_item_table(model, spec):  # noqa: F811
+def test_a_new_tied_task_ranks_by_the_newest_state_and_the_item_table(model, spec):
     """Whatever else it reads: that has no weight yet."""
     task, batch = model.add_task(spec, MemoryConfig(tied=True, readout=("mean", "last"))), pack(histories())
     newest = model.backbone(batch)[-1][batch.last_rows] * (batch.lengths > 0)[:, None]
@@ -30,7 +30,7 @@ def test_rows_start_where_the_backbone_has_trained_them_the_others_near_zero():
 
 
 @pytest.mark.parametrize(("known", "cold"), [(10, False), (9, True)])
-def test_a_catalogue_is_cold_where_less_than_half_of_it_was_trained(model, known, cold):  # noqa: F811
+def test_a_catalogue_is_cold_where_less_than_half_of_it_was_trained(model, known, cold):
     model.backbone.trained_items[: 5 + known] = True  # of 5 to 24
     model.backbone.trained_items[25:] = True
     assert model.add_task(SPECS["rank"]).cold == cold

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_user_model import SPECS, V, add
+from model_cases import SPECS, V, add
 
 from pcl_ext import Backbone, BackboneConfig, MemoryConfig, PackedBatch, UserModel
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_user_model import SPECS, add, histories, model, pack  # noqa: F401 (a fixture)
+from model_cases import add, histories, pack
 
 from pcl_ext.model import Backbone, BackboneConfig, UserModel, many_tasks
 from pcl_ext.store import from_pretrained, save_pretrained, tensor_file
@@ -11,18 +11,15 @@ from pcl_ext.task import TaskSpec
 READOUTS = [("last",), ("last", "mean", "item_memory")]
 
 
-def add_many(model, placements):  # noqa: F811
+def add_many(model, placements):
     """A binary task for each placement; lengths and readouts in turn."""
     for place, placement in enumerate(placements):
-        spec = TaskSpec(f"t{place}", "binary")
-        SPECS[spec.name] = spec
-        add(model, spec.name, placement, [3, 5, 25][place % 3], readout=READOUTS[place % 2])
-        del SPECS[spec.name]
+        add(model, TaskSpec(f"t{place}", "binary"), placement, [3, 5, 25][place % 3], readout=READOUTS[place % 2])
 
 
 @pytest.mark.parametrize("rows", [1, 40, 16_384])
 @pytest.mark.parametrize("placements", [["tail"] * 7, ["none"] * 3, ["tail", "none", "none", "prefix", "both", "tail"]])
-def test_one_pass_equals_every_task_alone(model, monkeypatch, placements, rows):  # noqa: F811
+def test_one_pass_equals_every_task_alone(model, monkeypatch, placements, rows):
     monkeypatch.setattr(many_tasks, "TAIL_ROWS", rows)
     add_many(model, placements)
     batch = pack(histories())
@@ -34,7 +31,7 @@ def test_one_pass_equals_every_task_alone(model, monkeypatch, placements, rows):
 
 
 @pytest.mark.needs_ext
-def test_chunks_change_no_bit(model, monkeypatch):  # noqa: F811
+def test_chunks_change_no_bit(model, monkeypatch):
     add_many(model, ["tail"] * 6)
     batch = pack(histories())
     with torch.no_grad():
@@ -44,12 +41,12 @@ def test_chunks_change_no_bit(model, monkeypatch):  # noqa: F811
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_no_histories(model):  # noqa: F811
+def test_no_histories(model):
     add_many(model, ["tail", "none", "prefix", "tail"])
     assert all(vectors.shape[0] == 0 for vectors in model.encode(pack([])).values())
 
 
-def test_a_closed_prefix_is_not_computed_again(model, monkeypatch):  # noqa: F811
+def test_a_closed_prefix_is_not_computed_again(model, monkeypatch):
     add(model, "click", "both")
     batch = pack(histories())
     before = model(batch, "click")
@@ -64,7 +61,7 @@ def test_a_closed_prefix_is_not_computed_again(model, monkeypatch):  # noqa: F81
 
 
 def test_a_task_is_not_closed_while_the_backbone_learns():
-    model = UserModel(Backbone(BackboneConfig(40, dim=16, max_len=20)))  # noqa: F811
+    model = UserModel(Backbone(BackboneConfig(40, dim=16, max_len=20)))
     add(model, "click", "prefix")
     with pytest.raises(ValueError, match="'click' cannot be closed while the backbone learns: call freeze_backbone"):
         model.freeze_task("click")
@@ -74,7 +71,7 @@ def test_a_task_is_not_closed_while_the_backbone_learns():
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "saved before they were kept"])
-def test_a_run_keeps_keys_and_values_of_prefixes(model, tmp_path, kept):  # noqa: F811
+def test_a_run_keeps_keys_and_values_of_prefixes(model, tmp_path, kept):
     add(model, "click", "prefix")
     model.freeze_task("click")
     batch = pack(histories())

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from test_user_model import LENGTHS, SPECS, V, add, histories, pack
+from model_cases import LENGTHS, SPECS, V, add, histories, pack
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.model.memories.item_memory import ItemMemory, hashed_rows

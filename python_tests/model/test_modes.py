@@ -1,12 +1,12 @@
 """Training and evaluation mode: what is closed stays in evaluation, and predicting leaves every mode as it was."""
 
 import pytest
-from test_user_model import add, histories, model  # noqa: F401 (a fixture)
+from model_cases import add, histories
 from torch import nn
 
 
 @pytest.mark.parametrize("ask", ["model", "tasks", "task", "other", "whole"])
-def test_a_closed_task_stays_in_evaluation_mode(model, ask):  # noqa: F811
+def test_a_closed_task_stays_in_evaluation_mode(model, ask):
     task = add(model, "click", "none", readout=("item_memory",))
     add(model, "age")
     model.freeze_task("click")
@@ -18,7 +18,7 @@ def test_a_closed_task_stays_in_evaluation_mode(model, ask):  # noqa: F811
     assert not any(part.training for part in model.backbone.modules())
 
 
-def test_predicting_leaves_every_mode_as_it_was(model):  # noqa: F811
+def test_predicting_leaves_every_mode_as_it_was(model):
     add(model, "click")
     add(model, "age")
     model.train()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_user_model import PLACEMENTS, SPECS, add, histories, model, pack  # noqa: F401 (a fixture)
+from model_cases import PLACEMENTS, SPECS, add, histories, pack
 
 from pcl_ext import Backbone, BackboneConfig, MemoryConfig, TaskSpec, UserModel, infer
 from pcl_ext.data import Dataset, DatasetWriter
@@ -15,7 +15,7 @@ from pcl_ext.model.many_tasks import encode_each
 LENGTHS = [5, 0, 30, 60, 20]  # the model reads 20
 
 
-def add_items(model, placement="tail"):  # noqa: F811
+def add_items(model, placement="tail"):
     """Items tasks with a prompt and without, among others."""
     add(model, "rank", placement)
     add(model, "click", "tail")
@@ -31,7 +31,7 @@ def check(task, output, lists):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_all_of_a_history_comes_last(model, placement, training):  # noqa: F811
+def test_all_of_a_history_comes_last(model, placement, training):
     add_items(model, placement)
     lists, task = histories(LENGTHS), model.train(training).task("rank")
     batch = pack(lists)
@@ -45,7 +45,7 @@ def test_all_of_a_history_comes_last(model, placement, training):  # noqa: F811
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_in_a_batch_that_mixes_tasks(model, placement):  # noqa: F811
+def test_in_a_batch_that_mixes_tasks(model, placement):
     add_items(model, placement)
     lists = histories(LENGTHS)
     rows, output = model(pack(lists), task_index=torch.tensor([1, 0, 0, 0, 2]))["rank"]
@@ -54,14 +54,14 @@ def test_in_a_batch_that_mixes_tasks(model, placement):  # noqa: F811
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_where_several_tasks_share_a_pass(model, placement):  # noqa: F811
+def test_where_several_tasks_share_a_pass(model, placement):
     add_items(model, placement)
     lists = histories(LENGTHS)
     shared = dict(encode_each(model.backbone, pack(lists), dict(model.tasks.items())))
     check(model.task("rank"), model.task("rank")(shared["rank"], model.backbone.table), lists)
 
 
-def test_predictions_of_plain_lists(model):  # noqa: F811
+def test_predictions_of_plain_lists(model):
     add_items(model)
     (history,) = histories([60])
     new = set(SPECS["rank"].catalogue) - set(history)
@@ -70,7 +70,7 @@ def test_predictions_of_plain_lists(model):  # noqa: F811
     assert set(items[: len(new)]) == new
 
 
-def test_votes_are_those_of_what_is_read(model):  # noqa: F811
+def test_votes_are_those_of_what_is_read(model):
     spec = TaskSpec("again", "items", repeats=True)
     task = model.add_task(spec)
     torch.nn.init.normal_(task.repeats.vote.weight)
@@ -95,7 +95,7 @@ def test_measured_on_a_dataset(tmp_path, placement):
     assert scores.metrics["mrr@5"] == 1.0
 
 
-def test_in_float16_what_is_seen_has_its_lowest_number(model):  # noqa: F811
+def test_in_float16_what_is_seen_has_its_lowest_number(model):
     add(model, "rank", "none", tied=True)
     model.half()
     with torch.no_grad():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_user_model import histories, model, pack  # noqa: F401 (a fixture)
+from model_cases import histories, pack
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.func import functional_call
 
@@ -15,7 +15,7 @@ from pcl_ext.store import from_pretrained, save_pretrained
 NAMES = ["items", "train", "training", "keys", "values", "forward", "type", "pop", "_modules", "__class__", "_x", "a-b"]
 
 
-def add(model, name):  # noqa: F811
+def add(model, name):
     task = model.add_task(TaskSpec(name, "binary"), MemoryConfig(prompt_len=3, dropout=0.0))
     with torch.no_grad():
         for parameter in task.parameters():
@@ -24,7 +24,7 @@ def add(model, name):  # noqa: F811
 
 
 @pytest.fixture(params=NAMES)
-def named(request, model):  # noqa: F811
+def named(request, model):
     """A model with a task of that name, between two others, and the name."""
     for name in ("click", request.param, "age"):
         add(model, name)
@@ -32,7 +32,7 @@ def named(request, model):  # noqa: F811
 
 
 def test_it_is_found_by_its_name(named):
-    model, name = named  # noqa: F811
+    model, name = named
     assert model.task_names == list(model.tasks.keys()) == ["click", name, "age"]
     assert [task.spec.name for task in model.tasks.values()] == [key for key, _ in model.tasks.items()]
     assert name in model.tasks
@@ -45,7 +45,7 @@ def test_it_is_found_by_its_name(named):
 
 
 def test_what_takes_modules_apart_and_together_works(named):
-    model, name = named  # noqa: F811
+    model, name = named
     batch = pack(histories())
     want = model(batch, name)
     for parameter_name, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def test_what_takes_modules_apart_and_together_works(named):
 
 
 def test_it_is_closed_saved_and_loaded(named, tmp_path):
-    model, name = named  # noqa: F811
+    model, name = named
     for each in model.task_names:
         model.freeze_task(each)
     save_pretrained(model, tmp_path)
@@ -67,7 +67,7 @@ def test_it_is_closed_saved_and_loaded(named, tmp_path):
     assert loaded.predict(histories(), name) == model.predict(histories(), name)
 
 
-def test_other_names_are_their_own_in_the_state_dict(model):  # noqa: F811
+def test_other_names_are_their_own_in_the_state_dict(model):
     task = add(model, "click")
     names = {f"tasks.click.{name}" for name in task.state_dict()}
     assert names == {name for name in model.state_dict() if name.startswith("tasks.")}

@@ -2,48 +2,11 @@
 
 import pytest
 import torch
+from model_cases import PLACEMENTS, SPECS, V, add, histories, pack
 
-from pcl_ext.batch import PackedBatch
-from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import encode
 from pcl_ext.task import TaskSpec
-
-V, LENGTHS = 40, [5, 0, 1, 12, 30, 3]
-PLACEMENTS = ["none", "tail", "prefix", "both"]
-SPECS = {
-    "rank": TaskSpec("rank", "items", "what is bought next", catalogue=tuple(range(5, 25))),
-    "click": TaskSpec("click", "binary", "clicks"),
-    "age": TaskSpec("age", "classes", "age group", num_classes=3),
-    "value": TaskSpec("value", "regression", "basket value"),
-}
-
-
-def histories(lengths=LENGTHS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, V + 1, (n,), generator=generator).tolist() for n in lengths]
-
-
-def pack(lists):
-    return PackedBatch.from_lists(lists, num_items=V, max_len=20)
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = UserModel(Backbone(BackboneConfig(V, dim=16, num_heads=2, max_len=20)))
-    model.freeze_backbone()
-    return model.eval()
-
-
-def add(model, name, placement="tail", prompt_len=4, **options):
-    """A task whose every tensor is random, so that nothing is 0 by luck."""
-    options = {"item_width": 16} | options
-    config = MemoryConfig(placement=placement, prompt_len=prompt_len, dropout=0.0, **options)
-    task = model.add_task(SPECS[name], config)
-    with torch.no_grad():
-        for parameter in task.parameters():
-            parameter.normal_(0, 0.5)
-    return task
 
 
 def add_all(model, placement="tail"):
@@ -248,7 +211,7 @@ def test_a_closed_task_is_not_fitted_again(model, name):
     before = model(batch, name)
     features, target = torch.randn(4, len(task.shift)), torch.ones(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"task '{name}' is closed and never changes: remove it to learn it anew"):
-        task.fit_head(features, target, torch.arange(4))
+        task.fit_head(features, target)
     with pytest.raises(ValueError, match="is closed and never changes"):
         task.start_items(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1))
     assert torch.equal(model(batch, name), before)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_backbone_kinds import KINDS, make
-from test_user_model import SPECS, V, add, histories, pack
+from model_cases import KINDS, SPECS, V, add, histories, make_model, pack
 
 from pcl_ext import store
 from pcl_ext.batch import PackedBatch
@@ -15,7 +14,7 @@ LENGTHS = [[5, 0, 1, 12, 3, 0], [1, 2, 0, 3, 1, 0], [4, 1, 0, 0, 9, 0]]  # round
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    return make(request.param)
+    return make_model(**KINDS[request.param])
 
 
 def rounds(lengths=LENGTHS):
@@ -51,9 +50,15 @@ def test_equals_a_full_pass(model, length, readout):
 
 
 def add_plain(model, readout):
-    SPECS["plain"] = TaskSpec("plain", "binary")
-    add(model, "plain", "none", readout=readout)
-    del SPECS["plain"]
+    add(model, TaskSpec("plain", "binary"), "none", readout=readout)
+
+
+@pytest.mark.parametrize("placement", ["tail", "prefix", "both"])
+def test_a_prompt_of_no_rows_is_none(model, placement):
+    task, events = add(model, "click", placement, 0), rounds()
+    assert (task.tail(), task.prefix(), task.layer_prefix(model.backbone)) == (None, None, None)
+    got, want = model(grown(model, events), "click"), model(pack(joined(events)), "click")
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_votes_of_a_history_need_all_states(model):
@@ -67,7 +72,7 @@ def test_votes_of_a_history_need_all_states(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keep", [None, 1, 8])
 def test_a_full_window_starts_again_from_its_newest_events(kind, keep):
-    model = make(kind, max_len=8)
+    model = make_model(max_len=8, **KINDS[kind])
     add(model, "click", "tail", 3, readout=("last", "mean"))
     state, held = UserState(model.backbone, 6, every_state=True, keep=keep), [[] for _ in range(6)]
     for new in rounds([*LENGTHS, [0, 0, 0, 30, 2, 1], [1] * 6]):
@@ -82,7 +87,7 @@ def test_a_full_window_starts_again_from_its_newest_events(kind, keep):
 @pytest.mark.parametrize("kind", KINDS)
 def test_users_who_run_out_of_room_one_after_the_other_are_moved_together(kind, monkeypatch):
     """Sixty users with histories of 1 to 20, one event a round: three more need rows in every round."""
-    model, moves, move = make(kind, max_len=100), [], UserState._move
+    model, moves, move = make_model(max_len=100, **KINDS[kind]), [], UserState._move
     rows = [[1 + user % 20 for user in range(60)], *[[1] * 60] * 40]
     monkeypatch.setattr(UserState, "_move", lambda self, *args: (moves.append(len(self.items)), move(self, *args)))
     state, held = UserState(model.backbone, 60), [[] for _ in range(60)]

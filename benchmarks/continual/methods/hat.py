@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,9 @@ class Hat(Learner):
         super().fit_head(name)
         del self.closed[name]
 
+    def groups(self) -> list[dict[str, Any]]:
+        return [*super().groups(), {"params": self.open.values(), "lr": GATE_RATE, "weight_decay": 0.0}]
+
     def gates(self, name: str) -> Gates:
         if name in self.closed:
             return self.closed[name]
@@ -91,11 +96,6 @@ class Hat(Learner):
         self.open = nn.ParameterDict()
         self.past = {unit: torch.maximum(self.past[unit], a) for unit, a in self.closed[name].items()}
         self.hold()
-
-    def _with_method(self, optimizer, epochs: int, steps: int):
-        optimizer = super()._with_method(optimizer, epochs, steps)
-        optimizer.add_param_group({"params": list(self.open.values()), "lr": GATE_RATE, "weight_decay": 0.0})
-        return optimizer
 
     def extra_parameters(self, name: str) -> float:
         return sum(a.numel() for a in self.closed[name].values())

@@ -22,6 +22,8 @@ from pcl_ext.model.encoded import encode
 from pcl_ext.model.layout import newest_rows
 from pcl_ext.train import PretrainConfig
 
+EXPERTS = 4
+
 
 class Joint(Learner):
     """Shared bottom. A step has a batch of histories with the targets of every task in it, and one of T1.
@@ -115,7 +117,7 @@ class Joint(Learner):
 
     def states(self, history: PackedBatch) -> Encoded:
         """Histories as every task sees them."""
-        return encode(self.model.backbone, history, None, None, None, every_state=True)
+        return encode(self.model.backbone, history, every_state=True)
 
     def share_loss(self, name: str, share: Share, states: Encoded) -> Tensor:
         """A task's loss on its part of a batch."""
@@ -135,15 +137,14 @@ class JointScratch(Joint):
 class Experts(nn.Module):
     """Small networks over the last states, starting as the identity; each task mixes them row by row."""
 
-    def __init__(self, dim: int, count: int = 4):
+    def __init__(self, dim: int):
         super().__init__()
-        self.down, self.up = nn.Linear(dim, count * dim), nn.Parameter(torch.zeros(count, dim, dim))
+        self.down, self.up = nn.Linear(dim, EXPERTS * dim), nn.Parameter(torch.zeros(EXPERTS, dim, dim))
         self.gates = NamedModules()
-        self.count = count
 
     def forward(self, x: Tensor, name: str) -> Tensor:
         """x [T, D] -> [T, D]."""
-        hidden = torch.nn.functional.gelu(self.down(x)).unflatten(1, (self.count, -1))
+        hidden = torch.nn.functional.gelu(self.down(x)).unflatten(1, (EXPERTS, -1))
         weights = self.gates[name](x).softmax(1)
         return x + torch.einsum("tef,efd->td", hidden * weights[:, :, None], self.up)
 
@@ -168,7 +169,7 @@ class Mmoe(Joint):
         dim = model.backbone.config.dim
         self.experts = Experts(dim)
         for name in ("next", *world.tasks):
-            self.experts.gates[name] = nn.Linear(dim, self.experts.count)
+            self.experts.gates[name] = nn.Linear(dim, EXPERTS)
 
     def trained(self) -> list[nn.Parameter]:
         return [*super().trained(), *self.experts.parameters()]

@@ -40,7 +40,7 @@ class Lwf(Learner):
         return learned + self.world.setting.strength * kept / len(tasks)
 
     def _encode(self, backbone, history, every: bool):
-        return encode(backbone, history, None, None, None, every_state=every)
+        return encode(backbone, history, every_state=every)
 
 
 def distillation(task: Task, now: Tensor, then: Tensor) -> Tensor:

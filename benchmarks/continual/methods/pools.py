@@ -18,7 +18,7 @@ class PoolLearner(Learner):
     @torch.no_grad()
     def query(self, history: PackedBatch) -> Tensor:
         """[B, D], the newest state of the frozen backbone without prompts."""
-        return encode(self.model.backbone, history, None, None, None, every_state=False).newest
+        return encode(self.model.backbone, history, every_state=False).newest
 
     def prompts(self, query: Tensor, name: str) -> Tensor:
         """query [B, D] -> [B, P, D]."""

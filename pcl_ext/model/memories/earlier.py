@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from pcl_ext.model.config import BackboneConfig
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.memories.base import Memory
+
+if TYPE_CHECKING:
+    from pcl_ext.model.task_module import Task
 
 
 class EarlierReadouts(Memory):
@@ -24,7 +28,7 @@ class EarlierReadouts(Memory):
 
     standardise = False
 
-    def __init__(self, config: BackboneConfig, sources: Sequence[nn.Module], units: int):
+    def __init__(self, config: BackboneConfig, sources: Sequence[Task], units: int):
         super().__init__()
         self._sources = tuple(sources)  # a tuple: they are no part of what the task stores
         self.every_state = any(source.every_state for source in sources)
