@@ -26,6 +26,7 @@ IMPLS = ("auto", "fused", "reference")
 BEST_ISA = -1
 AVX512_BF16 = 3  # csrc/isa.h: the first that multiplies bfloat16
 CPU = torch.device("cpu")
+_NO_TENSORS = {int, float, bool, type(None)}
 
 
 def _source_folder() -> Path | None:
@@ -182,11 +183,13 @@ def call(op, kernel, *args):
     grad, ordinary = torch.is_grad_enabled(), not _is_watched()
     for a in args:
         kind = type(a)
-        if kind is Tensor or kind is Parameter or isinstance(a, Tensor):
-            if grad and a.requires_grad:
-                return op(*args)
-            # what lies in memory may still be to be negated, which the dispatcher does
-            ordinary = ordinary and (kind is Tensor or kind is Parameter) and not (a.is_neg() or a._is_zerotensor())
+        if kind in _NO_TENSORS or not isinstance(a, Tensor):
+            continue
+        if grad and a.requires_grad:
+            return op(*args)
+        # what lies in memory may still be to be negated, which the dispatcher does
+        if not (kind is Tensor or kind is Parameter) or a.is_neg() or a._is_zerotensor():
+            ordinary = False
     return kernel(*args) if ordinary else below_autograd(op, *args)
 
 
@@ -199,8 +202,12 @@ def may_want_gradient(*tensors: Tensor | None) -> bool:
     """Whether one of them asks for a gradient, or may: inside a transform such as vmap they do not say."""
     if not torch.is_grad_enabled():
         return False
-    inside = not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
-    return inside or any(x is not None and x.requires_grad for x in tensors)
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        return True
+    for x in tensors:  # any() of a generator takes three times as long, which small ops feel
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def below_autograd(op, *args):

@@ -51,7 +51,8 @@ def _memory(name: str, value, dtypes: dict) -> tuple[Tensor | np.ndarray, int]:
     """value, contiguous, and its address."""
     if is_plain(value, 1, tuple(dtypes)) and value.is_contiguous():
         return value, value.data_ptr()
-    array = np.require(_array(name, value, dtypes), requirements="CA")
+    array = np.ascontiguousarray(_array(name, value, dtypes))
+    array = array if array.flags.aligned else array.copy()
     return array, array.ctypes.data
 
 

@@ -79,15 +79,17 @@ def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scal
     return out, stats
 
 
-def output(q, *arguments) -> tuple[Tensor, ...]:
+def output(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale) -> tuple[Tensor, ...]:
     """forward, where only out is asked for."""
-    return forward(q, *arguments) if _gpu.runs_cuda(q) else (_fill(q, *arguments, 0, BEST_ISA),)
+    if _gpu.runs_cuda(q):
+        return forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale)
+    return (_fill(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, 0, BEST_ISA),)
 
 
 def _fill(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, stats: int, isa: int) -> Tensor:
     """out on the CPU; stats: where the rows' statistics go, 0 for nowhere."""
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
-    out = torch.empty(q.shape, dtype=q.dtype, device=CPU)  # which costs less to name than q's
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     work_of = (SCALARS[q.dtype], isa, torch.get_num_threads())
     C.prompt_attention_fwd(pointers, numbers, causal, scale, *work_of, out.data_ptr(), stats)
     return out
