@@ -14,11 +14,16 @@ from pcl_ext.data import config
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
 # a fence; a line before it that is a file name alone, as in `shop.toml`:, names the file it holds
 BLOCK = re.compile(r"(?:^`([\w./-]+)`:?\n\n?)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
+COMPILES = [ROOT / "docs/ops.md"]  # attention in plain PyTorch is no one graph
+WITH_PYTHON = [
+    pytest.param(page, marks=[pytest.mark.needs_ext] if page in COMPILES else [])
+    for page in PAGES
+    if "```python" in page.read_text()
+]
 
 
 def blocks(page, *languages):
@@ -75,8 +80,8 @@ def test_links_lead_somewhere(page):
 
 
 def paths_of_the_map():
-    """Paths of README's map of the tree; two blanks go one folder down."""
-    (tree,) = [text for _, text, _ in blocks(README, "text") if "pcl_ext/" in text]
+    """Paths of CONTRIBUTING's map of the tree; two blanks go one folder down."""
+    (tree,) = [text for _, text, _ in blocks(CONTRIBUTING, "text") if "pcl_ext/" in text]
     folders, paths = [], []
     for line in tree.splitlines():
         name = line.split()[0]
@@ -91,7 +96,7 @@ def test_the_map_of_the_tree_is_true_and_whole():
     assert not [path for path in paths if not (ROOT / path).exists()]
     parts = [p for p in (ROOT / "pcl_ext").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
     names = {f"pcl_ext/{p.name}{'/' if p.is_dir() else ''}" for p in parts} - {"pcl_ext/__init__.py"}
-    assert names <= set(paths), "name it in README's map of the tree"
+    assert names <= set(paths), "name it in CONTRIBUTING's map of the tree"
 
 
 def commands(page):
