@@ -85,10 +85,10 @@ class Checkpoint:
 
     def load(self) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
         """Where to go on, the best weights and the average: the start, where there is no file. Raises ValueError for a
-        file of another run."""
+        file of another run, or a damaged one."""
         if self.path is None or not self.path.exists():
             return Progress(), {}, {}
-        tensors, meta = store.load_tensors(self.path)
+        tensors, meta = store.load_tensors(self.path, f"remove {self.path} to start this training again")
         for key, then, now in differences(meta["identity"], self.identity):
             raise ValueError(
                 f"{self.path} is the checkpoint of a run with {key} = {then!r}, this one has {now!r}; "

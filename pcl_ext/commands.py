@@ -7,9 +7,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 
@@ -21,10 +20,11 @@ from pcl_ext.model import MemoryConfig
 from pcl_ext.report import report as write_report
 from pcl_ext.serve import ItemIds, Predictor, as_rows
 from pcl_ext.serve.encode import DatasetJob, EncodeJob, PredictJob
+from pcl_ext.serve.item_ids import check_items
+from pcl_ext.serve.lines import read_lines
+from pcl_ext.store.atomic import write_file
 from pcl_ext.train import LearnConfig, PretrainConfig
 
-PREDICT_LINES = 512
-READ_BYTES = 1 << 20
 # small and quick: a demonstration takes about a minute
 DEMO_BACKBONE = {"dim": 32, "max_len": 50}
 DEMO_PRETRAIN = PretrainConfig(epochs=15, learning_rate=1e-2)
@@ -132,8 +132,17 @@ def evaluate(args) -> int:
         values = "  ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
         print(f"{name:>16}  {values}  ({score.count} targets{', ' + score.sample if score.sample else ''})")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        _write_json(args.json, result)
     return 0
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """Whole or not at all; but what is no plain file, as /dev/stdout, is written to and stays what it is."""
+    data = (json.dumps(values, indent=1) + "\n").encode()
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(data)
+    else:
+        write_file(path, data)
 
 
 def predict(args) -> int:
@@ -142,72 +151,26 @@ def predict(args) -> int:
     predictor, ids = Predictor(args.run, args.task), ItemIds(args.item_ids) if args.item_ids else None
     if ids is not None:
         ids.check(predictor.model.backbone.config.num_items)
+        check_items(args.run, store.read_manifest(args.run)["record"], ids)
     if args.data or args.out:
         if not (args.data and args.out):
             raise ValueError("--data and --out come together: whose predictions, and the Parquet file for them")
         dataset = Dataset(args.data)
         return _work(PredictJob(predictor, dataset, args.out, args.task, args.k, skip_seen=args.skip_seen, ids=ids))
-    for histories in _read_histories(sys.stdin.buffer, (int,) if ids is None else (int, str)):
-        if ids is not None:
-            histories = [ids.known(history) for history in histories]
+    for asked in read_lines(sys.stdin.buffer, (int,) if ids is None else (int, str)):
+        histories = [history if ids is None else ids.known(history) for _, history in asked]
         answer = predictor.predict(histories, args.task, args.k, skip_seen=args.skip_seen)
         if dropped := int(answer["unknown"].sum()):
             print(
                 f"pcl predict: {dropped} unknown item ids were dropped from {len(histories)} histories",
                 file=sys.stderr,
             )
-        for row in as_rows(answer):
+        for (own, _), row in zip(asked, as_rows(answer), strict=True):
             if ids is not None and "items" in row:
                 row["items"] = ids.original(row["items"])
-            print(json.dumps(row))
+            print(json.dumps(own | row))
         sys.stdout.flush()
     return 0
-
-
-def _read_histories(stdin: BinaryIO, kinds: tuple[type, ...]) -> Iterator[list[list]]:
-    """Chunks of JSON lists, one a line: what has come, at most PREDICT_LINES. Waits only where nothing has."""
-    first = 1
-    for lines in _lines_that_came(stdin):
-        for start in range(0, len(lines), PREDICT_LINES):
-            histories, wrong = [], None
-            for number, line in enumerate(lines[start : start + PREDICT_LINES], first + start):
-                try:
-                    histories.append(_history(line, number, kinds))
-                except ValueError as error:
-                    wrong = error
-                    break
-            if histories:
-                yield histories
-            if wrong is not None:  # after the answers of the lines before it
-                raise wrong
-        first += len(lines)
-
-
-def _lines_that_came(stdin: BinaryIO) -> Iterator[list[bytes]]:
-    begun = []  # pieces of a line whose end has not come
-    while data := stdin.read1(READ_BYTES):
-        *ends, rest = data.split(b"\n")
-        if ends:
-            yield [b"".join([*begun, ends[0]]), *ends[1:]]
-            begun = []
-        begun.append(rest)
-    if last := b"".join(begun):
-        yield [last]
-
-
-def _history(line: bytes, number: int, kinds: tuple[type, ...]) -> list:
-    try:
-        history = json.loads(line)
-    except (ValueError, RecursionError):
-        history = None
-    if not isinstance(history, list) or not all(_is_id(item, kinds) for item in history):
-        text = line[:80].decode(errors="replace").strip()
-        raise ValueError(f"line {number} must be a JSON list of item ids, got {text!r:.60}")
-    return history
-
-
-def _is_id(item, kinds: tuple[type, ...]) -> bool:
-    return type(item) in kinds and (str in kinds or abs(item) < 2**63)  # a log's own ids may be larger
 
 
 def encode(args) -> int:
@@ -248,7 +211,7 @@ def report(args) -> int:
 
 def verify(args) -> int:
     if not (args.run / "manifest.json").exists():
-        raise ValueError(f"{args.run} is no run: it has no manifest.json")
+        store.read_manifest(args.run)  # says so
     try:
         found = run.verify_unchanged(args.run, Dataset(args.data) if args.data else None)
     except store.StoreError as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
-import tempfile
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from pcl_ext.batch import PackedBatch
 from pcl_ext.model import Task, UserModel
 from pcl_ext.model.catalogue import SEEN_SCORE
 from pcl_ext.model.memories import ItemMemory, LastState, LearnedPool, MeanStates, Memory
-from pcl_ext.store.atomic import fsync
+from pcl_ext.store.atomic import sweep_temporary, write_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class PlainModel(nn.Module):
         self.backbone, self.part, self.readouts = model.backbone, part, _readouts(part)
         self.register_buffer("tail", part.tail())
         prefix = part.prefix()
-        self.has_prefix = prefix is not None and len(prefix) > 0
+        self.has_prefix = prefix is not None
         if self.has_prefix:
             with torch.no_grad():
                 kept = model.backbone.prefix(prefix, torch.tensor([0, len(prefix)], device=prefix.device))
@@ -80,7 +80,7 @@ class PlainModel(nn.Module):
         """num_layers + 1 tensors [B, L, D]; rows that are no event hold numbers that nothing reads."""
         backbone = self.backbone
         x = F.embedding(items, backbone.table) + F.embedding(torch.where(used, newer, 0), backbone.position)
-        if self.tail is not None and len(self.tail):
+        if self.tail is not None:
             length = len(self.tail)
             row = torch.where(used & (newer < length), length - 1 - newer, length)
             x = x + F.embedding(row, torch.cat([self.tail, torch.zeros_like(self.tail[:1])]))
@@ -175,6 +175,7 @@ def export(
     onnx     <task>.onnx; needs the extra `export`
     <task>.json beside them says what goes in and what comes out. Left out, `formats` is all that can be made here; one
     that is named and cannot be raises ImportError or ValueError. Each file is compared with the model before it stays.
+    ValueError where torch fails to make one, OSError where the disk refuses.
     """
     unknown = [name for name in formats or () if name not in FORMATS]
     if unknown:
@@ -185,22 +186,27 @@ def export(
             raise ImportError(missing[name])
     plain, out, files = PlainModel(model, task).eval(), Path(out), {}
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as work, _quiet(), torch.no_grad():
+    _sweep(out)
+    with _quiet(), torch.no_grad():
         for name in formats or [name for name in FORMATS if name not in missing]:
             suffix, write = _WRITERS[name]
             _LOG.info("writing the %s of task %s", name, task)
-            draft = Path(work) / f"{task}{suffix}"
-            run = write(plain, draft)
+            try:
+                data, run = write(plain)
+            except RuntimeError as error:
+                raise ValueError(f"the {name} of task {task!r} cannot be made: {error!s:.1000}") from error
             _check(model, task, name, run)
-            files[name] = out / draft.name
-            fsync(draft)
-            os.replace(draft, files[name])
-        facts = Path(work) / f"{task}.json"
-        facts.write_text(json.dumps(_facts(model, task), indent=1) + "\n")
-        fsync(facts)
-        os.replace(facts, out / facts.name)
-    fsync(out)
+            files[name] = out / f"{task}{suffix}"
+            write_file(files[name], data)
+        write_file(out / f"{task}.json", (json.dumps(_facts(model, task), indent=1) + "\n").encode())
     return files, {} if formats else missing
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed exports left in the folder, those of earlier versions in folders of their own."""
+    sweep_temporary(out)
+    for left in out.glob(".export-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _why_not(name: str) -> str | None:
@@ -224,26 +230,32 @@ def _program(plain: PlainModel) -> torch.export.ExportedProgram:
     return torch.export.export(plain, (_example(),), dynamic_shapes=shapes)
 
 
-def _write_program(plain: PlainModel, path: Path) -> Callable[[Tensor], Tensor]:
-    torch.export.save(_program(plain), path)
-    return torch.export.load(path).module()
+# Each gives a file's content, and what runs it. Made in memory: on a full disk torch's own writer ends the process.
 
 
-def _write_package(plain: PlainModel, path: Path) -> Callable[[Tensor], Tensor]:
-    torch._inductor.aoti_compile_and_package(_program(plain), package_path=str(path))
-    return torch._inductor.aoti_load_package(str(path))
+def _write_program(plain: PlainModel) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    buffer = io.BytesIO()
+    torch.export.save(_program(plain), buffer)
+    return buffer.getvalue(), torch.export.load(buffer).module()
 
 
-def _write_onnx(plain: PlainModel, path: Path) -> Callable[[Tensor], Tensor] | None:
+def _write_package(plain: PlainModel) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    buffer = io.BytesIO()
+    torch._inductor.aoti_compile_and_package(_program(plain), package_path=buffer)
+    return buffer.getvalue(), torch._inductor.aoti_load_package(buffer)
+
+
+def _write_onnx(plain: PlainModel) -> tuple[bytes, Callable[[Tensor], Tensor] | None]:
     shapes = {"items": {0: "batch", 1: "length"}}
     names = {"input_names": ["items"], "output_names": ["output"], "dynamic_shapes": shapes}
-    torch.onnx.export(plain, (_example(),), str(path), dynamo=True, external_data=False, verbose=False, **names)
+    program = torch.onnx.export(plain, (_example(),), dynamo=True, external_data=False, verbose=False, **names)
+    data = program.model_proto.SerializeToString()
     try:
         import onnxruntime
     except ImportError:  # it runs elsewhere
-        return None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda items: torch.from_numpy(session.run(None, {"items": items.numpy()})[0])
+        return data, None
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return data, lambda items: torch.from_numpy(session.run(None, {"items": items.numpy()})[0])
 
 
 _WRITERS = {

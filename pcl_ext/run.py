@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pcl_ext import baselines, infer, ops, store
@@ -18,12 +19,15 @@ from pcl_ext.checkpoint import differences
 from pcl_ext.data import FOLDS, Dataset, check_task
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.serve.item_ids import check_items, describe_items
 from pcl_ext.store.atomic import write_file
+from pcl_ext.task import TaskSpec
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
 from pcl_ext.train import pretrain as pretrain_model
 
 _NEED = {"valid": "stop training at its best epoch", "test": "measure what was learned"}
 _LOG = logging.getLogger(__name__)
+_MOST_NAMED = 10  # classes in a warning
 
 PROTOCOL = {
     "ranking": "full, over the task's catalogue, every target",
@@ -44,13 +48,15 @@ def pretrain(
     """Pretrain a backbone on the dataset's train users into a new run folder; row 1 of the result matrix.
 
     backbone  fields of BackboneConfig other than num_items. A run that was interrupted goes on where it stopped; one
-    that is complete is returned as it is. Raises ValueError where `out` holds a run with other settings, where another
-    process is at it, where the dataset breaks a promise (`data.check_task`), or cannot be measured.
+    that is complete is returned as it is. Raises ValueError where `out` holds a dataset, or a run with other settings,
+    where another process is at it, where the dataset breaks a promise (`data.check_task`), or cannot be measured.
     """
     shape = BackboneConfig(dataset.num_items, **(backbone or {}))
     config = config or PretrainConfig()
     settings = json.loads(json.dumps({"backbone": shape.to_json(), "pretrain": asdict(config)}))
     out = Path(out)
+    if (out / "dataset.json").exists():
+        raise ValueError(f"{out} is the folder of a dataset; choose another one for the run")
     if not (out / "manifest.json").exists():
         _check_before(dataset, "next")
     checkpoint = out / "checkpoints" / "next.safetensors"
@@ -73,7 +79,8 @@ def pretrain(
 
 
 def _check_before(dataset: Dataset, name: str) -> None:
-    """ValueError, before the first step, for a task that leaks or cannot be measured on the valid or the test users."""
+    """ValueError, before the first step, for a task that leaks or cannot be measured on the valid or the test users; a
+    logged warning where its train users cannot teach all of it."""
     check_task(dataset, name)
     table = dataset.task(name)
     fold = dataset.fold[table.user]
@@ -89,6 +96,22 @@ def _check_before(dataset: Dataset, name: str) -> None:
                 f"{dataset.path}: auc of task {name!r} needs {which} users of both classes, all {len(target)} targets "
                 f'are {int(target[0])}; give the task "metric": "log_loss", or put users of both classes into that fold'
             )
+    _warn_of_train_targets(dataset, table.spec, table.target[fold == FOLDS.index("train")])
+
+
+def _warn_of_train_targets(dataset: Dataset, spec: TaskSpec, target: np.ndarray) -> None:
+    def called(value) -> str:
+        return repr(spec.labels[value]) if spec.labels else str(value)
+
+    if len(target) and target.min() == target.max():
+        what = "%s: all %d train targets of task %r are %s, which is all that it can learn"
+        _LOG.warning(what, dataset.path, len(target), spec.name, called(target[0].item()))
+    elif spec.kind == "classes":
+        absent = np.flatnonzero(np.bincount(target, minlength=spec.num_classes) == 0).tolist()
+        if absent:
+            text = ", ".join(map(called, absent[:_MOST_NAMED])) + (", ..." if len(absent) > _MOST_NAMED else "")
+            what = "%s: %d of %d classes of task %r have no train target, so it cannot learn them: %s"
+            _LOG.warning(what, dataset.path, len(absent), spec.num_classes, spec.name, text)
 
 
 def _new_record(dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +327,8 @@ def _why_not_checked(record: dict[str, Any], dataset: Dataset | None) -> str | N
 
 
 def check_dataset(run: Path, record: dict[str, Any], dataset: Dataset) -> None:
-    """Raise ValueError unless the run was made from this dataset, to which tasks may have been added since."""
+    """Raise ValueError unless the run was made from this dataset, its items called as they were then; tasks may have
+    been added since."""
     if "dataset" not in record:
         raise ValueError(
             f"{run} has no record of the dataset it was made from, as pcl pretrain and pcl_ext.run.pretrain write it"
@@ -315,6 +339,7 @@ def check_dataset(run: Path, record: dict[str, Any], dataset: Dataset) -> None:
         raise ValueError(
             f"{run} was made from the dataset {was}, {dataset.path} is {given}; name that dataset, or another run"
         )
+    check_items(run, record, dataset)
     if missing := [name for name in record["outputs"] if name not in dataset.task_names]:
         raise ValueError(f"{dataset.path} has no table of {', '.join(missing)}, which {run} has learned")
 
@@ -338,7 +363,7 @@ def _other_machine(then: dict[str, Any]) -> str | None:
 def _describe(dataset: Dataset) -> dict[str, Any]:
     users = {name: int((dataset.fold == code).sum()) for code, name in enumerate(("train", "valid", "test"))}
     facts = {"name": dataset.name, "sha256": dataset.sha256, "path": str(dataset.path.resolve())}
-    return facts | {"users": users, "tasks": {}}
+    return facts | {"users": users, "item_ids": describe_items(dataset), "tasks": {}}
 
 
 def _same(what: str, then: Any, now: Any, run: Path) -> None:

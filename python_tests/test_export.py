@@ -1,6 +1,7 @@
 """What is exported answers as the model does, for any batch and length, without this package."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -224,3 +225,43 @@ def test_mistakes(model, tmp_path, monkeypatch):
     open_model.add_task(SPECS["ctr"])
     with pytest.raises(ValueError, match="task 'ctr' must be closed to be exported"):
         export(open_model, "ctr", tmp_path)
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from stores import make_model
+from pcl_ext.export import export
+model = make_model("ctr")
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # no file may be larger
+try:
+    export(model, "ctr", sys.argv[2], ["program"])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_refuses_is_an_error(tmp_path):
+    """torch's own writer of files would end the process."""
+    command = [sys.executable, "-c", FULL, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"File too large: '{tmp_path}'", done.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_swept(model, tmp_path):
+    (tmp_path / ".export-left").mkdir()
+    (tmp_path / ".export-left" / "ctr.program.pt2").write_text("half")
+    export(model, "ctr", tmp_path, ["program"])
+    assert {path.name for path in tmp_path.iterdir()} == {"ctr.json", "ctr.program.pt2"}
+
+
+def test_what_torch_cannot_make_is_an_error_with_a_name(model, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("the compiler failed")
+
+    monkeypatch.setattr(torch.export, "save", fail)
+    with pytest.raises(ValueError, match="the program of task 'ctr' cannot be made: the compiler failed"):
+        export(model, "ctr", tmp_path, ["program"])
+    assert not list(tmp_path.iterdir())

@@ -110,6 +110,8 @@ def test_references_of_another_dataset_are_computed_anew(whole, tmp_path, broken
     assert got != want
     assert got == run._references(shop, "segment", tmp_path / "other.safetensors")
     shutil.copyfile(shop.path / "tasks" / "click.parquet", shop.path / "tasks" / "segment.parquet")
+    header = shop.path / "dataset.json"
+    header.write_text(header.read_text().replace('"sha256"', '"was"'))
     assert run._references(Dataset(shop.path), "segment", checkpoint) != got
 
 
@@ -296,3 +298,26 @@ def test_a_lock_that_is_a_link_empties_nothing(whole, tmp_path):
     with pytest.raises(store.StoreError, match="must be a file, which is locked, not a link or a folder; remove it"):
         pretrain(whole[0], tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + b"x"])
+def test_a_damaged_checkpoint_says_how_to_go_on(whole, tmp_path, monkeypatch, spoil):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_end_epoch", lambda *args: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            pretrain(whole[0], tmp_path / "run")
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("*.safetensors")
+    kept.write_bytes(spoil(kept.read_bytes()))
+    with pytest.raises(store.StoreError, match=rf"safetensors .*; remove {kept} to start this training again$"):
+        pretrain(whole[0], tmp_path / "run")
+    kept.unlink()
+    pretrain(whole[0], tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(whole[1])
+
+
+def test_a_run_in_the_folder_of_a_dataset_is_refused(whole, tmp_path):
+    data = shutil.copytree(whole[0], tmp_path / "data")
+    before = sorted(data.iterdir())
+    with pytest.raises(ValueError, match=f"{data} is the folder of a dataset; choose another one for the run"):
+        pretrain(data, data)
+    assert sorted(data.iterdir()) == before

@@ -1,6 +1,7 @@
 """What `run` refuses before its first step: data that leaks, folders of anyone's writing included."""
 
 import json
+import re
 import sys
 
 import pyarrow as pa
@@ -231,7 +232,8 @@ def test_several_labels_of_a_user_are_learned(write, tmp_path):
     dataset = write({"label": ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)])})
     path = dataset.path / "tasks" / "label.parquet"
     table = pq.read_table(path)
-    pq.write_table(pa.concat_tables([table, table.slice(3, 1), table.slice(4, 1)]), path)
+    earlier = table.slice(3, 2).set_column(2, "cut", pa.array([1, 1]))
+    pq.write_table(pa.concat_tables([table, earlier]), path)
     pretrain(dataset, tmp_path / "run")
     assert learn(dataset, tmp_path / "run", "label")["references"]["label"]["cheap"]["metrics"]
 
@@ -270,3 +272,66 @@ def test_one_valid_user_is_enough(write, tmp_path, kind):
     dataset = write({"label": (spec, target)}, folds=folds)
     pretrain(dataset, tmp_path / "run")
     assert run.learn(tmp_path / "run", dataset, "label", LearnConfig(**(ONCE | {"epochs": 3})))["curves"]["label"]
+
+
+def test_a_run_keeps_what_its_items_are_called(write, tmp_path):
+    dataset, out = write({"label": ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)])}), tmp_path / "run"
+
+    def call(names):
+        pq.write_table(pa.table({"item_id": range(1, 21), "original_id": names}), dataset.path / "items.parquet")
+        return Dataset(dataset.path)
+
+    names = [f"sku-{item}" for item in range(1, 21)]
+    pretrain(call(names), out)
+    kept = store.read_manifest(out)["record"]["dataset"]["item_ids"]
+    assert kept == {"count": 20, "sha256": dataset.item_ids_sha256(20)}
+    other = call(names[::-1])  # the same histories, so its sha256 is the same
+    for work in (lambda: learn(other, out, "label"), lambda: run.verify_unchanged(out, other)):
+        with pytest.raises(ValueError, match=r"own: items 1\.\.20 are not those of .*own, from which .*run was made"):
+            work()
+    learn(call(names), out, "label")
+
+
+TRAIN = [user for user in range(USERS) if FOLDS[user] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "target", "said"),
+    [
+        (
+            {"kind": "classes", "num_classes": 4},
+            lambda user: user % 2 if user in TRAIN else user % 4,
+            "2 of 4 classes of task 'label' have no train target, so it cannot learn them: 2, 3",
+        ),
+        (
+            {"kind": "classes", "num_classes": 3, "labels": ["a", "b", "c"]},
+            lambda user: 2 * (user % 2),
+            "1 of 3 classes of task 'label' have no train target, so it cannot learn them: 'b'",
+        ),
+        (
+            {"kind": "classes", "num_classes": 20},
+            lambda user: user % 2,
+            "18 of 20 classes of task 'label' have no train target, so it cannot learn them: 2, .*, 11, ...$",
+        ),
+        (
+            {"kind": "binary", "labels": ["no", "yes"]},
+            lambda user: user % 4 // 2 if user not in TRAIN else 1,
+            "all 40 train targets of task 'label' are 'yes', which is all that it can learn",
+        ),
+        ({"kind": "regression"}, lambda user: 0.5, "all 40 train targets of task 'label' are 0.5, which"),
+        ({"kind": "classes", "num_classes": 2}, lambda user: user % 2, None),
+    ],
+    ids=["classes", "labels", "many classes", "binary", "regression", "none"],
+)
+def test_train_targets_that_cannot_teach_all_are_told(write, tmp_path, caplog, monkeypatch, spec, target, said):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    dataset = write({"label": (spec, [target(user) for user in range(USERS)])})
+    pretrain(dataset, tmp_path / "run")
+    assert not caplog.records
+    monkeypatch.setattr(run, "learn_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        learn(dataset, tmp_path / "run", "label")
+    (text,) = [record.getMessage() for record in caplog.records] or [None]
+    assert text == said or re.fullmatch(f"{dataset.path}: {said}.*", text)

@@ -1,5 +1,6 @@
 """One file of tensors: there and back, every flipped or missing byte found, hostile headers refused."""
 
+import errno
 import json
 import os
 
@@ -280,3 +281,30 @@ def test_leftovers_go_and_the_files_of_others_stay(file):
         assert os.path.exists(busy.name)
     assert not ours.exists()
     assert all(path.exists() for path in others)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        save_tensors(tmp_path / "a", example())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError("it says all"), OSError(errno.ENOSPC, "full", "there")], ids=str)
+def test_an_error_that_names_a_file_or_has_a_text_of_its_own_keeps_it(tmp_path, error):
+    text = str(error)
+    with pytest.raises(OSError, match=text.replace("[", r"\[")), temporary(tmp_path):
+        raise error
+    assert str(error) == text
+
+
+def test_what_cannot_be_read_says_so(file, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(type(file), "read_bytes", refuse)
+    with pytest.raises(StoreError, match=r"cannot be read \(.*Permission denied.*\); give this user permission"):
+        load_tensors(file)

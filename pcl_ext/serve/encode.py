@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,18 +28,23 @@ from pcl_ext.data.writer import file_sha256
 from pcl_ext.model.answers import check_k
 from pcl_ext.progress import progress
 from pcl_ext.serve.inputs import Histories
-from pcl_ext.serve.item_ids import ItemIds
+from pcl_ext.serve.item_ids import ItemIds, check_items
 from pcl_ext.serve.predictor import Predictor
-from pcl_ext.store.atomic import fsync, locked, sweep_temporary, temporary
+from pcl_ext.serve.user_names import FILE as USERS
+from pcl_ext.serve.user_names import UserNames, has_names
+from pcl_ext.store.atomic import fsync, is_temporary, locked, sweep_temporary, temporary
 from pcl_ext.task import TaskSpec
 
 SHARD_USERS = 1 << 13
 _KEY = b"pcl_ext"
+_CLAIM = "job.json"
+_LOCK = re.compile(r"rank-\d+-of-\d+\.lock|finish\.lock")
+_PART = re.compile(r"part-\d{12}-\d{12}\.parquet")
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process has done. users: those it read; unknown: ids dropped, of all users once it is complete."""
+    """What one process has done. users: those it read; unknown: ids dropped of these, of all once it is complete."""
 
     users: int
     unknown: int
@@ -47,13 +52,14 @@ class Share:
 
 
 class DatasetJob:
-    """Something of all users of a dataset, whole histories, into one Parquet file: user_id, then columns of its own.
+    """Something of all users of a dataset, whole histories, into one Parquet file: user_id, then columns of its own,
+    then original_id (string) where the dataset's users.parquet has it.
 
     The users are in the order of the dataset. Peak memory does not depend on their number. The same job, started again
     after whatever ended it, goes on where it stopped; it is the same if run, tasks, settings and dataset are.
-    ValueError where `out` or its parts belong to another one.
+    ValueError where `out` or its parts belong to another one, and where the dataset's items are not those of the run.
 
-    fields    the columns beside user_id; `columns` makes them of some histories
+    fields    the columns beside those of the user; `columns` makes them of some histories
     settings  JSON values that the result depends on besides tasks and dataset
     """
 
@@ -64,6 +70,7 @@ class DatasetJob:
         self.predictor, self.dataset, self.out = predictor, dataset, Path(out).absolute()
         self.parts = self.out.with_name(self.out.name + ".parts")
         self.manifest = store.read_manifest(predictor.path)
+        check_items(predictor.path, self.manifest["record"], dataset)
         files = {entry["name"]: entry["sha256"] for entry in self.manifest["tasks"]}
         self.tasks = list(files) if tasks is None else list(tasks)
         for name in self.tasks:
@@ -76,7 +83,11 @@ class DatasetJob:
         }
         if settings := self.settings():
             self.identity["settings"] = settings
+        self.names = UserNames(dataset) if has_names(dataset) else None
         self.schema = pa.schema([("user_id", pa.int64()), *self.fields()])
+        if self.names is not None:
+            self.identity["users"] = file_sha256(dataset.path / USERS)
+            self.schema = self.schema.append(pa.field("original_id", pa.string()))
 
     def settings(self) -> dict[str, Any]:
         return {}
@@ -97,7 +108,7 @@ class DatasetJob:
         """Do this process's share, shards rank, rank + world_size, ..; the one that ends last writes `out`."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
-        users = 0
+        users = unknown = 0
         if not (complete := self._finished()):
             self.parts.mkdir(parents=True, exist_ok=True)
             try:
@@ -105,27 +116,39 @@ class DatasetJob:
                 with locked(self.parts / f"rank-{rank}-of-{world_size}.lock", "in use", "wait for it"):
                     sweep_temporary(self.parts)
                     label = f"{self.doing}, {rank + 1} of {world_size}"
-                    users = self._write_parts(self.shards[rank::world_size], label)
+                    users, unknown = self._write_parts(self.shards[rank::world_size], label)
                 complete = self._finish()
             except FileNotFoundError:
                 if not self._finished():
                     raise
                 complete = True  # another process has put it together and removed the parts meanwhile
-        return Share(users, self._metadata(self.out)["unknown"] if complete else self.predictor.unknown, complete)
+        return Share(users, self._metadata(self.out)["unknown"] if complete else unknown, complete)
 
     def _part(self, rows: range) -> Path:
         return self.parts / f"part-{rows.start:012}-{rows.stop:012}.parquet"
 
     def _claim(self) -> None:
         """The first of a job's processes says what it is; the others must be at the same."""
-        path = self.parts / "job.json"
+        path = self.parts / _CLAIM
         if not path.exists():
+            others = [name for name in os.listdir(self.parts) if not (is_temporary(name) or _LOCK.fullmatch(name))]
+            if others and not path.exists():  # nor has another process made them meanwhile
+                what = f"{self.parts} holds {others[0]} and was not made by {self.command}"
+                raise ValueError(f"{what}; move it, or choose another file")
             with temporary(self.parts) as file, suppress(FileExistsError):
                 file.write(json.dumps(self.identity).encode())
                 file.flush()
                 os.fsync(file.fileno())
                 _name_first(file.name, path)
-        self._same(json.loads(path.read_text()), self.parts)
+        self._same(self._claimed(), self.parts)
+
+    def _claimed(self) -> dict[str, Any]:
+        """What the parts are of; nothing where their job.json is not ours."""
+        try:
+            values = json.loads((self.parts / _CLAIM).read_text())
+        except ValueError:
+            values = None
+        return values if isinstance(values, dict) else {}
 
     def _same(self, then: dict[str, Any], where: Path) -> None:
         for key in [*self.identity, *(then.keys() - self.identity.keys())]:
@@ -141,11 +164,19 @@ class DatasetJob:
         if not self.out.exists():
             return False
         self._same(self._metadata(self.out)["identity"], self.out)
-        claim = self.parts / "job.json"
-        with suppress(FileNotFoundError):
-            if not claim.exists() or json.loads(claim.read_text()) == self.identity:
-                shutil.rmtree(self.parts, ignore_errors=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if not (self.parts / _CLAIM).exists() or self._claimed() == self.identity:
+                self._remove_parts()
         return True
+
+    def _remove_parts(self) -> None:
+        """Files of our naming, job.json last: while it is there the others are known as ours. The folder too, where
+        nothing else is in it."""
+        with suppress(OSError):
+            for name in sorted(os.listdir(self.parts), key=lambda name: name == _CLAIM):
+                if name == _CLAIM or is_temporary(name) or _LOCK.fullmatch(name) or _PART.fullmatch(name):
+                    (self.parts / name).unlink(missing_ok=True)
+            self.parts.rmdir()
 
     def _metadata(self, path: Path) -> dict[str, Any]:
         try:
@@ -158,27 +189,31 @@ class DatasetJob:
             raise ValueError(f"{path} is there and was not made by {self.command}; choose another file")
         return json.loads(values[_KEY])
 
-    def _write_parts(self, shards: list[range], label: str) -> int:
-        """Those that are not there yet; how many users they hold."""
-        users = 0
+    def _write_parts(self, shards: list[range], label: str) -> tuple[int, int]:
+        """Those that are not there yet; how many users they hold, and how many ids of these were dropped."""
+        users = unknown = 0
         with progress(label, sum(map(len, shards))) as bar:
             for rows in shards:
                 if not self._part(rows).exists():
-                    self._write_part(rows)
+                    unknown += self._write_part(rows)
                     users += len(rows)
                 bar.update(len(rows))
-        return users
+        return users, unknown
 
-    def _write_part(self, rows: range) -> None:
-        dataset, unknown = self.dataset, self.predictor.unknown
+    def _write_part(self, rows: range) -> int:
+        """How many unknown ids were dropped."""
+        dataset, num_items = self.dataset, self.manifest["backbone"]["config"]["num_items"]
         offsets = np.array(dataset.offsets[rows.start : rows.stop + 1])
         items = np.array(dataset.items[offsets[0] : offsets[-1]])
         users = np.array(dataset.user_id[rows.start : rows.stop])
         for array in (dataset.items, dataset.offsets, dataset.user_id):
             release(array)
-        columns = [pa.array(users), *self.columns(Histories(items, offsets - offsets[0]))]
-        with self._writer(self._part(rows), self.predictor.unknown - unknown) as writer:
+        names = [] if self.names is None else [self.names.of(rows)]
+        columns = [pa.array(users), *self.columns(Histories(items, offsets - offsets[0])), *names]
+        unknown = int(((items < 1) | (items > num_items)).sum())
+        with self._writer(self._part(rows), unknown) as writer:
             writer.write_table(pa.table(columns, schema=self.schema))
+        return unknown
 
     @contextmanager
     def _writer(self, path: Path, unknown: int) -> Iterator[pq.ParquetWriter]:
@@ -197,7 +232,7 @@ class DatasetJob:
         """Put the parts together, if all are there and no other process is at it."""
         parts = [self._part(rows) for rows in self.shards]
         if not all(part.exists() for part in parts):
-            return False
+            return self._finished()  # another process may have removed them
         try:
             with locked(self.parts / "finish.lock", "being finished", "wait for it"):
                 if self._finished():  # by another process, between our look at the parts and the lock
@@ -206,21 +241,22 @@ class DatasetJob:
                 with self._writer(self.out, unknown) as writer:
                     for part in parts:
                         writer.write_table(pq.read_table(part))
-                shutil.rmtree(self.parts, ignore_errors=True)
+                self._remove_parts()
         except store.StoreError:
             return False  # another process is at it
         return True
 
 
 class EncodeJob(DatasetJob):
-    """User vectors: list<float32> a task. ValueError where tasks name a column twice."""
+    """User vectors: list<float32> a task. ValueError where tasks name a column twice, or one of the user's."""
 
     command, doing = "pcl encode", "encoding"
 
     def __init__(self, predictor: Predictor, dataset: Dataset, out: str | Path, tasks: Sequence[str] | None = None):
         super().__init__(predictor, dataset, out, tasks)
-        if "user_id" in self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks name the columns beside user_id, each once, got {', '.join(self.tasks)}")
+        if len(set(self.schema.names)) < len(self.schema.names):
+            user = "user_id" if self.names is None else "user_id and original_id"
+            raise ValueError(f"tasks name the columns beside {user}, each once, got {', '.join(self.tasks)}")
 
     def fields(self) -> list[tuple[str, pa.DataType]]:
         return [(name, pa.list_(pa.float32())) for name in self.tasks]
@@ -252,6 +288,8 @@ class PredictJob(DatasetJob):
     ):
         self.k, self.skip_seen, self.ids = check_k(k), skip_seen, ids
         super().__init__(predictor, dataset, out, [task])
+        if ids is not None:
+            check_items(predictor.path, self.manifest["record"], ids)
 
     @cached_property
     def spec(self) -> TaskSpec:
@@ -277,7 +315,7 @@ class PredictJob(DatasetJob):
     def columns(self, histories: Histories) -> list[pa.Array]:
         answer = self.predictor.predict(histories, self.tasks[0], self.k, skip_seen=self.skip_seen)
         if self.spec.kind != "items":
-            values = [answer[name] for name in self.schema.names[1:]]
+            values = [answer[name] for name, _ in self.fields()]
             return [_lists(one) if one.ndim == 2 else pa.array(one) for one in values]
         there = answer["items"] > 0
         items, scores = (answer[name][there] for name in ("items", "scores"))

@@ -57,10 +57,11 @@ class Histories:
 def read_histories(data: Any, column: str = "items") -> Histories:
     """Histories of a batch in any form that is taken, checked.
 
-    An Arrow table or record batch with a list column `column`, or such a column itself; a dict with `column`, a list
-    (or an array) of arrays, or with `values` [E] and `offsets` [B + 1]; a list of lists. Ids are integers, oldest
-    first. ValueError or TypeError names what is wrong and where.
+    An Arrow table or record batch with a list column `column`, or such a column itself; a dict (or a data frame) with
+    `column`, a list (or an array) of arrays, or with `values` [E] and `offsets` [B + 1]; a list of lists. Ids are
+    integers, oldest first. ValueError or TypeError names what is wrong and where.
     """
+    data = frame_to_dict(data)
     if isinstance(data, Histories):
         return data
     if type(data).__module__.partition(".")[0] == "pyarrow":
@@ -78,6 +79,12 @@ def read_histories(data: Any, column: str = "items") -> Histories:
             f"histories must be an Arrow table, a dict of arrays or a list of lists, got {type(data).__name__}"
         )
     return _from_lists(data, "history %d")
+
+
+def frame_to_dict(data: Any) -> Any:
+    """A data frame, as of pandas or polars, as its columns by name; anything else as it is."""
+    is_frame = hasattr(data, "columns") and hasattr(data, "to_dict")
+    return {name: data[name] for name in data.columns} if is_frame else data
 
 
 def _from_arrow(data: Any, column: str) -> Histories:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pcl_ext.data import Dataset
+
+_LOG = logging.getLogger(__name__)
 
 
 class ItemIds:
@@ -35,10 +42,16 @@ class ItemIds:
         self._originals = dict(zip(ids, map(int, originals) if numbers else originals))
 
     def check(self, num_items: int) -> None:
-        """ValueError unless these are items 1..num_items: the table of another dataset would name others."""
-        if self._originals.keys() != set(range(1, num_items + 1)):
+        """ValueError unless the items 1..num_items of a run are among these; there may be newer ones."""
+        if not self._originals.keys() >= set(range(1, num_items + 1)):
             named = len(self._originals)
             raise ValueError(f"{self.path} must name the items 1..{num_items} of the run's dataset, it names {named}")
+
+    def item_ids_sha256(self, count: int) -> str | None:
+        """As that of a `Dataset`."""
+        from pcl_ext.data.item_table import item_ids_sha256
+
+        return item_ids_sha256(self.path, count)
 
     def known(self, history: Sequence[int | str]) -> list[int]:
         """The dataset's ids of a history in the log's; 0, which a Predictor drops and counts, for unknown ones."""
@@ -50,6 +63,28 @@ class ItemIds:
         if unknown := [item for item in items if item and item not in self._originals]:
             raise ValueError(f"items must be 0 or among those that {self.path} names, got {unknown[0]}")
         return [self._originals[item] if item else None for item in items]
+
+
+def describe_items(dataset: Dataset) -> dict[str, Any]:
+    """What a run's record keeps of the items that it was made from, for `check_items`."""
+    return {"count": dataset.num_items, "sha256": dataset.item_ids_sha256(dataset.num_items)}
+
+
+def check_items(run: Path, record: Mapping[str, Any], given: Dataset | ItemIds) -> None:
+    """ValueError where the items 1..V of a run are others in a dataset or a table of item ids. There may be newer ones.
+    Not known of an older run, nor, which a logged warning says, of a dataset that does not name its items."""
+    made_from = record.get("dataset")
+    then = made_from.get("item_ids") if isinstance(made_from, dict) else None
+    if not isinstance(then, dict) or then.get("sha256") is None:
+        return
+    now = given.item_ids_sha256(then["count"])
+    if now is None:
+        _LOG.warning("%s has no original ids of its items: they are taken for those of %s", given.path, run)
+    elif now != then["sha256"]:
+        raise ValueError(
+            f"{given.path}: items 1..{then['count']} are not those of {made_from['path']}, from which {run} was made; "
+            "prepare it with [events] item_ids, the items.parquet that was there then, which keeps their numbers"
+        )
 
 
 def _is_number(text: str) -> bool:

@@ -13,16 +13,16 @@ from pcl_ext import store
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model import UserModel
 from pcl_ext.model.answers import answer, check_k
-from pcl_ext.serve.inputs import BATCH_TOKENS, Histories, read_histories
+from pcl_ext.serve.inputs import BATCH_TOKENS, Histories, frame_to_dict, read_histories
 
 
 class Predictor:
     """Predictions and user vectors of a run, for any number of histories in any of the usual forms.
 
     Pickles as its settings: each process opens the run when it is first asked. Histories are those of `read_histories`:
-    an Arrow table, a dict of arrays, a list of lists; new users and empty histories included. Of each the newest
-    max_len known ids are read; unknown ones are dropped and counted, in `unknown` (so far) and in each answer. Memory
-    beyond input and answer does not depend on the number of histories: they are worked on in chunks.
+    an Arrow table, a data frame, a dict of arrays, a list of lists; new users and empty histories included. Of each the
+    newest max_len known ids are read; unknown ones are dropped and counted, in `unknown` (so far) and in each answer.
+    Memory beyond input and answer does not depend on the number of histories: they are worked on in chunks.
 
     path       the run's folder
     task       what `predictor(batch)` predicts, or
@@ -89,6 +89,7 @@ class Predictor:
         """What the constructor was asked for, and before it the columns to `keep`: for `map_batches` and the like."""
         if self.task is None and self.tasks_encoded is None:
             raise ValueError("a Predictor that is called needs a task, or encode; or use its methods")
+        batch = frame_to_dict(batch)
         kept = {name: _column(batch, name) for name in self.keep}
         histories = read_histories(batch, self.column)
         for name, values in kept.items():

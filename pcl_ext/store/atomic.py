@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+MEND = "restore the file from a copy of the run, or make it again"
 _TEMPORARY = re.compile(r"\.pcl-[0-9a-f]{16}\.tmp")
 
 
@@ -21,9 +22,7 @@ class StoreError(ValueError):
     """A file is missing, damaged, or not what belongs there; or what was to be saved must not be."""
 
 
-def damaged(
-    path: Path, what: str, *, mend: str = "restore the file from a copy of the run, or make it again"
-) -> StoreError:
+def damaged(path: Path, what: str, *, mend: str = MEND) -> StoreError:
     return StoreError(f"{path} {what}; {mend}")
 
 
@@ -33,8 +32,17 @@ def temporary(folder: Path) -> Iterator[BinaryIO]:
     with _new_locked(folder) as file:
         try:
             yield file
+        except OSError as error:  # that of a full disk names no file: say which disk
+            if error.errno is not None and error.filename is None:
+                error.filename = str(folder)
+            raise
         finally:
             Path(file.name).unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one of `temporary`."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _new_locked(folder: Path) -> BinaryIO:
@@ -66,6 +74,8 @@ def read_file(path: Path, **mend: str) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise damaged(path, "is missing", **mend) from None
+    except PermissionError as error:
+        raise damaged(path, f"cannot be read ({error})", mend="give this user permission to read it") from error
     except OSError as error:
         raise damaged(path, f"cannot be read ({error})") from error
 
@@ -81,7 +91,7 @@ def fsync(folder: Path) -> None:
 def sweep_temporary(folder: Path) -> None:
     """Remove what a killed save left in `folder`: files of our own naming that no process holds."""
     for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+        if is_temporary(path.name) and path.is_file() and not path.is_symlink():
             with suppress(OSError), path.open("rb") as file:
                 if _try_lock(file):
                     path.unlink()

@@ -30,7 +30,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
      "tasks": [{"name", "file", "bytes", "sha256", "spec", "config", "depends_on", "tensors"}, ... in order]}
     """
     file = Path(path) / NAME
-    text = read_file(file, mend="name the folder of a run, or restore the file from a copy")
+    mend = "name the folder of a run, or restore the file from a copy"
+    begun = file.parent / "checkpoints"
+    if begun.is_dir() and (any(begun.glob("next.*")) or not any(file.parent.glob("backbone-*"))):
+        mend = "the run is still in pretraining: repeat pcl pretrain, which goes on where it stopped"
+    text = read_file(file, mend=mend)
     try:
         values = parse(text)
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcl_ext.store.atomic import StoreError, damaged, read_file, sweep_temporary, write_file
+from pcl_ext.store.atomic import MEND, StoreError, damaged, read_file, sweep_temporary, write_file
 
 FORMAT = 1
 _KEY = "pcl_ext"  # the one entry of safetensors' own metadata: JSON text
@@ -58,9 +58,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     write_file(path, to_bytes(tensors, metadata or {}))
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, metadata) of a file that `save_tensors` wrote; StoreError unless every byte checks out."""
-    content = read_tensors(Path(path))
+def load_tensors(path: str | Path, mend: str = MEND) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, metadata) of a file that `save_tensors` wrote; StoreError unless every byte checks out, with
+    `mend`, what to do about it."""
+    content = read_tensors(Path(path), mend)
     return content.tensors, content.metadata
 
 
@@ -94,26 +95,26 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
     return safetensors.torch.save(kept, {_KEY: canonical(body)})
 
 
-def read_tensors(path: Path) -> TensorFile:
+def read_tensors(path: Path, mend: str = MEND) -> TensorFile:
     """Read and check a whole file, the hash of every tensor and of the metadata. StoreError names the tensor."""
     data = read_file(path)
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        raise damaged(path, f"is truncated, damaged or no safetensors file ({error!s:.200})") from error
-    body = _read_metadata(path, data)
+        raise damaged(path, f"is truncated, damaged or no safetensors file ({error!s:.200})", mend=mend) from error
+    body = _read_metadata(path, data, mend)
     hashes = body["tensors"]
     if missing := sorted(set(hashes) - set(tensors)):
-        raise damaged(path, f"lacks tensor {missing[0]!r}")
+        raise damaged(path, f"lacks tensor {missing[0]!r}", mend=mend)
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES or hash_tensor(tensor) != hashes.get(name):
-            raise damaged(path, f"tensor {name!r} is not what was saved: its sha256 differs")
+            raise damaged(path, f"tensor {name!r} is not what was saved: its sha256 differs", mend=mend)
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
-            raise damaged(path, f"tensor {name!r} holds bytes that are neither true nor false")
+            raise damaged(path, f"tensor {name!r} holds bytes that are neither true nor false", mend=mend)
     return TensorFile(tensors, body["metadata"], hashes, hashlib.sha256(data).hexdigest(), len(data))
 
 
-def _read_metadata(path: Path, data: bytes) -> dict[str, Any]:
+def _read_metadata(path: Path, data: bytes, mend: str) -> dict[str, Any]:
     """Our part of the metadata of a file that safetensors has read; it returns the metadata of mapped files only."""
     end = 8 + int.from_bytes(data[:8], "little")
     try:
@@ -124,7 +125,7 @@ def _read_metadata(path: Path, data: bytes) -> dict[str, Any]:
     except StoreError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(path, f"has a header that is not ours or damaged ({error!r:.200})") from error
+        raise damaged(path, f"has a header that is not ours or damaged ({error!r:.200})", mend=mend) from error
     return body
 
 

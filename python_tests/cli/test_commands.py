@@ -1,11 +1,9 @@
 """Every command of `pcl`, as a user types it: what it prints, and what it writes."""
 
+import errno
 import json
 import os
-import select
 import shutil
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,6 +104,23 @@ def test_evaluate_writes_what_the_run_recorded(made, pcl, tmp_path):
     assert pcl("evaluate", made.run, "--data", made.data, "--fold", "valid")[1] != out
 
 
+def test_results_are_replaced_whole_or_not_at_all(made, pcl, tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    file.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    status, _, err = pcl("evaluate", made.run, "--data", made.data, "--json", file)
+    assert (status, err) == (2, [f"pcl evaluate: [Errno {errno.ENOSPC}] No space left: '{tmp_path}'"])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert file.read_text() == "old"
+
+
+def test_results_go_to_what_is_no_plain_file(made, pcl, tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "results.json")
+    assert pcl("evaluate", made.run, "--data", made.data, "--json", tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert "matrix" in json.loads((tmp_path / "results.json").read_text())
+
+
 ANSWERS = {
     "next": {"items", "scores"},
     "range": {"items", "scores"},
@@ -161,35 +176,6 @@ def test_predict_keeps_the_order_of_many_lines(made, pcl):
     want = torch.tensor([model.predict([history], "spend")[0]["value"] for history in histories[::50]])
     torch.testing.assert_close(values[::50], want)
     assert len(values.unique()) > 100
-
-
-@pytest.mark.parametrize(("between", "last"), [("\n", ""), ("\n", "\n"), ("\r\n", "\r\n")], ids=repr)
-@pytest.mark.parametrize("size", [1, 7, 1 << 16])
-def test_predict_takes_lines_as_they_come(made, pcl, monkeypatch, size, between, last):
-    monkeypatch.setattr(commands, "READ_BYTES", size)
-    lines = between.join(map(json.dumps, [[1, 2], [], [4] * 30])) + last
-    status, out, err = pcl("predict", made.run, "--task", "next", stdin=lines)
-    assert (status, err) == (0, [])
-    want = store.from_pretrained(made.run).predict([[1, 2], [], [4] * 30], "next")
-    assert [json.loads(line)["items"] for line in out] == [row["items"] for row in want]
-
-
-def test_predict_answers_a_pipe_that_stays_open(made):
-    argv = [sys.executable, "-m", "pcl_ext.cli", "predict", made.run, "--task", "click"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        for lines in (1, 1, 3):
-            os.write(process.stdin.fileno(), b"[1, 2]\n" * lines)
-            answers = b""
-            while answers.count(b"\n") < lines:
-                if not select.select([process.stdout], [], [], 60)[0]:
-                    process.kill()
-                    pytest.fail("no answer")
-                came = os.read(process.stdout.fileno(), 1 << 16)
-                assert came, "the process has ended"
-                answers += came
-            assert [set(json.loads(line)) for line in answers.splitlines()] == [{"probability"}] * lines
-        process.stdin.close()
-        assert process.wait(60) == 0
 
 
 def test_predict_of_nothing_is_nothing(made, pcl):
@@ -342,6 +328,8 @@ def test_learn_counts_what_it_compared(made, pcl, copy, tmp_path):
     path = tmp_path / "data" / "tasks" / "click.parquet"
     table = pq.read_table(path)
     pq.write_table(table.set_column(1, "target", pa.array(1 - table["target"].to_numpy())), path)
+    header = tmp_path / "data" / "dataset.json"
+    header.write_text(header.read_text().replace('"sha256"', '"was"'))
     status, out, _ = pcl("learn", copy, "loyal", "--data", tmp_path / "data", "--learn.epochs", 1)
     assert status == 0
     want = "outputs of 4 earlier tasks unchanged, bit for bit; click not compared: its table is another now"

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pcl_ext import run, store
+from pcl_ext import loop, run, store
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,14 @@ def test_settings_that_are_not_known_are_refused(made, refused, tmp_path, comman
 
 @pytest.mark.parametrize(
     "line",
-    ["", "1 2 3", "[1, 2", "3", '{"items": [1]}', "[1.5]", '["1"]', "[true]", "[null]", "[" * 99_999, f"[{2**63}]"],
+    ["1 2 3", "[1, 2", "3", "{}", '{"item": [1]}', '{"items": 3}', '{"items": ["1"]}', "null"]
+    + ["[1.5]", '["1"]', "[true]", "[null]", "[" * 99_999, f"[{2**63}]"],
 )
 def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pcl, line):
     stdin = f"[1]\n{line}\n[2]\n"
     status, answers, errors = pcl("predict", made.run, "--task", "next", stdin=stdin)
     assert (status, len(answers)) == (2, 1)
-    assert "line 2 must be a JSON list of item ids" in errors[-1]
+    assert 'line 2 must be a JSON list of item ids, or an object with such a list as its "items", got' in errors[-1]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,7 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
         (["pretrain", "DATA", "--out", "NEW", "--max-len", "0"], "max_len must be a whole number from 1 up, got 0"),
         (["pretrain", "DATA", "--out", "NEW", "--config", "none.yaml"], "none.yaml"),
         (["pretrain", "DATA", "--out", "DATA/dataset.json"], "dataset.json"),
+        (["pretrain", "DATA", "--out", "DATA"], "is the folder of a dataset; choose another one for the run"),
         (["learn", "RUN", "--data", "nowhere"], "nowhere must be a dataset folder"),
         (["learn", "nowhere", "--data", "DATA"], "nowhere/manifest.json is missing; name the folder of a run"),
         (["learn", "DATA", "--data", "DATA"], "manifest.json is missing"),
@@ -116,8 +118,8 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
         (["export", "RUN", "--task", "churn"], "task must be one of next, click, .*, got 'churn'"),
         (["export", "RUN", "--task", "click", "--formats", "jit"], "formats"),
         (["export", "nowhere", "--task", "click"], "manifest.json is missing"),
-        (["verify", "nowhere"], "nowhere is no run"),
-        (["verify", "DATA"], "is no run: it has no manifest.json"),
+        (["verify", "nowhere"], "nowhere/manifest.json is missing; name the folder of a run"),
+        (["verify", "DATA"], "manifest.json is missing; name the folder of a run"),
         (["report", "DATA"], "manifest.json is missing"),
         (["report", "RUN", "--out", "DATA/dataset.json"], "dataset.json"),
         (["demo", "--data", "nowhere", "--out", "NEW"], "nowhere must be a dataset folder"),
@@ -155,6 +157,21 @@ def test_a_dataset_that_lost_a_task_is_refused(made, refused, tmp_path, command)
         file.unlink()
     line = refused(command, made.run, *(["loyal"] if command == "learn" else []), "--data", other)
     assert f"{other} has no table of click, which {made.run} has learned" in line
+
+
+def test_a_run_in_pretraining_says_how_it_goes_on(made, pcl, refused, tmp_path, monkeypatch):
+    def stop(*args):
+        raise OSError("stopped")
+
+    argv = ["pretrain", made.data, "--out", tmp_path / "run", "--config", made.folder / "pretrain.yaml"]
+    for module, name in ((run, "_references"), (loop, "_end_epoch")):  # before the first step, and after some
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            assert pcl(*argv)[0] == 2
+        for command in (["predict", "--task", "next"], ["verify"], ["learn", "--data", made.data], ["report"]):
+            line = refused(command[0], tmp_path / "run", *command[1:])
+            assert "manifest.json is missing; the run is still in pretraining: repeat pcl pretrain" in line
+    assert pcl(*argv)[0] == 0
 
 
 def test_a_run_in_use_is_refused(made, refused, copy):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -242,3 +243,63 @@ def test_a_folder_without_hard_links(made, want, tmp_path, monkeypatch, number):
     assert not job(made, out).run(0, 2).complete
     assert job(made, out).run(1, 2).complete
     check(out, want)
+
+
+def test_a_folder_of_parts_that_no_job_made_is_left_alone(made, want, tmp_path):
+    out = tmp_path / "users.parquet"
+    precious = tmp_path / "users.parquet.parts" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    with pytest.raises(ValueError, match=r"parts holds precious and was not made by pcl encode; move it, or choose"):
+        job(made, out).run()
+    (precious.parent / "job.json").write_text("not JSON")
+    with pytest.raises(ValueError, match=r"parts was made from another backbone \(None, .* remove it, or choose"):
+        job(made, out).run()
+    (precious.parent / "job.json").unlink()
+    precious.rename(tmp_path / "precious")
+    job(made, out).run(0, 2)
+    (tmp_path / "precious").rename(precious)
+    assert job(made, out).run(1, 2).complete
+    assert job(made, out).run().complete
+    assert pq.read_table(out).equals(want)
+    assert [path.name for path in precious.parent.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("left", [["finish.lock"], [".pcl-0123456789abcdef.tmp"], []], ids=str)
+def test_what_a_process_leaves_that_was_killed_at_its_start_or_end_is_no_obstacle(made, want, tmp_path, left):
+    out = tmp_path / "users.parquet"
+    for _ in range(2):
+        job(made, out).parts.mkdir()
+        for name in left:
+            (job(made, out).parts / name).touch()
+        assert job(made, out).run().complete
+    check(out, want)
+
+
+def test_the_mark_of_a_job_is_removed_last(made, tmp_path, monkeypatch):
+    gone, unlink = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: (gone.append(path.name), unlink(path, **how))[1])
+    job(made, tmp_path / "users.parquet").run()
+    assert gone[-1] == "job.json"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_dropped_ids_are_those_of_the_job(made, tmp_path, world_size):
+    """Not those that the predictor has dropped for others before."""
+    predictor = Predictor(made[0])
+    predictor.predict([[99, 98]], "ctr")
+    dataset, offsets = made[1], made[1].offsets
+    share = encode.EncodeJob(predictor, dataset, tmp_path / "users.parquet", ["ctr"]).run(0, world_size)
+    rows = [row for at in range(0, GROUPS * USERS, 10 * world_size) for row in range(at, at + 10)]
+    mine = rows if world_size == 2 else range(GROUPS * USERS)
+    assert share.unknown == sum(int((dataset.items[offsets[row] : offsets[row + 1]] > 20).sum()) for row in mine)
+
+
+def test_a_full_disk_is_named(made, tmp_path, monkeypatch):
+    class Full(encode.pq.ParquetWriter):
+        def write_table(self, table):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(encode.pq, "ParquetWriter", Full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/users.parquet.parts'"):
+        job(made, tmp_path / "users.parquet").run()

@@ -4,7 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stores import make_model
 
+from pcl_ext import Predictor, save_pretrained
 from pcl_ext.serve import ItemIds, read_histories
 from pcl_ext.serve.inputs import Histories
 
@@ -136,3 +138,30 @@ def test_items_are_named_once(tmp_path, names):
     pq.write_table(pa.table({"item_id": [1, 2, 3], "original_id": names}), tmp_path / "items.parquet")
     with pytest.raises(ValueError, match="original_id must name every item once, got a null or one twice"):
         ItemIds(tmp_path / "items.parquet")
+
+
+class Frame:
+    """What of a data frame of pandas or polars is looked at."""
+
+    def __init__(self, **columns):
+        self._columns, self.columns = columns, list(columns)
+
+    def __getitem__(self, name):
+        return self._columns[name]
+
+    def __len__(self):
+        return len(self._columns[self.columns[0]])
+
+    def to_dict(self):
+        raise AssertionError("it differs from one package to the other")
+
+
+def test_a_data_frame_is_a_dict_of_its_columns(tmp_path):
+    frame = Frame(user_id=[7, 8, 9, 10], items=[np.array(x) for x in LISTS])
+    got = read_histories(frame)
+    assert (got.items.tolist(), got.offsets.tolist()) == (sum(LISTS, []), [0, 3, 3, 4, 6])
+    with pytest.raises(ValueError, match="a dict of arrays must hold 'seen', .* got user_id, items"):
+        read_histories(frame, "seen")
+    save_pretrained(make_model("ctr"), tmp_path / "run")
+    answer = Predictor(tmp_path / "run", "ctr", keep=["user_id"])(frame)
+    assert answer["user_id"].tolist() == [7, 8, 9, 10]
