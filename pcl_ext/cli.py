@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if error.name is None or error.name.startswith("pcl_ext"):
             raise
-        return _fail(f"the package {error.name} is missing: pip install 'pcl_ext[cli]'")
+        return _fail(f"the package {error.name} is missing: pip install '.[cli]' in the sources of pcl_ext")
     parser, subparsers = build_parser()
     name = ""
     try:
@@ -151,7 +151,8 @@ def _predict(parser) -> None:
     parser.add_argument("--skip-seen", action="store_true", help="leave out the items of the history (items tasks)")
     ids = "items.parquet of the dataset: item ids in and out are the log's own; left out: the dataset's, 1..V"
     parser.add_argument("--item-ids", type=Path, help=ids)
-    whose = "dataset folder: predict for all its users, into --out; left out: for the histories on stdin, a list a line"
+    whose = "dataset folder: predict for all its users, into --out; left out: for the histories on stdin, a line each: "
+    whose += "a list of item ids, or an object with it as `items`, whose other keys come back"
     parser.add_argument("--data", type=Path, help=whose)
     parser.add_argument("--out", type=Path, help="Parquet file for --data; an interrupted job goes on")
 

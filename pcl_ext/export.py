@@ -217,7 +217,7 @@ def _why_not(name: str) -> str | None:
         return "the format package needs a C++ compiler, g++ or clang++"
     absent = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
     if name == "onnx" and absent:
-        return f"the format onnx needs {', '.join(absent)}: pip install 'pcl_ext[export]'"
+        return f"the format onnx needs {', '.join(absent)}: pip install '.[export]' in the sources of pcl_ext"
     return None
 
 

@@ -351,6 +351,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "kernels": ops.native_status().rpartition(", ")[2],
+        "build": ops.native_build(),
     }
 
 

@@ -199,7 +199,7 @@ def test_what_cannot_be_made_is_left_out_or_refused(model, tmp_path, monkeypatch
     files, left_out = export(model, "ctr", tmp_path)
     assert list(files) == ["program"]
     assert left_out["package"] == "the format package needs a C++ compiler, g++ or clang++"
-    assert "no_such_package: pip install 'pcl_ext[export]'" in left_out["onnx"]
+    assert "no_such_package: pip install '.[export]' in the sources of pcl_ext" in left_out["onnx"]
     with pytest.raises(ImportError, match="no_such_package"):
         export(model, "ctr", tmp_path, ["onnx"])
     with pytest.raises(ImportError, match="needs a C\\+\\+ compiler"):

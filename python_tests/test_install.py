@@ -124,4 +124,7 @@ except ImportError as error:
 """
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["(2,)", "datasets on disk need pyarrow: pip install 'pcl_ext[cli]'"]
+    assert run.stdout.splitlines() == [
+        "(2,)",
+        "datasets on disk need pyarrow: pip install '.[cli]' in the sources of pcl_ext",
+    ]

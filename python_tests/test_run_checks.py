@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import BACKBONE
 
-from pcl_ext import loop, run, store, train
+from pcl_ext import loop, ops, run, store, train
 from pcl_ext.data import Dataset, check_task
 from pcl_ext.train import LearnConfig, PretrainConfig
 
@@ -335,3 +335,11 @@ def test_train_targets_that_cannot_teach_all_are_told(write, tmp_path, caplog, m
         learn(dataset, tmp_path / "run", "label")
     (text,) = [record.getMessage() for record in caplog.records] or [None]
     assert text == said or re.fullmatch(f"{dataset.path}: {said}.*", text)
+
+
+def test_another_build_of_the_kernels_is_another_machine(write, tmp_path, monkeypatch):
+    dataset = write({})
+    pretrain(dataset, tmp_path / "run")
+    monkeypatch.setattr(ops, "native_build", lambda: "another")
+    found = run.verify_unchanged(tmp_path / "run", dataset)
+    assert "bits can be compared on the machine that made the run only: build was " in found["not_checked"]

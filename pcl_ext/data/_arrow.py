@@ -7,6 +7,6 @@ try:
     import pyarrow.dataset as ds
     import pyarrow.parquet as pq
 except ImportError as error:
-    raise ImportError("datasets on disk need pyarrow: pip install 'pcl_ext[cli]'") from error
+    raise ImportError("datasets on disk need pyarrow: pip install '.[cli]' in the sources of pcl_ext") from error
 
 __all__ = ["csv", "ds", "pa", "pc", "pq"]

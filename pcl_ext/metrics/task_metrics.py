@@ -183,7 +183,7 @@ class _Binary:
         try:
             from torchmetrics.functional.classification import binary_auroc
         except ImportError as error:
-            raise ImportError("auc needs torchmetrics: pip install pcl_ext[cli]") from error
+            raise ImportError("auc needs torchmetrics: pip install '.[cli]' in the sources of pcl_ext") from error
         label = torch.cat(self.label).long()
         # Dense ranks: binary_auroc takes a sigmoid of logits in float32, which ties all logits above 17.
         _, rank = torch.cat(self.logit).unique(return_inverse=True)

@@ -1,7 +1,7 @@
 """The ops: checked, differentiable, fused where the compiled module is there and plain PyTorch elsewhere."""
 
 from pcl_ext.ops import reference
-from pcl_ext.ops._native import has_fused, native_status
+from pcl_ext.ops._native import has_fused, native_build, native_status
 from pcl_ext.ops.attention_plan import AttentionPlan, attention_plan
 from pcl_ext.ops.embed import embed
 from pcl_ext.ops.feed_forward import feed_forward
@@ -21,6 +21,7 @@ __all__ = [
     "gather_histories",
     "has_fused",
     "linear",
+    "native_build",
     "native_status",
     "newest_attention",
     "plan_batches",

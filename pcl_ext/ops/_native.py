@@ -1,7 +1,8 @@
 """The compiled module: present, absent (PyTorch only) or broken, which is loud. What the ops need to call it."""
 
 import warnings
-from functools import wraps
+from functools import cache, wraps
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def native_status(device: str = "cpu") -> str:
         return "not built: every op runs on its PyTorch reference (install without -Cwheel.cmake=false to build it)"
     threads = "" if C.has_threads() else ", one thread alone (no OpenMP was found in torch)"
     return f"{C.__file__}, {C.compiler()}{threads}, instruction sets {', '.join(C.isas())}, using {C.isas()[-1]}"
+
+
+@cache
+def native_build() -> str:
+    """The sha256 of the compiled module: another build may round otherwise. "" where there is none."""
+    return "" if C is None else sha256(Path(C.__file__).read_bytes()).hexdigest()
 
 
 def use_fused(

@@ -37,7 +37,7 @@ def draw(content: Content) -> dict[str, bytes]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("the report's pictures need matplotlib: pip install pcl_ext[cli]") from error
+        raise ImportError("pictures need matplotlib: pip install '.[cli]' in the sources of pcl_ext") from error
     made = {"matrix": heat_map, "references": references, "curves": curves, "sizes": sizes}
     with matplotlib.rc_context(_STYLE):
         figures = {name: make(content) for name, make in made.items()}

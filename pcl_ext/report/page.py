@@ -11,6 +11,7 @@ from typing import Any
 from pcl_ext.report.charts import DPI, draw, number
 from pcl_ext.report.content import Content, TaskResult, gather
 from pcl_ext.store import read_manifest
+from pcl_ext.store.atomic import write_file
 
 CSS = """
 :root { color: #1f2933; background: #f5f7fa; font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -48,9 +49,9 @@ def report(run_path: str | Path, out: str | Path | None = None) -> Path:
     folder = Path(run_path) / "report" if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        (folder / name).write_bytes(picture)
+        write_file(folder / name, picture)
     page = folder / "report.html"
-    page.write_text(_page(content, pictures), encoding="utf-8")
+    write_file(page, _page(content, pictures).encode())
     return page
 
 

@@ -201,12 +201,12 @@ def test_a_run_without_a_record(made, pcl, refused, tmp_path):
 
 def test_a_missing_package_is_named(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    assert refused("info") == "the package jsonargparse is missing: pip install 'pcl_ext[cli]'"
+    assert refused("info") == "the package jsonargparse is missing: pip install '.[cli]' in the sources of pcl_ext"
 
 
 def test_a_package_that_only_one_command_needs(made, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install pcl_ext[cli]" in refused("report", made.run)
+    assert "pip install '.[cli]' in the sources of pcl_ext" in refused("report", made.run)
 
 
 def test_a_reader_that_stops_reading_is_no_mistake():
