@@ -354,5 +354,5 @@ def test_an_unknown_metric_raises():
 
 def test_without_torchmetrics_auc_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.classification", None)
-    with pytest.raises(ImportError, match=r"pip install pcl_ext\[cli\]"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[cli\]' in the sources of pcl_ext"):
         measure(SPECS["binary"], torch.randn(4), torch.tensor([0, 1, 0, 1])).compute()

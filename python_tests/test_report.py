@@ -232,5 +232,5 @@ def test_settings_that_all_tasks_share_are_said_once(tmp_path, model):
 def test_without_matplotlib_it_says_what_to_install(tmp_path, model, monkeypatch):
     save_pretrained(model, tmp_path / "run", make_record())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install pcl_ext\[cli\]"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[cli\]' in the sources of pcl_ext"):
         report(tmp_path / "run")

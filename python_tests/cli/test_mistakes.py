@@ -209,9 +209,9 @@ def test_a_package_that_only_one_command_needs(made, refused, monkeypatch):
     assert "pip install '.[cli]' in the sources of pcl_ext" in refused("report", made.run)
 
 
-def test_a_reader_that_stops_reading_is_no_mistake():
-    command = [sys.executable, "-m", "pcl_ext.cli", "info"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def test_a_reader_that_stops_reading_is_no_mistake(tmp_path):
+    command, pipe = [sys.executable, "-m", "pcl_ext.cli", "info"], subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 128 + signal.SIGPIPE
