@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pcl_ext.data.dataset import Dataset
 
 NEXT = "next"
+_LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 
 
@@ -121,18 +123,20 @@ def _build_table(dataset: Dataset, path: Path, spec: TaskSpec, out: Path) -> Non
                 values["time"] = Column(path, "time").integers(batch["time"], base)
             arrays.append(**values)
     if spec.kind != "items":
-        _check_one_label(path, load(out, "user"), load(out, "cut"), dataset)
+        _tell_of_repeats(path, load(out, "user"), load(out, "cut"), dataset)
 
 
-def _check_one_label(path: Path, user: np.ndarray, cut: np.ndarray, dataset: Dataset) -> None:
-    """A user has one label at a cut: several would be as many answers to one question."""
-    order = None if ordered(user, cut) else np.lexsort((cut, user))
-    user, cut = (user, cut) if order is None else (user[order], cut[order])
+def _tell_of_repeats(path: Path, user: np.ndarray, cut: np.ndarray, dataset: Dataset) -> None:
+    """Several labels of a user at one cut are learned, and counted, each; a join that has fanned out looks so too."""
+    order = np.arange(len(user)) if ordered(user, cut) else np.lexsort((cut, user))
+    user, cut = user[order], cut[order]
     if (twice := np.flatnonzero((user[1:] == user[:-1]) & (cut[1:] == cut[:-1]))).size:
         at = int(twice[0])
-        first, row = (at, at + 1) if order is None else (int(order[at]), int(order[at + 1]))
-        what, value = "one row for a user and a cut", int(dataset.user_id[user[at]])
-        raise Column(path, "user_id").fail(f"in {what} (first in row {first}, cut {int(cut[at])})", row, value)
+        rows, who = f"rows {order[at]} and {order[at + 1]}", int(dataset.user_id[user[at]])
+        _LOG.warning(
+            f"{path}: {twice.size:,} of {len(user):,} rows are a further label of a user at the same cut, "
+            f"first user {who} in {rows}: each is learned and counted"
+        )
 
 
 def _ranked(dataset: Dataset, spec: TaskSpec) -> np.ndarray | None:
