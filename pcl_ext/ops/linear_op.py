@@ -55,6 +55,8 @@ def _pairs(weight: Tensor) -> Tensor:
 
 def forward(x, weight, bias, norm_weight, norm_bias, residual, eps, *, isa=BEST_ISA):
     """out [T, N]."""
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight and norm_bias come together or not at all, got one of them")
     out = forward_fake(x, weight, bias, norm_weight, norm_bias, residual, eps)
     x, (weight,), residual = readable(x), operands(isa, weight), readable(residual)
     norm_weight, norm_bias, bias = wide(norm_weight), wide(norm_bias), wide(bias)

@@ -56,6 +56,13 @@ def test_dtypes_that_kernels_would_misread_are_refused():
     _refused("linear", x, weight.double(), None, None, None, None, 1e-5, match="float32, float64")
 
 
+def test_half_a_norm_is_refused():
+    x, weight, norm = torch.randn(8, 16), torch.randn(4, 16), torch.ones(16)
+    for parts in ((norm, None), (None, norm)):
+        with pytest.raises(ValueError, match="norm_weight and norm_bias come together or not at all"):
+            torch.ops.pcl_ext.linear.default(x, weight, None, *parts, None, 1e-5)
+
+
 def _gradients(run, *inputs):
     leaves = [x.clone().requires_grad_() for x in inputs]
     return torch.autograd.grad((torch.vmap(run)(*leaves) ** 2).sum(), leaves, allow_unused=True)
