@@ -1,14 +1,18 @@
 """Time per useful row of attention and of encoding, from 100 to 100,000 users a call: is it flat?
 
 The same users every time, cut into calls, largest calls ten times the same. Encoding goes from stored histories to user
-vectors through batches of at most 16,384 rows, as evaluation does. What does not fit into memory is left out.
+vectors through batches of at most 16,384 rows, as evaluation does. A call's result is let go before the next call, as
+in a loop that uses it; figures are medians over calls. What does not fit into memory is left out.
 """
 
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
-from measure import Report, lengths_of, medians_ms, to_offsets
+from measure import Report, lengths_of, to_offsets
 from padded_model import MAX_LEN, PaddedModel, in_groups, make_model
 from torch import Tensor
 
@@ -26,17 +30,21 @@ def free_bytes() -> int:
     return 1024 * int(lines["MemAvailable"].split()[0]) if "MemAvailable" in lines else 0
 
 
-def attention_calls(rows: Tensor, offsets: Tensor, size: int) -> Callable:
+Calls = list[tuple[Callable[[], Tensor], int]]  # each with the rows it does
+
+
+def attention_calls(rows: Tensor, offsets: Tensor, size: int) -> Calls:
     """prompt_attention over rows [T, 3, H, d], `size` users a call."""
     calls = []
     for first in range(0, len(offsets) - 1, size):
         own = offsets[first : first + size + 1]
         q, k, v = rows[int(own[0]) : int(own[-1])].unbind(1)
-        calls.append((q, k, v, own - own[0], ops.attention_plan(own - own[0])))
-    return lambda: [ops.prompt_attention(*call, plan=plan) for *call, plan in calls]
+        given, plan = (q, k, v, own - own[0]), ops.attention_plan(own - own[0])
+        calls.append((partial(ops.prompt_attention, *given, plan=plan), len(q)))
+    return calls
 
 
-def encode_calls(model: UserModel, items: Tensor, offsets: Tensor, size: int) -> Callable:
+def encode_calls(model: UserModel, items: Tensor, offsets: Tensor, size: int) -> Calls:
     """encode from stored histories, `size` users a call; vectors in the order of the users."""
     users, lengths = torch.arange(len(offsets) - 1), offsets.diff()
 
@@ -46,7 +54,20 @@ def encode_calls(model: UserModel, items: Tensor, offsets: Tensor, size: int) ->
         vectors = torch.cat([model.encode(batch, ["items"])["items"] for batch in gathered])
         return vectors[torch.argsort(torch.cat(batches))]
 
-    return lambda: [call(part) for part in users.split(size)]
+    return [(partial(call, part), int(lengths[part].sum())) for part in users.split(size)]
+
+
+def nanoseconds_a_row(ways: dict[int, Calls], turns: int = 6) -> dict[int, float]:
+    """The median over the calls of each way; ways take turns, the first of which is not counted."""
+    times: dict[int, list[float]] = {size: [] for size in ways}
+    for turn in range(1 + turns):
+        for size, calls in ways.items():
+            for call, rows in calls:
+                begin = time.perf_counter_ns()
+                call()
+                if turn:
+                    times[size].append((time.perf_counter_ns() - begin) / rows)
+    return {size: median(calls) for size, calls in times.items()}
 
 
 def reference_attention(rows: Tensor, lengths: Tensor) -> Tensor:
@@ -67,22 +88,19 @@ def bench(report: Report, sizes: list[int]) -> None:
     lengths = lengths_of(most, 64).clamp_max(MAX_LEN)
     items, rows = torch.randint(1, 2000, (int(lengths.sum()),)), torch.randn(int(lengths.sum()), 3, HEADS, DIM // HEADS)
     sizes = [s for s in sizes if s <= most or s // most * rows.nbytes * 2 < free_bytes()]
-    attention, encode, total = {}, {}, {}
+    attention, encode = {}, {}
     for size in sizes:
         times = max(1, size // most)
-        offsets, total[size] = to_offsets(lengths.repeat(times)), times * len(items)
+        offsets = to_offsets(lengths.repeat(times))
         attention[size] = attention_calls(rows.repeat(times, 1, 1, 1) if times > 1 else rows, offsets, size)
         encode[size] = encode_calls(model, items.repeat(times), offsets, size)
     for ways, want in (
         (attention, reference_attention(rows, lengths)),
         (encode, padded_vectors(model, items, lengths)),
     ):
-        for way in ways.values():
-            torch.testing.assert_close(torch.cat(way())[: len(want)], want)  # no speed without truth
-    per_row = []
-    for ways in (attention, encode):
-        times = medians_ms(ways, least=3)
-        per_row.append({size: 1e6 * ms / total[size] for size, ms in times.items()})
+        for calls in ways.values():  # no speed without truth
+            torch.testing.assert_close(torch.cat([call() for call, _ in calls])[: len(want)], want)
+    per_row = [nanoseconds_a_row(ways) for ways in (attention, encode)]
     for size in sizes:
         ratios = [row[size] / min(row.values()) for row in per_row]
         report.row(size, *ratios, *(row[size] for row in per_row))
