@@ -27,7 +27,6 @@ IMPLS = ("auto", "fused", "reference")
 BEST_ISA = -1
 AVX512_BF16 = 3  # csrc/isa.h: the first that multiplies bfloat16
 CPU = torch.device("cpu")
-_NO_TENSORS = {int, float, bool, type(None)}
 
 
 def _source_folder() -> Path | None:
@@ -189,14 +188,13 @@ def call(op, kernel, *args):
         return op(*args)
     grad, ordinary = torch.is_grad_enabled(), not _is_watched()
     for a in args:
-        kind = type(a)
-        if kind in _NO_TENSORS or not isinstance(a, Tensor):
-            continue
-        if grad and a.requires_grad:
-            return op(*args)
-        # what lies in memory may still be to be negated, which the dispatcher does
-        if not (kind is Tensor or kind is Parameter) or a.is_neg() or a._is_zerotensor():
-            ordinary = False
+        if isinstance(a, Tensor):
+            if grad and a.requires_grad:
+                return op(*args)
+            kind = type(a)
+            # what lies in memory may still be to be negated, which the dispatcher does
+            if not (kind is Tensor or kind is Parameter) or a.is_neg() or a._is_zerotensor():
+                ordinary = False
     return kernel(*args) if ordinary else below_autograd(op, *args)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from pcl_ext.ops import feed_forward_op, reference
 from pcl_ext.ops._check import FLOATS, check_number, check_tensor, is_plain
 from pcl_ext.ops._native import call, may_want_gradient
-from pcl_ext.ops.linear import check_weights, is_vector, norm_parts, product_dtype, runs_plainly, use_frozen
+from pcl_ext.ops.linear import are_vectors, check_weights, norm_parts, product_dtype, runs_plainly, use_frozen
 
 
 def feed_forward(
@@ -50,8 +50,8 @@ def _is_right(impl: str, x, norm, weight_in, bias_in, weight_out, bias_out, eps)
     hidden, dim = weight_in.shape
     return (
         x.shape[1] == dim
-        and all(is_vector(v, dim, x.dtype) for v in (*norm, bias_out))
-        and is_vector(bias_in, hidden, x.dtype)
+        and are_vectors(dim, x.dtype, *norm, bias_out)
+        and are_vectors(hidden, x.dtype, bias_in)
         and is_plain(weight_out, 2, (x.dtype,))
         and weight_out.shape == (dim, hidden)
         and not may_want_gradient(*norm, weight_in, bias_in, weight_out, bias_out)

@@ -56,8 +56,8 @@ def _is_right(impl: str, x, weight, bias, norm, residual, eps) -> bool:
     (out, dim), dtype, norms = weight.shape, x.dtype, norm or ()
     return (
         x.shape[1] == dim
-        and (bias is None or is_vector(bias, out, dtype))
-        and all(is_vector(v, dim, dtype) for v in norms)
+        and (bias is None or are_vectors(out, dtype, bias))
+        and are_vectors(dim, dtype, *norms)
         and not may_want_gradient(weight, bias, *norms)
         and (residual is None or (is_plain(residual, 2, (dtype,)) and residual.shape == (len(x), out)))
     )
@@ -76,9 +76,13 @@ def runs_plainly(impl: str, x, weight, eps) -> bool:
     )
 
 
-def is_vector(value, length: int, dtype: torch.dtype) -> bool:
-    """Whether value is an ordinary vector of this length and dtype."""
-    return is_plain(value, 1, (dtype,)) and len(value) == length
+def are_vectors(length: int, dtype: torch.dtype, *values) -> bool:
+    """Whether values are ordinary vectors of this length and dtype."""
+    dtypes = (dtype,)
+    for value in values:
+        if not (is_plain(value, 1, dtypes) and value.shape[0] == length):
+            return False
+    return True
 
 
 def norm_parts(norm) -> dict[str, Tensor]:

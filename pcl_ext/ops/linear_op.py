@@ -42,8 +42,9 @@ def wide(x: Tensor | None) -> Tensor | None:
 def operands(isa: int, *weights: Tensor) -> list[Tensor]:
     """Contiguous weights as their products read them: bfloat16 where the instruction set multiplies that and all
     dimensions are whole tiles, else the dtype of the sums."""
-    isa = _BEST if isa == BEST_ISA else isa
-    pairs = isa >= AVX512_BF16 and all(w.dtype == torch.bfloat16 and not any(n % 32 for n in w.shape) for w in weights)
+    if weights[0].dtype in _SUMS or (_BEST if isa == BEST_ISA else isa) < AVX512_BF16:
+        return [wide(w) for w in weights]
+    pairs = all(w.dtype == torch.bfloat16 and not any(n % 32 for n in w.shape) for w in weights)
     return [_pairs(w) if pairs else wide(w) for w in weights]
 
 
@@ -65,7 +66,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, residual, eps, *, isa=BEST_
         *map(address, (norm_weight, norm_bias)),
         eps,
         address(bias),
-        *(x.shape[0], x.shape[1], weight.shape[0]),
+        *(*x.shape, weight.shape[0]),
         *(out.data_ptr(), SCALARS[out.dtype], isa, torch.get_num_threads()),
     )
     return out
