@@ -10,7 +10,7 @@ import torch
 
 from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
-from pcl_ext.report import report
+from pcl_ext.report import parts, report
 from pcl_ext.report.content import gather
 from pcl_ext.store import read_manifest, save_pretrained
 from pcl_ext.task import TaskSpec
@@ -234,3 +234,10 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, model, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install '\.\[cli\]' in the sources of pcl_ext"):
         report(tmp_path / "run")
+
+
+def test_cells_are_escaped_and_have_their_class():
+    rows = [["a<b", *parts.numbers(["1", "2\n3"])], [("x", "key")]]
+    want = '<tr><td>a&lt;b</td><td class="n">1</td><td class="n">2\n3</td></tr><tr><td class="key">x</td></tr>'
+    assert parts.table([], rows) == f"<table>{want}</table>"
+    assert parts.table(["h"], []) == "<table><tr><th>h</th></tr></table>"

@@ -43,27 +43,33 @@ def count(text: str) -> int:
     return int(text)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.continual", description=__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a comparison and its studies are both asked for; see `asked`."""
     parser.add_argument("--data", type=Path, required=True, help="a dataset folder, or a folder of rotated folds")
     parser.add_argument("--out", type=Path, required=True, help="where everything is kept; the same again resumes")
     parser.add_argument("--seeds", type=count, default=3)
-    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES, metavar="METHOD", help=", ".join(NAMES))
     parser.add_argument("--folds", nargs="+", help="some of the folds, by the names of their folders")
     parser.add_argument("--jobs", type=count, default=2, help="processes, of one thread each")
     parser.add_argument("--stop", choices=STOPS, default=STOPS[0], help="what early stopping watches on valid users")
-    parser.add_argument("--points", type=count, help="at most so many points of each grid")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one fold, one seed, few epochs, no grid")
-    return parser.parse_args(arguments)
+
+
+def asked(options: argparse.Namespace) -> tuple[dict[str, str], int, Budget]:
+    """-> folds, seeds, budget."""
+    folds = folds_of(options.data, options.folds)
+    if options.quick:
+        return dict(list(folds.items())[:1]), 1, replace(QUICK, stop=options.stop)
+    return folds, options.seeds, Budget(stop=options.stop)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    folds = folds_of(options.data, options.folds)
-    budget = replace(QUICK if options.quick else Budget(), stop=options.stop)
-    if options.quick:
-        folds = dict(list(folds.items())[:1])
-    seeds, points = (1, 1) if options.quick else (options.seeds, options.points)
+    parser = argparse.ArgumentParser("python -m benchmarks.continual", description=__doc__)
+    add_options(parser)
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES, metavar="METHOD", help=", ".join(NAMES))
+    parser.add_argument("--points", type=count, help="at most so many points of each grid")
+    options = parser.parse_args(arguments)
+    folds, seeds, budget = asked(options)
+    points = 1 if options.quick else options.points
     plan = Plan(tuple(options.methods), folds, seeds, budget, points)
     options.out.mkdir(parents=True, exist_ok=True)
     with store.lock(options.out):

@@ -30,6 +30,9 @@ class Interval:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{100 * self.gain:+.1f} %\n{100 * self.low:+.1f} to {100 * self.high:+.1f}"
+
     @classmethod
     def of(cls, gain: float, drawn: np.ndarray) -> Interval:
         tail, known = (1 - LEVEL) / 2, drawn[~np.isnan(drawn)]

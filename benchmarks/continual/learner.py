@@ -264,9 +264,14 @@ class Learner(nn.Module):
     def parameters_of(self, name: str) -> float:
         """Numbers of 32 bits that a task stores."""
         if name == "next":
-            return sum(value.numel() for value in self.model.backbone.state_dict().values())
+            return numbers_in(self.model.backbone)
         stored = {key: value for key, value in self.model.task(name).state_dict().items() if key != "text"}
         return sum(value.numel() for value in stored.values()) + self.extra_parameters(name)
+
+
+def numbers_in(module: nn.Module) -> int:
+    """How many numbers a module stores."""
+    return sum(value.numel() for value in module.state_dict().values())
 
 
 def score(spec, metrics: dict[str, float]) -> float:

@@ -19,8 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.continual import records
-from benchmarks.continual.__main__ import count, folds_of
-from benchmarks.continual.settings import EQ1, GRID, QUICK, READOUTS, STOPS, Budget
+from benchmarks.continual.__main__ import add_options, asked
+from benchmarks.continual.picture import write_growth
+from benchmarks.continual.settings import EQ1, GRID, READOUTS
 from benchmarks.continual.trial import Trial, make_learner, measure_one, prepare_process, pretrained, teach
 from benchmarks.continual.unseen import WAYS, held_out, learn_unseen
 from pcl_ext import store
@@ -77,7 +78,7 @@ def readout(base: Trial) -> Iterator[Variant]:
     """What baselines' heads read: as published, the newest state alone; and more, up to what PCL reads."""
     for method, name in (*(("mtl", name) for name in READOUTS), ("dualprompt", "last"), ("coda", "last")):
         setting = replace(GRID[method][0], readout=name)
-        yield _named(Variant("readout", f"{method}-{name}", replace(base, method=method, setting=setting)))
+        yield _variant("readout", f"{method}-{name}", replace(base, method=method, setting=setting))
 
 
 def order(base: Trial) -> Iterator[Variant]:
@@ -85,55 +86,52 @@ def order(base: Trial) -> Iterator[Variant]:
     tasks = list(base.order(base.dataset()))
     orders = [tuple(tasks)] + [tuple(random.Random(n).sample(tasks, len(tasks))) for n in range(1, PERMUTATIONS)]
     for number, tasks in enumerate(orders):
-        memory = replace(EQ1, contextual="prompts")
-        yield _memory("order", f"eq1-prompts-{number}", replace(base, tasks=tasks), memory)
-        for method in ("pcl", "fine", "conure"):
-            trial = replace(base, method=method, tasks=tasks, setting=GRID[method][0])
-            yield _named(Variant("order", f"{method}-{number}", trial))
+        other = replace(base, tasks=tasks)
+        yield _memory("order", f"eq1-prompts-{number}", other, replace(EQ1, contextual="prompts"))
+        yield from _methods("order", other, ("pcl", "fine", "conure"), f"-{number}")
 
 
 def cold(base: Trial) -> Iterator[Variant]:
     """Test users of whom only the newest events are known."""
-    yield from _methods("cold", base, "cold")
+    yield from _methods("cold", base, kind="cold")
 
 
 def unseen(base: Trial) -> Iterator[Variant]:
     """Each task held out; its prompt is made from the others', its head learns from few labels."""
-    yield _named(Variant("unseen", "eq1", replace(base, method="pcl-eq1", setting=GRID["pcl-eq1"][0]), "unseen"))
+    yield _variant("unseen", "eq1", replace(base, method="pcl-eq1", setting=GRID["pcl-eq1"][0]), "unseen")
 
 
 def backbone(base: Trial) -> Iterator[Variant]:
     """The backbone's width."""
     for dim in WIDTHS:
-        for method in COMPARED:
-            trial = replace(base, method=method, setting=GRID[method][0], budget=replace(base.budget, dim=dim))
-            yield _named(Variant("backbone", f"{method}-{dim}", trial))
+        yield from _methods("backbone", replace(base, budget=replace(base.budget, dim=dim)), suffix=f"-{dim}")
 
 
 def data(base: Trial) -> Iterator[Variant]:
     """A share of the train users' labels."""
     for share in SHARES:
-        for method in COMPARED:
-            budget = replace(base.budget, label_share=share)
-            trial = replace(base, method=method, setting=GRID[method][0], budget=budget)
-            yield _named(Variant("data", f"{method}-{share:g}", trial))
+        other = replace(base, budget=replace(base.budget, label_share=share))
+        yield from _methods("data", other, suffix=f"-{share:g}")
 
 
 STUDIES = {f.__name__: f for f in (placement, contextual, off, readout, order, cold, unseen, backbone, data)}
 
 
-def _methods(study: str, base: Trial, kind: str) -> Iterator[Variant]:
-    for method in COMPARED:
-        yield _named(Variant(study, method, replace(base, method=method, setting=GRID[method][0]), kind))
+def _methods(
+    study: str, base: Trial, methods: tuple[str, ...] = COMPARED, suffix: str = "", kind: str = "teach"
+) -> Iterator[Variant]:
+    """Each at the first point of its grid."""
+    for method in methods:
+        yield _variant(study, method + suffix, replace(base, method=method, setting=GRID[method][0]), kind)
 
 
 def _memory(study: str, name: str, base: Trial, memory: MemoryConfig) -> Variant:
     setting = replace(GRID["pcl"][0], memory=memory)
-    return _named(Variant(study, name, replace(base, method="pcl", setting=setting)))
+    return _variant(study, name, replace(base, method="pcl", setting=setting))
 
 
-def _named(variant: Variant) -> Variant:
-    return replace(variant, trial=replace(variant.trial, label=f"{variant.study}-{variant.name}"))
+def _variant(study: str, name: str, trial: Trial, kind: str = "teach") -> Variant:
+    return Variant(study, name, replace(trial, label=f"{study}-{name}"), kind)
 
 
 def conduct(variant: Variant, out: Path) -> dict[str, Any]:
@@ -198,20 +196,12 @@ def collect(variants: list[Variant], out: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.continual.studies", description=__doc__)
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
-    parser.add_argument("--data", type=Path, required=True, help="a dataset folder, or a folder of rotated folds")
-    parser.add_argument("--out", type=Path, required=True, help="that of the comparison shares its backbones")
-    parser.add_argument("--seeds", type=count, default=3)
-    parser.add_argument("--folds", nargs="+")
-    parser.add_argument("--jobs", type=count, default=2)
-    parser.add_argument("--stop", choices=STOPS, default=STOPS[0])
-    parser.add_argument("--quick", action="store_true", help="one fold, one seed, few epochs")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    folds = folds_of(options.data, options.folds)
-    budget = replace(QUICK if options.quick else Budget(), stop=options.stop)
-    first, seeds = (1, 1) if options.quick else (len(folds), options.seeds)
+    folds, seeds, budget = asked(options)
     variants = [
         variant
-        for fold, path in list(folds.items())[:first]
+        for fold, path in folds.items()
         for seed in range(seeds)
         for study in options.studies
         for variant in STUDIES[study](Trial("pcl", path, fold, seed, 0, budget))
@@ -219,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with store.lock(options.out):
         run(variants, options.out, options.jobs)
+        print(*filter(None, (options.out / "studies.jsonl", write_growth(options.out))), sep="\n")
 
 
 def run(variants: list[Variant], out: Path, jobs: int) -> None:

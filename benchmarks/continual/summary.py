@@ -47,6 +47,10 @@ class Gain:
     mean: float
     error: float
 
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.error) else f" ± {100 * self.error:.1f}"
+        return f"{100 * self.mean:+.1f}{error} %"
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -100,6 +104,11 @@ class Summary:
         gains["mean"] = np.mean(list(gains.values()), axis=0)
         return {task: Gain(float(gain.mean()), _error(gain)) for task, gain in gains.items()}
 
+    def over(self, ours: str) -> dict[str, dict[str, Gain]]:
+        """`paired` with each other method with which there is something in common; empty without `ours`."""
+        others = [name for name in self.rows if name != ours and ours in self.rows]
+        return {name: gains for name in others if (gains := self.paired(ours, name))}
+
     def hindsight(self, ours: str, methods: tuple[str, ...]) -> Gain | None:
         """What picking by the test users gains over `ours`: for each task, fold and seed the best of it and of these
         methods; a mean over tasks. No method can be chosen so: it says what any choice among them can gain at most. On
@@ -137,8 +146,8 @@ def summarise(out: Path) -> Summary:
 
 
 def decimals(value: float) -> str:
-    """Four places, without the 0 before the point: .1234, -.0500, 10.1234."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.4f}")
+    """Four places, without the 0 before the point: .1234, -.0500, 10.1234; no -.0000."""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{round(value, 4) + 0.0:.4f}")
 
 
 def _row(method: str, tasks: dict[str, list[dict]]) -> Row:

@@ -1,4 +1,4 @@
-"""The comparison's tables in Markdown: table.md beside the page, to be read in a terminal or put into a document."""
+"""The comparison's tables: texts, and in Markdown table.md, to be read in a terminal or put into a document."""
 
 from __future__ import annotations
 
@@ -6,41 +6,47 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.continual.summary import Gain, Summary, decimals, summarise
+from benchmarks.continual.summary import Summary, decimals, summarise
 
 
 def write_table(out: Path, ours: str = "pcl") -> Path:
     """table.md in the folder of a comparison: results by method, ours' relative gain over each by task, what picking
     with hindsight would gain; -> its path. ValueError where there are no results."""
     summary = summarise(out)
-    heads = ["method", "folds x seeds", *summary.metric, "mean", f"{ours} over it, mean", "forgetting"]
-    heads += ["parameters a task", "seconds a task"]
-    results = [["", "", *summary.metric.values(), *[""] * 5], *(_line(summary, name, ours) for name in summary.rows)]
-    others = [name for name in summary.rows if name != ours and ours in summary.rows]
-    gains = [[name, *map(_gain, gain.values())] for name in others if (gain := summary.paired(ours, name))]
-    tables = [_table(heads, results)] + ([_table([f"{ours} over", *summary.metric, "mean"], gains)] if gains else [])
-    picked = summary.hindsight(ours, tuple(others)) if others else None
-    if picked is not None:
-        tables.append(f"The best of all for each task, picked by the test users: {_gain(picked)} over {ours}.\n")
+    head, *lines = results(summary, ours)
+    tables, gains = [_table(head, lines)], summary.over(ours)
+    if gains:
+        lines = [[name, *map(str, gain.values())] for name, gain in gains.items()]
+        tables.append(_table([f"{ours} over", *summary.metric, "mean"], lines))
+    others = tuple(name for name in summary.rows if name != ours and ours in summary.rows)
+    if others and (picked := summary.hindsight(ours, others)) is not None:
+        tables.append(f"The best of all for each task, picked by the test users: {picked} over {ours}.\n")
     path = out / "table.md"
     path.write_text("\n".join(tables), "utf-8")
     return path
 
 
-def _table(heads: list[str], lines: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in [heads, ["---"] * len(heads), *lines])
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
-def _line(summary: Summary, name: str, ours: str) -> list[str]:
-    row, gains = summary.rows[name], {}
-    if ours in summary.rows and name != ours:
-        gains = summary.paired(ours, name)
+def results(summary: Summary, ours: str) -> list[list[str]]:
+    """A line of heads, one of the tasks' metrics below them, and one of each method."""
+    head = ["method", "folds x seeds", *summary.metric, "mean", f"{ours} over it, mean", "forgetting"]
+    head += ["parameters a task", "seconds a task"]
+    gains = {name: str(gain["mean"]) for name, gain in summary.over(ours).items()}
+    lines = [_line(summary, name, gains.get(name, "")) for name in summary.rows]
+    return [head, ["", "", *summary.metric.values(), *[""] * 5], *lines]
+
+
+def _line(summary: Summary, name: str, gain: str) -> list[str]:
+    row = summary.rows[name]
     return [
         name,
         _runs(list(summary.values[name])),
         *(_number(row.value[task], row.deviation[task]) for task in summary.metric),
         decimals(row.mean()),
-        _gain(gains["mean"]) if gains else "",
+        gain,
         decimals(row.lost()) if row.lost() else "0",
         f"{row.parameters:,.0f}",
         f"{row.seconds:.1f}",
@@ -55,8 +61,3 @@ def _runs(keys: list[tuple[str, int]]) -> str:
 
 def _number(value: float, deviation: float) -> str:
     return decimals(value) if np.isnan(deviation) else f"{decimals(value)} ± {decimals(deviation)}"
-
-
-def _gain(gain: Gain) -> str:
-    error = "" if np.isnan(gain.error) else f" ± {100 * gain.error:.1f}"
-    return f"{100 * gain.mean:+.1f}{error} %"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from pcl_ext.task import METRICS
@@ -94,7 +95,7 @@ class ResultMatrix:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `from_json` reads back without loss."""
-        return {"tasks": list(self.tasks), "metric": dict(self.metric), "rows": [_copy(row) for row in self.rows]}
+        return {"tasks": list(self.tasks), "metric": dict(self.metric), "rows": deepcopy(self.rows)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ResultMatrix:
@@ -131,7 +132,3 @@ class ResultMatrix:
             places = f"in 0..{len(self.tasks) - 1}" if self.tasks else "of a task, and there is none yet"
             raise IndexError(f"{what} must be {places}, got {task}")
         return position
-
-
-def _copy(row: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    return {task: dict(values) for task, values in row.items()}

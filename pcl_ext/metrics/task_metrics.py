@@ -88,7 +88,8 @@ class TaskMetrics:
             got = f"{tuple(target.shape)} and {tuple(target_row.shape)}"
             raise ValueError(f"target and target_row of task {name!r} must be [m] both, got {got}")
         rows = _integers(target_row, len(output), f"target_row of task {name!r}").to(output.device)
-        self._kind.check_width(output)
+        if dims == 2:
+            self._kind.check_width(output)
         if kind == "regression":
             _check_values(target, name)
         else:
@@ -156,9 +157,6 @@ class _Binary:
         self.logit: list[Tensor] = []
         self.label: list[Tensor] = []
         self.confusion = Confusion(2)
-
-    def check_width(self, output: Tensor) -> None:
-        pass
 
     def add(self, logit: Tensor, label: Tensor) -> None:
         self.logit.append(logit)
@@ -231,9 +229,6 @@ class _Classes:
 class _Regression:
     def __init__(self, spec: TaskSpec):
         self.errors: list[Tensor] = []
-
-    def check_width(self, output: Tensor) -> None:
-        pass
 
     def add(self, value: Tensor, target: Tensor) -> None:
         self.errors.append(value.double() - target.double())

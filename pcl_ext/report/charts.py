@@ -41,7 +41,7 @@ def draw(content: Content) -> dict[str, bytes]:
     made = {"matrix": heat_map, "references": references, "curves": curves, "sizes": sizes}
     with matplotlib.rc_context(_STYLE):
         figures = {name: make(content) for name, make in made.items()}
-        return {f"{name}.png": _png(figure) for name, figure in figures.items() if figure is not None}
+        return {f"{name}.png": png(figure) for name, figure in figures.items() if figure is not None}
 
 
 def number(value: float) -> str:
@@ -56,13 +56,14 @@ def label(text: str, length: int = 22) -> str:
     return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Of so many inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
@@ -74,7 +75,7 @@ def heat_map(content: Content) -> Figure | None:
     if matrix is None:
         return None
     count = len(matrix.rows)
-    figure = _figure(min(2.0 + 0.85 * count, 24), min(1.0 + 0.42 * count, 18))
+    figure = new_figure(min(2.0 + 0.85 * count, 24), min(1.0 + 0.42 * count, 18))
     axes = figure.add_subplot()
     shade = shades(content)
     from matplotlib import colormaps
@@ -120,7 +121,7 @@ def references(content: Content) -> Figure | None:
     tasks = [task for task in content.tasks if task.value is not None]
     if not tasks:
         return None
-    figure = _figure(8.2, 0.45 + 0.62 * len(tasks))
+    figure = new_figure(8.2, 0.45 + 0.62 * len(tasks))
     rows = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
     for axes, task in zip(rows, tasks, strict=True):
         _reference_row(axes, task)
@@ -170,7 +171,7 @@ def curves(content: Content) -> Figure | None:
         return None
     across = min(3, len(tasks))
     down = -(-len(tasks) // across)
-    figure = _figure(3.4 * across, 0.4 + 2.2 * down)
+    figure = new_figure(3.4 * across, 0.4 + 2.2 * down)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     lines: dict[str, Any] = {}
     for axes, task in zip(panels, tasks, strict=False):
@@ -215,7 +216,7 @@ def sizes(content: Content) -> Figure | None:
         return None
     names = ["backbone (shared)", *(task.name for task in content.tasks)]
     kilobytes = [content.backbone_size / 1000, *(task.size / 1000 for task in content.tasks)]
-    figure = _figure(8.2, 0.6 + 0.3 * len(names))
+    figure = new_figure(8.2, 0.6 + 0.3 * len(names))
     axes = figure.add_subplot()
     bars = axes.barh(range(len(names)), kilobytes, color=[MUTED] + [OURS] * len(content.tasks), height=0.65)
     axes.bar_label(bars, [f"{size:,.1f}" for size in kilobytes], padding=4, fontsize=8)

@@ -62,6 +62,7 @@ def test_one_line_a_result_and_a_run_that_is_complete_does_nothing(plan, out, in
     page = write_page(out).read_text()
     assert all(f"<td>{name}</td>" in page for name in plan.methods)
     assert "best multi-task baseline: mtl" in page
+    assert page.index("<h2>At a glance") < page.index("<img") < page.index("<h2>Results")
     tables = write_table(out).read_text()
     assert "| pcl over | next | segment | range | mean |" in tables
     assert [tables.count(f"| {name} |") for name in plan.methods] == [2, 2, 2, 2, 1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.continual import records, studies, unseen
+from benchmarks.continual.picture import growth, write_growth
 from benchmarks.continual.trial import Trial
 from pcl_ext.task import TaskSpec
 
@@ -55,6 +56,22 @@ def test_another_study_in_the_same_folder_leaves_the_first_ones_lines(tmp_path, 
     studies.collect([variant("off", 0), variant("order", 0)], tmp_path)
     found = records.read_lines(tmp_path / "studies.jsonl")
     assert found == [line("off", 1, 2), line("order", 0, 3), line("off", 0, 21)]
+
+
+def test_the_picture_has_a_panel_a_study_and_the_sizes_in_order(tmp_path):
+    value = {"pcl": 0.6, "pcl-10": 0.3, "pcl-3": 0.3, "pcl-eq1": 0.5, "pcl-eq1-3": 0.2}  # pcl-eq1-10: not yet
+    lines = [
+        {"study": study, "variant": name, "method": "pcl-eq1" if "eq1" in name else "pcl", "task": "segment"}
+        | {"fold": "a", "seed": 0, "metric": "accuracy", "value": found}
+        for study in ("cold", "off")
+        for name, found in value.items()
+    ]
+    (axes,) = growth(lines).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["3", "10", "all"]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[0, 50], [2, 20]])
+    assert growth([line for line in lines if line["study"] == "off"]) is None
+    records.append(tmp_path / "studies.jsonl", lines)
+    assert write_growth(tmp_path).read_bytes() == write_growth(tmp_path).read_bytes()
 
 
 def test_an_unseen_tasks_prompt_is_made_from_the_closed_ones(learner):

@@ -138,7 +138,14 @@ def test_draws_differ_by_fold_and_do_not_depend_on_how_many_are_held(monkeypatch
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.1234, ".1234"), (-0.05, "-.0500"), (10.1234, "10.1234"), (100.0, "100.0000"), (-20.5, "-20.5000")],
+    [
+        (0.1234, ".1234"),
+        (-0.05, "-.0500"),
+        (10.1234, "10.1234"),
+        (100.0, "100.0000"),
+        (-20.5, "-20.5000"),
+        (-1e-5, ".0000"),
+    ],
 )
 def test_numbers_are_shown_as_they_are(value, text):
     assert decimals(value) == text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from benchmarks.continual.learner import Learner, trainable_copy
+from benchmarks.continual.learner import Learner, numbers_in, trainable_copy
 from pcl_ext.model import Backbone, Task, UserModel, freeze
 from pcl_ext.model.backbone import NamedModules
 
@@ -41,7 +41,7 @@ class Copy(Learner):
         return self
 
     def extra_parameters(self, name: str) -> float:
-        return sum(value.numel() for value in self.copies[name].state_dict().values())
+        return numbers_in(self.copies[name])
 
 
 class Single(Copy):

@@ -15,6 +15,11 @@ from pcl_ext.model import Backbone, BackboneConfig
 Gates = dict[str, Tensor]  # "stream" [D], and of each layer i "heads.i" [D] and "ffn.i" [F]
 
 
+def opening(progress: float, s_max: float) -> float:
+    """s of the gates sigmoid(s e), annealed within an epoch; progress 0..1."""
+    return 1 / s_max + (s_max - 1 / s_max) * progress
+
+
 def widths(config: BackboneConfig) -> dict[str, int]:
     """Units by name."""
     layers = range(config.num_layers)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.continual.learner import Learner, View
-from benchmarks.continual.methods.gates import Gates, HeldWeights, freedom, gated, widths
+from benchmarks.continual.methods.gates import Gates, HeldWeights, freedom, gated, opening, widths
 from pcl_ext.data import ExampleBatch
 
 S_MAX = 400.0
@@ -23,7 +23,7 @@ class Hat(Learner):
 
     def __init__(self, model, world):
         super().__init__(model, world)
-        self.open: nn.ParameterDict = nn.ParameterDict()  # of the task being learned
+        self.open: dict[str, nn.Parameter] = {}  # by unit, of the task being learned
         self.closed: dict[str, Gates] = {}
         self.past: Gates = {unit: torch.zeros(n) for unit, n in widths(model.backbone.config).items()}
         self.hold()
@@ -43,9 +43,7 @@ class Hat(Learner):
 
     def begin(self, name: str) -> None:
         units, generator = widths(self.model.backbone.config), self.generator()
-        self.open = nn.ParameterDict(
-            {unit.replace(".", "_"): nn.Parameter(torch.randn(n, generator=generator)) for unit, n in units.items()}
-        )
+        self.open = {unit: nn.Parameter(torch.randn(n, generator=generator)) for unit, n in units.items()}
 
     def fit_head(self, name: str) -> None:
         """Features are standardised with all gates open: which of them stay closed is not known yet, and the deviation
@@ -55,13 +53,13 @@ class Hat(Learner):
         del self.closed[name]
 
     def groups(self) -> list[dict[str, Any]]:
-        return [*super().groups(), {"params": self.open.values(), "lr": GATE_RATE, "weight_decay": 0.0}]
+        return [*super().groups(), {"params": list(self.open.values()), "lr": GATE_RATE, "weight_decay": 0.0}]
 
     def gates(self, name: str) -> Gates:
         if name in self.closed:
             return self.closed[name]
-        s = 1 / S_MAX + (S_MAX - 1 / S_MAX) * self.progress if self.training else S_MAX
-        return {unit: torch.sigmoid(s * self.open[unit.replace(".", "_")]) for unit in self.past}
+        s = opening(self.progress, S_MAX) if self.training else S_MAX
+        return {unit: torch.sigmoid(s * e) for unit, e in self.open.items()}
 
     def view(self, name: str) -> View:
         return View(self.model.backbone, gated(self.model.backbone, self.gates(name)))
@@ -73,12 +71,11 @@ class Hat(Learner):
         """Share of the units still free that the task takes."""
         gates = self.gates(name)
         taken = sum((a * (1 - self.past[unit])).sum() for unit, a in gates.items())
-        return (
-            self.world.setting.strength * taken / sum((1 - past).sum() for past in self.past.values()).clamp_min(1e-6)
-        )
+        free = sum((1 - past).sum() for past in self.past.values()).clamp_min(1e-6)
+        return self.world.setting.strength * taken / free
 
     def before_step(self) -> None:
-        s = 1 / S_MAX + (S_MAX - 1 / S_MAX) * self.progress
+        s = opening(self.progress, S_MAX)
         for e in self.open.values():
             e.grad *= S_MAX / s * (torch.cosh((s * e.detach()).clamp(-50, 50)) + 1) / (torch.cosh(e.detach()) + 1)
         self.held.before()
@@ -93,7 +90,7 @@ class Hat(Learner):
     def end(self, name: str) -> None:
         self.eval()
         self.closed[name] = self.gates(name)
-        self.open = nn.ParameterDict()
+        self.open = {}
         self.past = {unit: torch.maximum(self.past[unit], a) for unit, a in self.closed[name].items()}
         self.hold()
 

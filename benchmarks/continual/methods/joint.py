@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.continual.learner import Learner
+from benchmarks.continual.learner import Learner, numbers_in
 from benchmarks.continual.union import Share, Union, UnionBatch
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import ExampleBatch
@@ -91,7 +91,7 @@ class Joint(Learner):
         return self.views[name] if name in self.views else self.live(name)
 
     def extra_parameters(self, name: str) -> float:
-        return sum(value.numel() for value in self.model.backbone.state_dict().values())
+        return numbers_in(self.model.backbone)
 
     def batches(self, epoch: int) -> tuple[int, Iterator[tuple[UnionBatch, ExampleBatch]]]:
         """(steps, a batch of all tasks and one of T1 for each)."""

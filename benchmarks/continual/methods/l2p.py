@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.continual.methods.pools import PoolLearner, matches
+from benchmarks.continual.methods.pools import PoolLearner
 from pcl_ext.data import ExampleBatch
 
 POOL, TAKEN, LENGTH = 10, 4, 5
@@ -24,7 +25,8 @@ class L2p(PoolLearner):
         return [self.keys, self.pool]
 
     def prompts(self, query: Tensor, name: str) -> Tensor:
-        self.match = matches(query, self.keys).topk(TAKEN, dim=1)
+        cosines = F.normalize(query, dim=1) @ F.normalize(self.keys, dim=1).T
+        self.match = cosines.topk(TAKEN, dim=1)
         return self.pool[self.match.indices].flatten(1, 2)
 
     def loss(self, batch: ExampleBatch, name: str) -> Tensor:

@@ -31,16 +31,13 @@ class Lwf(Learner):
         tasks = [self.model.task(other) for other in self.model.task_names if other != name]
         own = self.model.task(name)
         every = any(task.every_state for task in [own, *tasks])
-        now = self._encode(self.model.backbone, batch.history, every)
+        now = encode(self.model.backbone, batch.history, every_state=every)
         with torch.no_grad():
-            then = self._encode(self.previous, batch.history, every)
+            then = encode(self.previous, batch.history, every_state=every)
         table, old_table = self.model.backbone.table, self.previous.table
         kept = sum(distillation(task, task(now, table), task(then, old_table)) for task in tasks)
         learned = own.loss(own(now, table), own.columns(batch.target), batch.target_row)
         return learned + self.world.setting.strength * kept / len(tasks)
-
-    def _encode(self, backbone, history, every: bool):
-        return encode(backbone, history, every_state=every)
 
 
 def distillation(task: Task, now: Tensor, then: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.continual.learner import Learner
+from benchmarks.continual.learner import Learner, numbers_in
 from pcl_ext.model import Backbone, freeze
 from pcl_ext.model.backbone import NamedModules
 
@@ -64,4 +64,4 @@ class PeterRec(Learner):
         freeze(self.patches[name])
 
     def extra_parameters(self, name: str) -> float:
-        return sum(value.numel() for value in self.patches[name].state_dict().values())
+        return numbers_in(self.patches[name])

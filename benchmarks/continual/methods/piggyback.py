@@ -25,7 +25,7 @@ class Binary(torch.autograd.Function):
 class Piggyback(Learner):
     def __init__(self, model, world):
         super().__init__(model, world)
-        self.real = nn.ParameterDict()
+        self.real: dict[str, nn.Parameter] = {}  # by weight, of the task being learned
         self.masks: dict[str, dict[str, Tensor]] = {}  # bool, by task and weight
 
     def matrices(self) -> dict[str, Tensor]:
@@ -34,10 +34,7 @@ class Piggyback(Learner):
         return {n: w for n, w in state.items() if n.startswith("layers") and w.dim() == 2}
 
     def begin(self, name: str) -> None:
-        weights = self.matrices()
-        self.real = nn.ParameterDict(
-            {n.replace(".", "_"): nn.Parameter(torch.full_like(w, START)) for n, w in weights.items()}
-        )
+        self.real = {n: nn.Parameter(torch.full_like(w, START)) for n, w in self.matrices().items()}
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.real.values())
@@ -45,15 +42,12 @@ class Piggyback(Learner):
     def view(self, name: str):
         if name == "next":
             return self.model.backbone
-        if name in self.masks:
-            masked = {n: w * self.masks[name][n] for n, w in self.matrices().items()}
-        else:
-            masked = {n: w * Binary.apply(self.real[n.replace(".", "_")]) for n, w in self.matrices().items()}
-        return View(self.model.backbone, masked)
+        masks = self.masks.get(name) or {n: Binary.apply(real) for n, real in self.real.items()}
+        return View(self.model.backbone, {n: w * masks[n] for n, w in self.matrices().items()})
 
     def end(self, name: str) -> None:
-        self.masks[name] = {n: self.real[n.replace(".", "_")].detach() > THRESHOLD for n in self.matrices()}
-        self.real = nn.ParameterDict()
+        self.masks[name] = {n: real.detach() > THRESHOLD for n, real in self.real.items()}
+        self.real = {}
 
     def extra_parameters(self, name: str) -> float:
         return sum(mask.numel() for mask in self.masks[name].values()) / 32

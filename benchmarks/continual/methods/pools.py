@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.continual.learner import Learner
@@ -30,8 +29,3 @@ class PoolLearner(Learner):
         rows = self.prompts(self.query(history), name)
         offsets = torch.arange(len(rows) + 1) * rows.shape[1]
         return self.model.backbone.prefix(rows.flatten(0, 1), offsets)
-
-
-def matches(query: Tensor, keys: Tensor) -> Tensor:
-    """Cosines [B, M] of queries [B, D] and keys [M, D]."""
-    return F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T

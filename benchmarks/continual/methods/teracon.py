@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.continual.learner import Learner, View
-from benchmarks.continual.methods.gates import Gates, gated, widths
+from benchmarks.continual.methods.gates import Gates, gated, opening, widths
 from pcl_ext.data import ExampleBatch
 from pcl_ext.model import UserModel
 
@@ -70,7 +70,7 @@ class Teracon(Learner):
 
     @property
     def s(self) -> float:
-        return 1 / S_MAX + (S_MAX - 1 / S_MAX) * self.progress if self.training else S_MAX
+        return opening(self.progress, S_MAX) if self.training else S_MAX
 
     def gates(self, name: str) -> Gates:
         return self.relations(name, self.s)
