@@ -27,8 +27,9 @@ class Older:
     offsets: Tensor
     on_host: Tensor
 
-    def to(self, device: torch.device | str) -> Older:
-        return Older(self.items.to(device), self.offsets.to(device), self.on_host)
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Older:
+        moved = (x.to(device, non_blocking=non_blocking) for x in (self.items, self.offsets))
+        return Older(*moved, self.on_host)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +135,12 @@ class PackedBatch:
         index = torch.arange(len(self), device=self.offsets.device)
         return torch.repeat_interleave(index, self.lengths, output_size=self.items.numel())
 
-    def to(self, device: torch.device | str) -> PackedBatch:
-        moved = (self.items.to(device), self.offsets.to(device), self.max_seqlen, self.plan.to(device))
-        return PackedBatch(*moved, self.on_host, self.dropped, None if self.older is None else self.older.to(device))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on another device; non_blocking as in `torch.Tensor.to`."""
+        items, offsets = (x.to(device, non_blocking=non_blocking) for x in (self.items, self.offsets))
+        older = None if self.older is None else self.older.to(device, non_blocking=non_blocking)
+        plan = self.plan.to(device, non_blocking=non_blocking)
+        return PackedBatch(items, offsets, self.max_seqlen, plan, self.on_host, self.dropped, older)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -148,6 +148,15 @@ def test_packed_items_that_are_no_ids_are_refused(ids, message, dtype):
         PackedBatch.from_packed(torch.tensor(ids, dtype=dtype), torch.tensor([0, 3]))
 
 
+@pytest.mark.parametrize("max_len", [2, 9], ids=["with older", "whole"])
+def test_a_batch_moves_as_trainers_move_tensors(max_len):
+    batch = PackedBatch.from_lists([[3, 1, 2], [], [5]], num_items=9, max_len=max_len)
+    moved = batch.to(torch.device("cpu"), non_blocking=True)
+    assert torch.equal(moved.items, batch.items)
+    assert moved.plan.offsets is batch.offsets
+    assert (moved.older is None) == (max_len == 9)
+
+
 def test_batches_are_compared_as_objects():
     one, other = (PackedBatch.from_lists([[1, 2, 3], [4]], num_items=5, max_len=2) for _ in range(2))
     assert one in [other, one]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import BACKBONE, pretrain_in_memory
 
-from pcl_ext import MemoryConfig, PackedBatch, TaskSpec
+from pcl_ext import Backbone, MemoryConfig, PackedBatch, TaskSpec, UserModel
 from pcl_ext.metrics import ResultMatrix, TaskMetrics
 from pcl_ext.model import BackboneConfig
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task, pretrain
@@ -30,6 +30,8 @@ WRONG_TYPES = {
     ),
     "spec must be a TaskSpec, got str": lambda model, data: model.add_task("click"),
     "config must be a MemoryConfig, got dict": lambda model, data: model.add_task(TaskSpec("ctr", "binary"), {}),
+    "backbone must be a pcl_ext.Backbone, got Linear": lambda model, data: UserModel(torch.nn.Linear(4, 4)),
+    "config must be a BackboneConfig, got int": lambda model, data: Backbone(50),
     "batch must be a PackedBatch, say of PackedBatch.from_lists, or a UserState, got list": lambda model, data: (
         model.encode([[1, 2]])
     ),

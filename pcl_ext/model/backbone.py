@@ -96,6 +96,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
+        if not isinstance(config, BackboneConfig):
+            raise TypeError(f"config must be a BackboneConfig, got {type(config).__name__}")
         self.config = config
         self.table = nn.Parameter(torch.randn(config.num_items + 1, config.dim) * config.dim**-0.5)
         if config.counts_from_end:

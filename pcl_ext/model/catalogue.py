@@ -39,6 +39,8 @@ class Catalogue(nn.Module):
     def columns(self, target: Tensor) -> Tensor:
         """Item ids [m] of any integer dtype -> their columns int64, -1 for what is not listed: on the CPU that raises
         ValueError, on CUDA, where nobody looks, `task_loss` is NaN."""
+        if not isinstance(target, Tensor):
+            raise TypeError(f"targets of task {self.name!r} must be a Tensor [m] of ids, got {type(target).__name__}")
         if target.is_floating_point():
             raise TypeError(f"targets of task {self.name!r} must be item ids, integers, got {target.dtype}")
         target = target.long()

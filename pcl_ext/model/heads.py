@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcl_ext.model.catalogue import SEEN_SCORE
 from pcl_ext.task import TaskSpec
 
 _CACHED = 1 << 15  # columns summed at a time where no gradient is taken
@@ -119,21 +120,35 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     output [b, C] (items, classes) or [b] (binary logits, regression values); target [m]: the column, the class, 0 / 1
     or the value; target_row [m]: the row of the output each belongs to. Without targets it is 0. A column below 0,
     which is none, makes the loss NaN. Raises TypeError or ValueError for targets of another shape, and where they are
-    on the CPU for classes and flags that do not exist.
+    on the CPU for columns, classes and flags that do not exist, and for items to learn that their history holds.
     """
     _check_targets(spec, output, target, target_row)
     if not len(target):
         return output[:0].float().sum()
     target_row = target_row.long()
     if spec.kind == "items":
-        normal = _logsumexp(output)
-        losses = normal[target_row] - output[target_row, target.long()].float()
+        own = output[target_row, target.long()]
+        _check_unseen(spec, output, own, target, target_row)
+        losses = _logsumexp(output)[target_row] - own.float()
         return losses.masked_fill(target < 0, torch.nan).mean()
     if spec.kind == "classes":
         return F.cross_entropy(output[target_row].float(), target.long())
     if spec.kind == "binary":
         return F.binary_cross_entropy_with_logits(output[target_row].float(), target.float())
     return F.mse_loss(output[target_row].float(), target.float())
+
+
+def _check_unseen(spec: TaskSpec, output: Tensor, own: Tensor, target: Tensor, target_row: Tensor) -> None:
+    """Targets to learn, with scores own [m], are none of those that `Catalogue.rank_last` has put last."""
+    if spec.repeats or not output.is_cpu or not output.requires_grad or torch.compiler.is_compiling():
+        return
+    last = max(SEEN_SCORE, torch.finfo(output.dtype).min) / 2  # half of it: bfloat16 rounds
+    if len(seen := ((own <= last) & (target >= 0)).nonzero()):
+        raise ValueError(
+            f"a target of {spec.name!r}, in row {int(target_row[seen[0, 0]])} of the output, is an item that its "
+            f"history holds already, as are {len(seen)} of {len(own)} targets; these rank last: leave them out, or say "
+            "TaskSpec(..., repeats=True)"
+        )
 
 
 def _logsumexp(output: Tensor) -> Tensor:
@@ -159,6 +174,11 @@ def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: T
     low, high = (int(x) for x in target_row.aminmax())
     if not 0 <= low <= high < len(output):
         raise ValueError(f"target_row must be in 0..{len(output) - 1}, the rows of the output, got {low} to {high}")
+    if spec.kind == "items" and (last := int(target.max())) >= output.shape[1]:
+        raise ValueError(
+            f"targets of {spec.name!r} must be columns of the output, below {output.shape[1]}, got {last}; "
+            "task.columns(item_ids) gives them"
+        )
     if spec.kind not in ("binary", "classes"):
         return
     top = 1 if spec.kind == "binary" else output.shape[1] - 1

@@ -89,7 +89,7 @@ def _tails(tasks: dict[str, Task]) -> tuple[list[str], list[str], int]:
     """The tasks without a tail prompt, those with one, and the longest one's rows."""
     rows = {name: task.tail() for name, task in tasks.items()}
     plain = [name for name, tail in rows.items() if tail is None]
-    longest = max((len(tail) for tail in rows.values() if tail is not None), default=0)
+    longest = max([0, *(len(tail) for tail in rows.values() if tail is not None)])
     return plain, [name for name in tasks if name not in plain], longest
 
 
@@ -131,7 +131,7 @@ def _read_tails(
 def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Tail prompts as one [K, P, D] (shorter ones padded with zero rows at the old end) and the prompt of each row."""
     tails = [task.tail() for task in tasks]
-    longest = max((len(tail) for tail in tails if tail is not None), default=0)
+    longest = max([0, *(len(tail) for tail in tails if tail is not None)])
     if not longest:
         return None, None
     if index is None:

@@ -289,7 +289,7 @@ class Task(nn.Module):
 
         features [n, F] of some training histories, target [m], all their targets as `columns` gives them. The base rate
         of a binary task is the mean of its targets, which may lie between 0 and 1. ValueError where there are none, one
-        is not finite, or the task is closed.
+        is not finite or not a class or column, shapes are others, or the task is closed.
         """
         self._check_open()
         self._check_fit(features, target)
@@ -309,6 +309,12 @@ class Task(nn.Module):
 
     def _check_fit(self, features: Tensor, target: Tensor) -> None:
         name = self.spec.name
+        for what, values, rest in (("features", features, [len(self.fixed)]), ("targets", target, [])):
+            if not isinstance(values, Tensor):
+                raise TypeError(f"{what} of task {name!r} must be a Tensor, got {type(values).__name__}")
+            if values.dim() == 0 or list(values.shape[1:]) != rest:
+                wanted = ", ".join(map(str, ["n", *rest]))
+                raise ValueError(f"{what} of task {name!r} must be [{wanted}], got {list(values.shape)}")
         if not len(features) or not len(target):
             raise ValueError(
                 f"task {name!r} must be fitted to at least one history and one target, got {len(features)} and "
@@ -318,8 +324,9 @@ class Task(nn.Module):
             if values.is_floating_point() and not bool(values.isfinite().all()):
                 raise ValueError(f"{what} of task {name!r} must be finite, got NaN or infinity; leave such rows out")
         low, high = (float(value) for value in target.aminmax())
-        if self.spec.kind == "binary" and not 0 <= low <= high <= 1:
-            raise ValueError(f"targets of task {name!r} must be in 0..1, got {low:g} to {high:g}")
+        top = 1 if self.spec.kind == "binary" else self.spec.num_outputs(self.shape.num_items) - 1
+        if self.spec.kind != "regression" and not 0 <= low <= high <= top:
+            raise ValueError(f"targets of task {name!r} must be in 0..{top}, got {low:g} to {high:g}")
 
     @torch.no_grad()
     def start_items(self, table: Tensor, rows: Tensor, bias: Tensor) -> None:

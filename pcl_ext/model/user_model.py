@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pcl_ext.batch import PackedBatch
 from pcl_ext.model.answers import answer, as_rows, check_k
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze, is_frozen
-from pcl_ext.model.config import MemoryConfig
+from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.many_tasks import encode_each, encode_rows, encode_state
 from pcl_ext.model.memories import ContextualPrompt, hashed_text_vector
@@ -31,6 +31,11 @@ class UserModel(nn.Module):
 
     def __init__(self, backbone: Backbone):
         super().__init__()
+        if not isinstance(getattr(backbone, "config", None), BackboneConfig):  # what wraps a Backbone will do
+            raise TypeError(
+                f"backbone must be a pcl_ext.Backbone, got {type(backbone).__name__}; weights of another model are "
+                "loaded into one where the layers are the same (docs/training-loop.md)"
+            )
         self.backbone = backbone
         self.tasks = NamedModules()
         self.removed: set[str] = set()
@@ -194,6 +199,8 @@ class UserModel(nn.Module):
 
     def _check_task_index(self, batch: PackedBatch, index: Tensor) -> Tensor:
         """The index on the CPU: whose the rows are is what the host has to know."""
+        if not isinstance(index, Tensor):
+            raise TypeError(f"task_index must be a Tensor [{len(batch)}] int64, got {type(index).__name__}")
         if index.dtype != torch.int64 or index.shape != (len(batch),):
             raise ValueError(f"task_index must be [{len(batch)}] int64, got {list(index.shape)} {index.dtype}")
         index = index.cpu()

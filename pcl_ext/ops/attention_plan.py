@@ -44,16 +44,18 @@ class AttentionPlan:
     prefix_total: int | None
     """Packed prefix rows M, or None as above."""
 
-    def to(self, device) -> "AttentionPlan":
-        """The same plan on another device; one made on CUDA is checked when it comes to the CPU."""
+    def to(self, device, *, non_blocking: bool = False) -> "AttentionPlan":
+        """The same plan on another device; one made on CUDA is checked, and so waited for, when it comes to the CPU."""
         layout = (self.offsets, self.prefix_offsets, self.prefix_index)
-        moved = [None if x is None else x.to(device) for x in layout]
+        non_blocking = non_blocking and not runs_cuda(self.offsets)
+        moved = [None if x is None else x.to(device, non_blocking=non_blocking) for x in layout]
         here, there = self.total is None or runs_cuda(self.offsets), runs_cuda(moved[0])
         if here and not there:
             return attention_plan(*moved[:2], None if self.index_left_out else moved[2])
         work = cuda_list(*layout) if there and not here else self.work
         numbers = (self.batch, self.num_prefixes, self.total, self.prefix_total)
-        return AttentionPlan(*moved, self.index_left_out, work.to(device), *numbers)
+        work = work.to(device, non_blocking=non_blocking)
+        return AttentionPlan(*moved, self.index_left_out, work, *numbers)
 
 
 def attention_plan(

@@ -1,12 +1,13 @@
 """The catalogue of an items task: which columns its targets are, and that none of it is saved."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from model_cases import SPECS, V, add
 
-from pcl_ext import BackboneConfig, MemoryConfig, TaskSpec, UserModel, task_loss
+from pcl_ext import BackboneConfig, MemoryConfig, PackedBatch, TaskSpec, UserModel, task_loss
 from pcl_ext.model import Backbone
 from pcl_ext.model.catalogue import Catalogue
 
@@ -35,6 +36,23 @@ def test_what_is_no_item_is_named(spec, item):
         catalogue.columns(torch.tensor([7, item, 8]))
 
 
+def test_targets_in_a_list_are_refused():
+    with pytest.raises(TypeError, match=r"targets of task 'all' must be a Tensor \[m\] of ids, got list"):
+        Catalogue(EVERYTHING, V).columns([3, 4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_item_to_learn_that_the_history_holds_is_named(model, dtype):
+    task = add(model.to(dtype), "rank")
+    batch = PackedBatch.from_lists([[1, 2], [9, 7]], num_items=V, max_len=20)
+    output, target, rows = model(batch, "rank"), task.columns(torch.tensor([9, 5, 7])), torch.tensor([0, 1, 1])
+    assert task_loss(task.spec, output, target[:2], rows[:2]).isfinite()
+    with pytest.raises(ValueError, match=r"'rank', in row 1 .* holds already, as are 1 of 3 targets; .*repeats=True"):
+        task_loss(task.spec, output, target, rows)
+    assert task_loss(task.spec, output.detach(), target, rows) > 0  # to measure is no mistake
+    assert task_loss(replace(task.spec, repeats=True), output, target, rows) > 0
+
+
 def test_a_column_that_is_none_makes_the_loss_nan():
     """On CUDA nobody looks at the targets, and an index below 0 counts from the end."""
     output, rows = torch.randn(3, 20), torch.arange(3)
@@ -53,12 +71,13 @@ BINARY, CLASSES = TaskSpec("flag", "binary"), TaskSpec("age", "classes", num_cla
         (BINARY, torch.tensor([0.0, torch.nan]), ValueError, r"'flag' must be in 0..1"),
         (CLASSES, torch.tensor([0, -100]), ValueError, r"'age' must be in 0..2, got -100 to 0"),
         (CLASSES, torch.tensor([0.0, 1.0]), TypeError, r"'age' must be integers, got torch.float32"),
+        (EVERYTHING, torch.tensor([0, 3]), ValueError, r"'all' must be columns of the output, below 3, got 3"),
         (BINARY, [0, 1], TypeError, r"target must be a Tensor \[m\], got list"),
         (BINARY, torch.tensor([[0], [1]]), ValueError, r"must both be \[m\], got \[2, 1\] and \[2\]"),
     ],
 )
 def test_targets_that_are_none_are_refused(spec, target, error, words):
-    output = torch.randn(2, 3) if spec.kind == "classes" else torch.randn(2)
+    output = torch.randn(2) if spec.kind == "binary" else torch.randn(2, 3)
     with pytest.raises(error, match=words):
         task_loss(spec, output, target, torch.arange(2))
 

@@ -58,12 +58,35 @@ def test_targets_may_be_of_any_integer_dtype(model, name, dtype):
         ("value", [1.0, float("inf")], "targets of task 'value' must be finite"),
         ("click", [0.0, float("nan")], "targets of task 'click' must be finite"),
         ("click", [0.0, 2.0], r"targets of task 'click' must be in 0\.\.1, got 0 to 2"),
+        ("age", [0, 3], r"targets of task 'age' must be in 0\.\.2, got 0 to 3"),
+        ("click", [[0.0], [1.0]], r"targets of task 'click' must be \[n\], got \[2, 1\]"),
     ],
 )
 def test_targets_that_say_nothing_are_refused(model, name, target, message):
     with pytest.raises(ValueError, match=message):
         fit(model, name, torch.tensor(target))
     assert not model.task(name).shift.any()
+
+
+@pytest.mark.parametrize(
+    ("features", "target", "error", "message"),
+    [
+        (torch.ones(6, 7), TARGETS["click"], ValueError, r"features of task 'click' must be \[n, 81\], got \[6, 7\]"),
+        ([[1.0]], TARGETS["click"], TypeError, "features of task 'click' must be a Tensor, got list"),
+        (torch.ones(6, 81), [1, 0], TypeError, "targets of task 'click' must be a Tensor, got list"),
+        (torch.ones(6, 81), torch.tensor(1.0), ValueError, r"targets of task 'click' must be \[n\], got \[\]"),
+    ],
+)
+def test_what_does_not_fit_the_head_is_named(model, features, target, error, message):
+    task = model.add_task(SPECS["click"])
+    with pytest.raises(error, match=message):
+        task.fit_head(features, target)
+
+
+def test_columns_that_the_head_does_not_have_are_refused(model):
+    task = model.add_task(SPECS["rank"], MemoryConfig(tied=True, readout=("last",)))
+    with pytest.raises(ValueError, match=r"targets of task 'rank' must be in 0\.\.19, got 5 to 24"):
+        task.fit_head(torch.ones(6, 16), TARGETS["rank"])  # ids, not columns
 
 
 def test_no_history_at_all_is_refused(model):

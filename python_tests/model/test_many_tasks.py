@@ -87,3 +87,9 @@ def test_a_run_keeps_keys_and_values_of_prefixes(model, tmp_path, kept):
     assert torch.equal(loaded(batch, "click"), want)
     save_pretrained(loaded, tmp_path)
     assert torch.equal(from_pretrained(tmp_path)(batch, "click"), want)
+
+
+def test_what_tails_there_are_is_no_break_of_a_compiled_graph(model):
+    tasks = {"click": add(model, "click"), "age": add(model, "age", prompt_len=2)}
+    compiled = torch.compile(lambda: many_tasks._tails(tasks)[2], backend="eager", fullgraph=True)
+    assert compiled() == 4

@@ -54,6 +54,12 @@ def test_task_index_must_fit(model, index):
         model(pack(histories()), task_index=torch.tensor(index))
 
 
+def test_task_index_is_a_tensor(model):
+    add_all(model)
+    with pytest.raises(TypeError, match=r"task_index must be a Tensor \[6\] int64, got list"):
+        model(pack(histories()), task_index=[0] * 6)
+
+
 def test_a_zero_tail_prompt_is_the_frozen_backbone(model):
     model.add_task(SPECS["rank"], MemoryConfig(placement="tail", readout=("last",)))
     batch = pack(histories())
