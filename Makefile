@@ -3,13 +3,15 @@
 #   make demo       and run the demonstration; DATA=folder takes a data folder of one's own, CUDA=1 builds the CUDA kernels too (nvcc 11.8 or newer)
 #   make test       and run the tests; make test-all runs those that take minutes too
 #   make sanitize   run the tests of the ops, CUDA kernels emulated, against a build that watches memory and arithmetic (gcc)
-#   make gpu-check  on a machine with a GPU: build the CUDA kernels, test and measure them, into benchmarks/results/
+#   make gpu-check  on a machine with a GPU: build the CUDA kernels, test and measure them, into benchmarks/results/ or OUT=folder.
+#                   A PYTHON that holds a torch with CUDA and what a build needs is taken as it is: no network, nothing installed
 #   make lint       check style;  make bench  measure everything, into benchmarks/results/
 #   make docs       the pages and the reference of the API as a site, into build/docs
 PYTHON ?= python3
 VENV ?= .venv
 CUDA ?= 0
 DATA ?=
+OUT ?= benchmarks/results
 # Of pyproject.toml; make test-all EXTRAS=cli,test,export,ray runs the tests of what is exported and of Ray Data too.
 EXTRAS ?= cli,test
 # ON: a warning of the compiler fails the build.
@@ -32,7 +34,7 @@ INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find cmake csrc pcl_ext -type f ! -name '*.so' ! -name '*.pyc')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: dev demo test test-all sanitize lint docs bench gpu-check
+.PHONY: dev demo test test-all sanitize lint docs bench gpu-check gpu-check-installed
 .DELETE_ON_ERROR:
 
 dev: $(INSTALLED)
@@ -74,10 +76,18 @@ docs: $(VENV)/.docs
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run_all.py
 
-gpu-check: $(VENV)/.torch
+gpu-check:
+	@if $(PYTHON) benchmarks/gpu_check.py --build --ready; then \
+		$(PYTHON) benchmarks/gpu_check.py --build --out "$(OUT)"; \
+	else \
+		echo "so $(VENV) is made, which holds it"; \
+		$(MAKE) gpu-check-installed; \
+	fi
+
+gpu-check-installed: $(VENV)/.torch
 	$(BIN)/python benchmarks/gpu_check.py --ready
 	$(MAKE) dev CUDA=1
-	$(BIN)/python benchmarks/gpu_check.py --seconds 450
+	$(BIN)/python benchmarks/gpu_check.py --out "$(OUT)"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -33,17 +33,19 @@ class Bench:
 
     dry         on the CPU, small, once
     after_case  called when there is more to keep
+    once        calls every way a single time, which compiles what is to be compiled, and measures nothing
     """
 
     dry: bool
-    after_case: Callable[[], None] = lambda: None
+    after_case: Callable[[], object] = lambda: None
+    once: bool = False
     rows: list[dict] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.device, self.backend = ("cpu", "eager") if self.dry else ("cuda", "inductor")
         self.flush = torch.empty(1 if self.dry else FLUSH_BYTES, dtype=torch.uint8, device=self.device)
-        self.rates = self._measure_rates()
+        self.rates = {} if self.once else self._measure_rates()
 
     def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Normal numbers."""
@@ -106,7 +108,8 @@ class Bench:
                     way = builder()
                     way()
                     ways[name] = way
-            self._row(what, self.times_ms(ways), work)
+            if not self.once:
+                self._row(what, self.times_ms(ways), work)
         self.after_case()
 
     @contextmanager
@@ -121,7 +124,7 @@ class Bench:
         bytes_ms = 1e3 * work.bytes / self.rates["copy"]
         flops_ms = 1e3 * work.flops / self.rates[str(work.dtype)[6:]]
         peers = {name: t for name, t in ms.items() if name != "ours"}
-        best = min(peers, key=peers.get) if peers else None
+        best = min((name for name in peers if not name.startswith("ours")), key=peers.get, default=None)
         row = {
             "what": what,
             "ms": ms["ours"],

@@ -11,11 +11,12 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
+from tables import as_markdown
 from torch import Tensor
 
 from pcl_ext import ops
@@ -123,13 +124,6 @@ def machine_rates() -> dict[str, float]:
     work = dict.fromkeys(products, PRODUCT_GFLOP) | {"copy": 2 * source.nbytes / 1e9}
     times = times_ms({**products, "copy": lambda: target.copy_(source)})
     return {name: 1e3 * work[name] / calls[0] for name, calls in times.items()}
-
-
-def as_markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """The lines of a table; without rows only its head."""
-    shown = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    lines = ["| " + " | ".join(cells) + " |" for cells in [columns, *shown]]
-    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
 class Report:

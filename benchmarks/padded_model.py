@@ -30,7 +30,7 @@ QUICK = [(9, 32, 2)]
 class Group:
     """Some of the users [b], padded to the longest of them, and all indices that the model needs.
 
-    items, distance, prompt_row  [b, L], 0 where there is no event; distance from the newest event; PROMPTS: no prompt
+    items, distance, prompt_row  [b, L], 0 where there is no event; distance from the newest event; P: no prompt
     weights                      [b, 1, L], one over the length, 0 where there is no event
     """
 
@@ -46,18 +46,18 @@ class Group:
         return Group(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def in_groups(batch: PackedBatch, groups: int) -> list[Group]:
+def in_groups(batch: PackedBatch, groups: int, prompts: int = PROMPTS) -> list[Group]:
     """The users of a batch sorted by length and cut into so many groups; one group keeps them all."""
-    return [_group(batch, users) for users in torch.argsort(batch.lengths).chunk(groups)]
+    return [_group(batch, users, prompts) for users in torch.argsort(batch.lengths).chunk(groups)]
 
 
-def _group(batch: PackedBatch, users: Tensor) -> Group:
+def _group(batch: PackedBatch, users: Tensor, prompts: int) -> Group:
     lengths = batch.lengths[users]
     items = torch.cat([batch.items[batch.offsets[b] : batch.offsets[b + 1]] for b in users])
     items = ops.to_padded(items, to_offsets(lengths), int(lengths.max()))
     distance = lengths[:, None] - 1 - torch.arange(items.shape[1])
     real = distance >= 0
-    prompt_row = torch.where(real & (distance < PROMPTS), PROMPTS - 1 - distance, PROMPTS)
+    prompt_row = torch.where(real & (distance < prompts), prompts - 1 - distance, prompts)
     weights = (real / lengths[:, None])[:, None]
     return Group(users, items, distance.clamp_min(0), prompt_row, weights, lengths)
 
@@ -137,13 +137,13 @@ class PaddedModel:
         return torch.cat(features)[place], torch.cat(newest)[place]
 
 
-def make_model(dim: int, num_heads: int) -> UserModel:
+def make_model(dim: int, num_heads: int, *, max_len: int = MAX_LEN, prompts: int = PROMPTS) -> UserModel:
     """A frozen 2-layer backbone and the tasks, nothing of which is zero; no dropout, so that steps can be compared."""
-    model = UserModel(Backbone(BackboneConfig(ITEMS, dim, num_heads, max_len=MAX_LEN, dropout=0.0)))
+    model = UserModel(Backbone(BackboneConfig(ITEMS, dim, num_heads, max_len=max_len, dropout=0.0)))
     model.freeze_backbone()
     for spec, readout in TASKS.values():
         tied = True if spec.kind == "items" else None
-        task = model.add_task(spec, MemoryConfig(prompt_len=PROMPTS, readout=readout, tied=tied, dropout=0.0))
+        task = model.add_task(spec, MemoryConfig(prompt_len=prompts, readout=readout, tied=tied, dropout=0.0))
         with torch.no_grad():
             for parameter in task.parameters():
                 parameter.normal_(std=0.05)
@@ -160,9 +160,9 @@ def padded_ways(batch: PackedBatch, readout: tuple[str, ...]) -> dict:
     return ways
 
 
-def make_batch(users: int) -> PackedBatch:
-    """Lognormal lengths of mean 64, at most MAX_LEN; items of the lower half, so that the upper half is new to all."""
-    lengths = lengths_of(users, 64).clamp_max(MAX_LEN)
+def make_batch(users: int, mean: float = 64, most: int = MAX_LEN) -> PackedBatch:
+    """Lognormal lengths of a mean, at most `most`; items of the lower half, so that the upper half is new to all."""
+    lengths = lengths_of(users, mean, most=most)
     return PackedBatch.from_packed(torch.randint(1, ITEMS // 2, (int(lengths.sum()),)), to_offsets(lengths))
 
 

@@ -11,6 +11,7 @@ from pcl_ext.ops import _gpu
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs_ext: needs the compiled module")
+    torch.set_float32_matmul_precision("highest")  # some systems' settings ask for less
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every length anew, and the references have many
 
 

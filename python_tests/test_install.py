@@ -1,6 +1,7 @@
 """The package installs with and without its compiled module, and works either way."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,19 @@ def test_a_cuda_compiler_is_found_where_there_was_none_before(tmp_path):
     environment = {**os.environ, "CUDACXX": NVCC}
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "no working CUDA compiler was found" not in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no CMake")
+def test_cuda_kernels_compile_and_load_without_a_driver(tmp_path):
+    pytest.importorskip("nanobind")
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={NVCC}", "-DPCL_WERROR=ON"]
+    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, *options, "-DCMAKE_CUDA_ARCHITECTURES=90-real"], check=True)
+    subprocess.run(["cmake", "--build", tmp_path, "--target", "_cuda", "--parallel", "2"], check=True)
+    script = "import _cuda; print(_cuda.compiler(), _cuda.refusal() >= 0)"
+    shown = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"nvcc \d+\.\d+ True\n", shown.stdout)
 
 
 @pytest.fixture
@@ -104,7 +118,22 @@ def test_make_names_the_cuda_compiler(sources, tmp_path):
 @needs_make
 def test_make_asks_for_a_gpu_before_it_builds(sources):
     shown = sources("--dry-run", "gpu-check").stdout
-    assert 0 < shown.index("gpu_check.py --ready") < shown.index("dev CUDA=1") < shown.index("gpu_check.py --seconds")
+    assert 0 < shown.index("python benchmarks/gpu_check.py --ready") < shown.index("dev CUDA=1")
+    assert shown.index("dev CUDA=1") < shown.rindex("gpu_check.py --out")
+
+
+@needs_make
+@pytest.mark.parametrize("code", [0, 1])
+def test_make_takes_a_python_that_is_ready_as_it_is(code, sources, tmp_path):
+    python = tmp_path / "bin/ready"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\ncase "$@" in *--ready) ;; *) exit {code} ;; esac\n')
+    python.chmod(0o755)
+    result = sources("gpu-check", f"PYTHON={python}", OUT="some folder")
+    assert (result.returncode == 0) == (code == 0)
+    script = "benchmarks/gpu_check.py --build"
+    assert (tmp_path / "called").read_text().splitlines() == [f"{script} --ready", f"{script} --out some folder"]
+    assert not (tmp_path / "venv/.torch").exists()
 
 
 def test_the_core_needs_no_extra(tmp_path):

@@ -130,6 +130,7 @@ NB_MODULE(PCL_CUDA_MODULE, m) {
   m.def("prompt_attention_bwd", &prompt_attention_bwd);
   m.def("prompt_attention_bwd_bytes", &prompt_attention_bwd_bytes);
   m.def("error_text", &pcl::cuda_error_text);
+  m.def("refusal", &pcl::cuda_refusal);
   m.def("compiler", &pcl::cuda_compiler);
 #ifdef PCL_CUDA_EMULATED
   m.def("set_order", &pcl::emulated::set_order);

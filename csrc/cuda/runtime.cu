@@ -14,6 +14,21 @@ void check_answer(int number) {
                            error_text(number));
 }
 
+#ifdef __CUDACC__
+namespace {
+
+__global__ void nothing_kernel() {}
+
+}  // namespace
+
+int cuda_refusal() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(nothing_kernel));
+}
+#else
+int cuda_refusal() { return emulated::answer(); }
+#endif
+
 const char* cuda_compiler() {
 #ifdef __CUDACC__
   static const std::string name =

@@ -29,12 +29,15 @@ def cuda_status() -> str:
             "not built: ops on CUDA tensors run on their PyTorch reference (install where CMake finds nvcc 11.8 or "
             "newer, with PCL_CUDA on, to build it)"
         )
-    name = f"{CUDA.__file__}, {CUDA.compiler()}"
+    name, error = f"{CUDA.__file__}, {CUDA.compiler()}", CUDA.refusal()
+    why = f" (CUDA error {error}, {CUDA.error_text(error)})" if error else ""
     if not torch.cuda.is_available():
-        return f"{name}, no CUDA device"
+        return f"{name}, no CUDA device{why}"
     gpu, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if not _is_new_enough(torch.cuda.current_device()):
         return f"{name}, not used: {gpu} is sm_{major}{minor}, the kernels need sm_80"
+    if error:
+        return f"{name}, cannot run on {gpu} (sm_{major}{minor}){why}"
     return f"{name}, on {gpu} (sm_{major}{minor})"
 
 

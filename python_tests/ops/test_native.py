@@ -63,6 +63,7 @@ def test_broken_is_loud(tmp_path):
 
 
 CUDA_TORCH = "import torch; torch.version.cuda = {cuda}; torch.backends.cuda.is_built = lambda: True\n"  # as of ROCm
+MODULE = "compiler = lambda: 'nvcc 99'; refusal = lambda: {}; error_text = lambda number: 'too old'"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,8 @@ CUDA_TORCH = "import torch; torch.version.cuda = {cuda}; torch.backends.cuda.is_
         (None, None, "not built: this torch .* has no CUDA"),
         (None, "raise ImportError('not to be loaded')", "built, not loaded: this torch .* has no CUDA"),
         ("99.0", None, "not built: ops on CUDA tensors run on their PyTorch reference"),
-        ("99.0", "compiler = lambda: 'nvcc 99'", "_cuda.py, nvcc 99, no CUDA device"),
+        ("99.0", MODULE.format(0), r"_cuda.py, nvcc 99, no CUDA device$"),
+        ("99.0", MODULE.format(35), r"_cuda.py, nvcc 99, no CUDA device \(CUDA error 35, too old\)$"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -79,7 +81,21 @@ def test_status_of_the_cuda_module(tmp_path, cuda, module, says):
     script = CUDA_TORCH.format(cuda=repr(cuda)) + "from pcl_ext import ops; print(ops.native_status('cuda'))"
     result = run_with_module(tmp_path, module, script, "_cuda")
     assert result.returncode == 0, result.stderr
-    assert re.search(says, result.stdout)
+    assert re.search(says, result.stdout.strip())
+
+
+@pytest.mark.parametrize(
+    ("error", "says"), [(0, "nvcc 99, on GPU"), (209, "nvcc 99, cannot run on GPU (sm_90) (CUDA error 209, no code)")]
+)
+def test_status_says_where_a_device_cannot_run_the_kernels(error, says, monkeypatch):
+    answers = {"compiler": lambda: "nvcc 99", "refusal": lambda: error, "error_text": lambda number: "no code"}
+    monkeypatch.setattr(_gpu, "CUDA", SimpleNamespace(__file__="_cuda.so", **answers))
+    monkeypatch.setattr(_gpu, "_TORCH_HAS_CUDA", True)
+    monkeypatch.setattr(_gpu, "_is_new_enough", lambda device: True)
+    there = {"is_available": True, "get_device_name": "GPU", "get_device_capability": (9, 0), "current_device": 0}
+    for name, answer in there.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    assert says in _gpu.cuda_status()
 
 
 def test_a_broken_cuda_module_is_loud(tmp_path):
