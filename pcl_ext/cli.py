@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = ("online-retail", "ml-1m", "events", "synthetic")
-PLACEMENTS = ("tail", "prefix", "both", "none")
 _RESUMED = ("pretrain", "learn", "encode", "demo")
 
 
@@ -79,12 +78,17 @@ def _fail(message: str, status: int = 2) -> int:
 
 def build_parser():
     """The parser and those of its commands by name."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     from pcl_ext import __version__
 
-    about = "Teach one frozen user model task after task."
-    parser = ArgumentParser(prog="pcl", description=about, version=__version__, exit_on_error=False)
+    class Help(DefaultHelpFormatter):
+        def _get_type_str(self, action):  # otherwise the name of the class is shown
+            kind = super()._get_type_str(action)
+            return "path" if kind == "<class 'Path'>" else kind
+
+    about = {"prog": "pcl", "description": "Teach one frozen user model task after task.", "version": __version__}
+    parser = ArgumentParser(**about, exit_on_error=False, formatter_class=Help)
     commands, subparsers = parser.add_subcommands(required=True, metavar="COMMAND"), {}
     for name, (text, add_arguments) in _COMMANDS.items():
         subparsers[name] = ArgumentParser(description=text, exit_on_error=False)
@@ -119,6 +123,7 @@ def _pretrain(parser) -> None:
 
 def _learn(parser) -> None:
     from pcl_ext.model import MemoryConfig
+    from pcl_ext.model.config import PLACEMENTS
     from pcl_ext.train import LearnConfig
 
     parser.add_argument("run", type=Path, help="run folder")
@@ -175,13 +180,15 @@ def _encode(parser) -> None:
 
 
 def _export(parser) -> None:
+    from pcl_ext.export import FORMATS
+
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--task", type=str, required=True, help="name of a task")
     parser.add_argument("--out", type=Path, help="folder for the files; RUN/export when left out")
     parser.add_argument(
         "--formats",
         nargs="+",
-        choices=("program", "package", "onnx"),
+        choices=FORMATS,
         help="what to write; all that can be made here when left out",
     )
 
@@ -200,7 +207,7 @@ _COMMANDS: dict[str, tuple[str, Callable]] = {
     "pretrain": ("learn the backbone by predicting the next item", _pretrain),
     "learn": ("teach a run further tasks, one after another", _learn),
     "evaluate": ("measure every task of a run", _evaluate),
-    "predict": ("read a JSON list of item ids a line, write a JSON object a line", _predict),
+    "predict": ("predict for histories on stdin, JSON, one a line; or for all users of a dataset", _predict),
     "encode": ("write user vectors of all users of a dataset; under torchrun, in many processes", _encode),
     "report": ("write a page with results, curves and protocol", _report),
     "verify": ("prove that a run is whole and has forgotten nothing", _verify),

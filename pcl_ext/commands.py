@@ -68,7 +68,7 @@ def _show_dataset(dataset: Dataset) -> None:
 def pretrain(args) -> int:
     backbone = vars(args.backbone) | {"max_len": args.max_len}
     run.pretrain(Dataset(args.dataset), args.out, backbone, args.pretrain)
-    _print_matrix(args.out)
+    print(_matrix(args.out).to_text())
     return 0
 
 
@@ -76,7 +76,7 @@ def learn(args) -> int:
     dataset = Dataset(args.data)
     memory = MemoryConfig(**vars(args.memory), placement=args.placement, prompt_len=args.prompt_len)
     learn_all(args.run, dataset, args.tasks or dataset.task_names[1:], args.learn, memory)
-    _print_matrix(args.run)
+    print(_matrix(args.run).to_text())
     return 0
 
 
@@ -129,11 +129,22 @@ def evaluate(args) -> int:
     if samples := {name: score.sample for name, score in scores.items() if score.sample}:
         result["protocol"]["samples"] = samples
     for name, score in scores.items():
-        values = "  ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
-        print(f"{name:>16}  {values}  ({score.count} targets{', ' + score.sample if score.sample else ''})")
+        _print_metrics(name, score.metrics, f"{score.count} targets{', ' + score.sample if score.sample else ''}")
+        for reference in _references(record, dataset, name) if args.fold == "test" else ():
+            _print_metrics("", reference["metrics"], reference["name"])
     if args.json:
         _write_json(args.json, result)
     return 0
+
+
+def _print_metrics(name: str, metrics: dict[str, float], of_what: str) -> None:
+    print(f"{name:>16}  {'  '.join(f'{metric} {value:.4f}' for metric, value in metrics.items())}  ({of_what})")
+
+
+def _references(record: dict, dataset: Dataset, name: str) -> list[dict[str, Any]]:
+    """Trivial and cheap, measured when a task was learned; none of a table that is another now."""
+    same = record["dataset"]["tasks"].get(name) == dataset.task_sha256(name)
+    return list(record["references"].get(name, {}).values()) if same else []
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -146,9 +157,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def predict(args) -> int:
-    if args.k < 1:
-        raise ValueError(f"--k must be at least 1, got {args.k}")
-    predictor, ids = Predictor(args.run, args.task), ItemIds(args.item_ids) if args.item_ids else None
+    predictor, ids = Predictor(args.run, args.task, k=args.k), ItemIds(args.item_ids) if args.item_ids else None
     if ids is not None:
         ids.check(predictor.model.backbone.config.num_items)
         check_items(args.run, store.read_manifest(args.run)["record"], ids)
@@ -242,13 +251,13 @@ def demo(args) -> int:
     print(f"users {len(dataset.user_id):,}, items {dataset.num_items:,}, tasks {', '.join(dataset.task_names)}")
     run.pretrain(dataset, folder, DEMO_BACKBONE, DEMO_PRETRAIN)
     learn_all(folder, dataset, dataset.task_names[1:], DEMO_LEARN, None)
-    _print_matrix(folder)
+    print(_matrix(folder).to_text())
     found = run.verify_unchanged(folder, dataset)
     if any(state != "equal" for state in found["tasks"].values()) or found["not_checked"]:
         print(f"outputs changed: {found}")
         return 1
-    matrix = ResultMatrix.from_json(store.read_manifest(folder)["record"]["matrix"])
-    print(f"forgetting {matrix.forgetting()['mean']:g} (bitwise: all outputs of {len(found['tasks'])} tasks compared)")
+    lost, count = _matrix(folder).forgetting()["mean"], len(found["tasks"])
+    print(f"forgetting {lost:g} (bitwise: all outputs of {count} tasks compared)")
     _print_sizes(folder)
     print(f"report: {write_report(folder)}")
     return 0
@@ -260,8 +269,8 @@ def _demo_dataset(path: Path) -> Dataset:
     return Dataset(path)
 
 
-def _print_matrix(folder: Path) -> None:
-    print(ResultMatrix.from_json(store.read_manifest(folder)["record"]["matrix"]).to_text())
+def _matrix(folder: Path) -> ResultMatrix:
+    return ResultMatrix.from_json(store.read_manifest(folder)["record"]["matrix"])
 
 
 def _print_sizes(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -186,7 +185,7 @@ def export(
             raise ImportError(missing[name])
     plain, out, files = PlainModel(model, task).eval(), Path(out), {}
     out.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
+    sweep_temporary(out)
     with _quiet(), torch.no_grad():
         for name in formats or [name for name in FORMATS if name not in missing]:
             suffix, write = _WRITERS[name]
@@ -200,13 +199,6 @@ def export(
             write_file(files[name], data)
         write_file(out / f"{task}.json", (json.dumps(_facts(model, task), indent=1) + "\n").encode())
     return files, {} if formats else missing
-
-
-def _sweep(out: Path) -> None:
-    """Remove what killed exports left in the folder, those of earlier versions in folders of their own."""
-    sweep_temporary(out)
-    for left in out.glob(".export-*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _why_not(name: str) -> str | None:

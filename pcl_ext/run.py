@@ -362,9 +362,8 @@ def _other_machine(then: dict[str, Any]) -> str | None:
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
-    users = {name: int((dataset.fold == code).sum()) for code, name in enumerate(("train", "valid", "test"))}
     facts = {"name": dataset.name, "sha256": dataset.sha256, "path": str(dataset.path.resolve())}
-    return facts | {"users": users, "item_ids": describe_items(dataset), "tasks": {}}
+    return facts | {"users": dataset.users_by_fold, "item_ids": describe_items(dataset), "tasks": {}}
 
 
 def _same(what: str, then: Any, now: Any, run: Path) -> None:

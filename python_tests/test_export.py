@@ -251,8 +251,7 @@ def test_a_disk_that_refuses_is_an_error(tmp_path):
 
 
 def test_what_a_killed_export_left_is_swept(model, tmp_path):
-    (tmp_path / ".export-left").mkdir()
-    (tmp_path / ".export-left" / "ctr.program.pt2").write_text("half")
+    (tmp_path / ".pcl-0123456789abcdef.tmp").write_text("half")
     export(model, "ctr", tmp_path, ["program"])
     assert {path.name for path in tmp_path.iterdir()} == {"ctr.json", "ctr.program.pt2"}
 

@@ -106,7 +106,7 @@ def test_what_has_passed_is_not_looked_at_again(write, tmp_path, monkeypatch):
     dataset = write({"new": ({"kind": "items"}, unseen)})
     pretrain(dataset, tmp_path / "run")
     check_task(dataset, "new")
-    monkeypatch.setattr(sys.modules["pcl_ext.data.check"], "user_chunks", lambda dataset: pytest.fail("read again"))
+    monkeypatch.setattr(sys.modules["pcl_ext.data.check"], "user_chunks", lambda *args: pytest.fail("read again"))
     check_task(Dataset(dataset.path), "new")
     dataset.check()
     monkeypatch.undo()

@@ -70,7 +70,12 @@ def list_again(run, manifest, name, tensors):
     content = read_tensors(run / entry["file"])
     file = f"{'' if name == 'backbone' else 'tasks/'}{name}-{content.sha256[:8]}.safetensors"
     os.rename(run / entry["file"], run / file)
-    entry |= {"file": file, "bytes": content.size, "sha256": content.sha256, "tensors": describe(tensors)}
+    entry |= {
+        "file": file,
+        "bytes": (run / file).stat().st_size,
+        "sha256": content.sha256,
+        "tensors": describe(tensors),
+    }
     if name == "backbone":
         entry["hash"] = backbone_hash(entry["config"], entry["tensors"])
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from pcl_ext.data.cache import cached, identity
 from pcl_ext.data.dataset import Dataset
+from pcl_ext.data.examples import user_chunks
 from pcl_ext.data.histories import FILE
 from pcl_ext.data.table import NEXT, TaskTable
 from pcl_ext.progress import progress
@@ -59,16 +60,6 @@ def _check_table(dataset: Dataset, table: TaskTable) -> None:
         _check_unseen(dataset, table, file)
 
 
-def user_chunks(dataset: Dataset):
-    """(first user, end) ranges of about _EVENTS events each."""
-    start = 0
-    while start < dataset.num_users:
-        limit = dataset.offsets[start] + _EVENTS
-        end = max(start + 1, int(np.searchsorted(dataset.offsets, limit, side="right")) - 1)
-        yield start, min(end, dataset.num_users)
-        start = min(end, dataset.num_users)
-
-
 def _check_times_rise(dataset: Dataset) -> None:
     if dataset.times is None:
         return
@@ -94,7 +85,7 @@ def _check_distinct(dataset: Dataset, rule: str) -> None:
 def _checked_chunks(dataset: Dataset):
     """(first user, end, which of these users each event belongs to) of all users, with a bar."""
     with progress("checking histories", dataset.num_users) as bar:
-        for start, end in user_chunks(dataset):
+        for start, end in user_chunks(dataset.offsets, _EVENTS):
             yield start, end, np.repeat(np.arange(end - start), np.diff(dataset.offsets[start : end + 1]))
             bar.update(end - start)
 
@@ -116,7 +107,7 @@ def _check_unseen(dataset: Dataset, table: TaskTable, file: Path) -> None:
     """No target among items[:cut]: per chunk of users, the first position of each target is looked up."""
     order = None if _increasing(table.user) else np.argsort(table.user, kind="stable")
     users = table.user if order is None else table.user[order]
-    for start, end in user_chunks(dataset):
+    for start, end in user_chunks(dataset.offsets, _EVENTS):
         rows = np.arange(np.searchsorted(users, start), np.searchsorted(users, end))
         rows = rows if order is None else order[rows]
         if not len(rows):

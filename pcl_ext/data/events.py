@@ -10,6 +10,7 @@ import numpy as np
 from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.check import check
 from pcl_ext.data.config import FoldConfig, LogConfig, TaskConfig, read_config
+from pcl_ext.data.examples import user_chunks
 from pcl_ext.data.item_table import earlier_items
 from pcl_ext.data.labels import event_values, make_labels
 from pcl_ext.data.log import EventLog
@@ -128,8 +129,8 @@ def _split(log: EventLog, rotate: int | None) -> np.ndarray:
 
 def _item_ids(
     log: EventLog, targets: dict[str, ItemTargets], all_items: bool, earlier: pa.Array | None
-) -> tuple[np.ndarray, list[str]]:
-    """Ids 1..V by code, 0 for codes without one, [all items] int64; what the log calls the items 1..V."""
+) -> tuple[np.ndarray, pa.Array]:
+    """Ids 1..V by code, 0 for codes without one, [all items] int64; what the log calls the items 1..V, texts."""
     known = np.zeros(len(log.item), bool)
     known[log.item.codes[log.history]] = True
     for rows in targets.values():
@@ -152,30 +153,25 @@ def _item_ids(
             gone,
             new.sum(),
         )
-    names = earlier.to_pylist() + texts.filter(pa.array(new)).to_pylist()
+    names = pa.concat_arrays([earlier, texts.filter(pa.array(new))])
     return np.where(new, len(earlier) + np.cumsum(new), kept), names
 
 
-def _user_ids(log: EventLog) -> tuple[np.ndarray, list[str] | None]:
-    values = log.user.values.take(pa.array(log.users))
-    if log.user.is_integer:
-        return values.to_numpy(), None
-    return np.arange(1, len(values) + 1), values.to_pylist()
+def _user_ids(log: EventLog) -> tuple[np.ndarray, pa.Array]:
+    """Ids of the kept users, and what the log calls them."""
+    names = log.user.values.take(pa.array(log.users))
+    return names.to_numpy() if log.user.is_integer else np.arange(1, len(names) + 1), names
 
 
 def _write_histories(writer: DatasetWriter, log: EventLog, item_ids, user_ids, fold) -> None:
-    start, count = 0, len(log.users)
-    with progress("writing histories", count) as bar:
-        while start < count:
-            most = int(np.searchsorted(log.offsets, log.offsets[start] + _EVENTS, side="right")) - 1
-            end = min(count, start + _USERS, max(start + 1, most))
+    with progress("writing histories", len(log.users)) as bar:
+        for start, end in user_chunks(log.offsets, _EVENTS, _USERS):
             chosen = log.history[log.offsets[start] : log.offsets[end]]
             offsets = log.offsets[start : end + 1] - log.offsets[start]
             times = log.time[chosen] if log.config.events.time else None
             items = item_ids[log.item.codes[chosen]]
             writer.histories(user_ids[start:end], items, offsets, fold[start:end], times)
             bar.update(end - start)
-            start = end
 
 
 def _write_items_task(writer: DatasetWriter, task: TaskConfig, rows: ItemTargets, item_ids, user_ids) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,17 @@ def ordered(user: np.ndarray, cut: np.ndarray) -> bool:
     """Whether rows are sorted by user, then cut."""
     same = user[1:] == user[:-1]
     return bool(((user[1:] > user[:-1]) | (same & (cut[1:] >= cut[:-1]))).all())
+
+
+def user_chunks(offsets: np.ndarray, events: int, users: int = 1 << 62) -> Iterator[tuple[int, int]]:
+    """(first user, end) of all users of `offsets` [N + 1], in order: at most `users` of them at a time, and `events`
+    events, or one user."""
+    start, count = 0, len(offsets) - 1
+    while start < count:
+        end = int(np.searchsorted(offsets, offsets[start] + events, side="right")) - 1
+        end = min(max(end, start + 1), start + users, count)
+        yield start, end
+        start = end
 
 
 def history_windows(user: np.ndarray, lengths: np.ndarray, max_len: int) -> Examples:

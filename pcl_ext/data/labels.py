@@ -10,7 +10,8 @@ import numpy as np
 from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.config import TaskConfig
 from pcl_ext.data.log import EventLog
-from pcl_ext.data.targets import check_window
+from pcl_ext.data.parquet import LARGEST
+from pcl_ext.data.targets import task_events
 
 _LOG = logging.getLogger(__name__)
 
@@ -24,17 +25,9 @@ class Labels(NamedTuple):
 
 
 def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
-    """One value per kept user: `reduce` over the user's selected events; null where there is none to reduce.
-
-    ValueError where a history shows events that are not before the task's `from`.
-    """
+    """One value per kept user: `reduce` over the user's events of the task; null where there is none to reduce."""
     label = f"task {task.name!r}"
-    start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
-    kept = log.mask(task.where, f"{label}: where", start, until) & (log.row_of[log.user.codes] >= 0)
-    if task.items is not None:
-        kept &= log.subset(task.items, f"{label}: items")[log.item.codes]
-    if start is not None:
-        check_window(log, task, start)
+    kept, _, _ = task_events(log, task)
     user = log.row_of[log.user.codes]
     if task.reduce in ("any", "count"):
         counts = np.bincount(user[kept], minlength=len(log.users))
@@ -79,7 +72,8 @@ def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if len(task.ignore):
-        values = pc.if_else(_is_in(values, list(task.ignore), f"{label}: ignore"), pa.scalar(None, values.type), values)
+        unknown = _cast(list(task.ignore), values, f"{label}: ignore")
+        values = pc.if_else(pc.is_in(values, value_set=unknown), pa.scalar(None, values.type), values)
     if task.kind == "regression" or task.threshold is not None or task.bins is not None:
         target, names = _from_numbers(numbers(values, f"{label}: its values"), task, train)
     else:
@@ -87,8 +81,8 @@ def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels
     user = np.flatnonzero(~np.isnan(target))
     if not len(user):
         raise ValueError(f"{label}: no user has a value")
-    if (largest := np.abs(target[user]).max()) > np.finfo(np.float32).max:
-        raise ValueError(f"{label}: targets are float32, at most 3.4e38, got {largest:g}")
+    if (largest := np.abs(target[user]).max()) > LARGEST:
+        raise ValueError(f"{label}: targets must be at most {LARGEST:g} in size, got {largest:g}; take a larger unit")
     return Labels(user, target[user].astype(np.float32 if task.kind == "regression" else np.int64), names)
 
 
@@ -166,10 +160,6 @@ def _tell_missing(wanted: pa.Array, values: pa.Array, where: str) -> None:
     if missing := wanted.filter(pc.invert(pc.is_in(wanted, value_set=pc.unique(values)))).to_pylist():
         known = ", ".join(repr(value) for value in pc.unique(values.drop_null()).to_pylist()[:10])
         _LOG.info("%s: no user has %s; there are %s", where, ", ".join(map(repr, missing)), known)
-
-
-def _is_in(values: pa.Array, wanted: list, where: str) -> pa.Array:
-    return pc.is_in(values, value_set=_cast(wanted, values, where))
 
 
 def _cast(wanted: list, values: pa.Array, where: str) -> pa.Array:

@@ -103,9 +103,9 @@ class EventLog:
     """
 
     def __init__(self, config: LogConfig, events: pa.Table, items: pa.Table | None):
-        self.config, self._events, self._items = config, events, items
         names = config.events
         self._events = events = _without_empty(events, names)
+        self.config, self._items = config, items
         self.user = encode([events[names.user]], ["[events] user"])
         columns, labels = [events[names.item]], ["[events] item"]
         if items is not None:
@@ -116,21 +116,15 @@ class EventLog:
         self.item.codes = self.item.codes[: self.num_events]
         if len(np.unique(self.listed_items)) < len(self.listed_items):
             raise ValueError("[items] item must be unique, an id is there twice")
-        self._times = self._read_times()
+        self._times, self.time = None, np.arange(self.num_events)
+        if names.time is not None:
+            self._times = TimeColumn(events[names.time], names.time_unit, names.time_format, "[events] time")
+            self.time = self._times.values
         order = np.lexsort((self.time, self.user.codes))
         self.rank = np.empty(self.num_events, np.int64)
         self.rank[order] = np.arange(self.num_events)
         self.held_out = self._held_out()
         self._select_histories(order)
-
-    def _read_times(self) -> TimeColumn | None:
-        names = self.config.events
-        if names.time is None:
-            self.time = np.arange(self.num_events)
-            return None
-        times = TimeColumn(self._events[names.time], names.time_unit, names.time_format, "[events] time")
-        self.time = times.values
-        return times
 
     def bound(self, value, where: str) -> int | None:
         """A date or raw time of the TOML file in the unit of `time`."""

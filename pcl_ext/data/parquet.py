@@ -11,6 +11,7 @@ from pcl_ext.data._arrow import pa, pc, pq
 from pcl_ext.data.split import FOLDS
 
 BATCH_ROWS = 1 << 15
+LARGEST = 1e30  # of a float: a sum of many is still finite in float32
 
 
 class Column:
@@ -23,10 +24,12 @@ class Column:
         return ValueError(f"{self.file}: {self.name} must be {rule}, got {value!r} in row {row}")
 
     def require(self, good: np.ndarray, rule: str, base: int, values) -> None:
-        """Raise for the first row where `good` is False; `base` is the number of rows before this piece."""
+        """Raise for the first row where `good` is False; `base` is the number of rows before this piece, `values` an
+        array of numpy or Arrow."""
         if not good.all():
             row = int(np.flatnonzero(~good)[0])
-            raise self.fail(rule, base + row, values[row].item() if hasattr(values[row], "item") else values[row])
+            value = values[row]
+            raise self.fail(rule, base + row, value.as_py() if isinstance(value, pa.Scalar) else value.item())
 
     def integers(self, array: pa.Array, base: int) -> np.ndarray:
         """[n] int64. Raises for nulls and other types."""
@@ -39,13 +42,13 @@ class Column:
             raise ValueError(f"{self.file}: {self.name} must fit into int64, {error}") from error
 
     def floats(self, array: pa.Array, base: int) -> np.ndarray:
-        """[n] float32. Raises for nulls, NaN, infinities and other types."""
+        """[n] float32. Raises for nulls, NaN, more than LARGEST in size, and other types."""
         if not (pa.types.is_floating(array.type) or pa.types.is_integer(array.type)):
             raise ValueError(f"{self.file}: {self.name} must hold numbers, got {array.type}")
         self._no_nulls(array, base)
         with np.errstate(over="ignore"):
             values = array.to_numpy(zero_copy_only=False).astype(np.float32)
-        self.require(np.isfinite(values), "a finite float32", base, values)
+        self.require(np.abs(values) <= LARGEST, f"a number of at most {LARGEST:g} in size", base, values)
         return values
 
     def folds(self, array: pa.Array, base: int) -> np.ndarray:
@@ -55,7 +58,7 @@ class Column:
         if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
             raise ValueError(f"{self.file}: {self.name} must hold strings, got {array.type}")
         found = pc.index_in(array.cast(pa.string()), value_set=pa.array(FOLDS)).fill_null(-1).to_numpy()
-        self.require(found >= 0, "one of " + ", ".join(FOLDS), base, _Lazy(array))
+        self.require(found >= 0, "one of " + ", ".join(FOLDS), base, array)
         return found.astype(np.uint8)
 
     def lists(self, array: pa.Array, base: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,16 +77,6 @@ class Column:
         if array.null_count:
             row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
             raise self.fail("without nulls", base + row, None)
-
-
-class _Lazy:
-    """Indexes an arrow array with Python values."""
-
-    def __init__(self, array: pa.Array):
-        self.array = array
-
-    def __getitem__(self, row: int):
-        return self.array[row].as_py()
 
 
 def row_of(lengths: np.ndarray, position: int) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pcl_ext.data.config import TaskConfig
+from pcl_ext.data.examples import user_chunks
 from pcl_ext.data.log import EventLog, first_of_pairs
 
 _EVENTS = 1 << 20  # of the histories that are looked through at a time
@@ -25,14 +26,7 @@ class ItemTargets(NamedTuple):
 def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
     """Raises ValueError where no target is left."""
     label = f"task {task.name!r}"
-    start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
-    kept = log.mask(task.where, f"{label}: where", start, until) & (log.row_of[log.user.codes] >= 0)
-    catalogue = None
-    if task.items is not None:
-        catalogue = log.subset(task.items, f"{label}: items")
-        kept &= catalogue[log.item.codes]
-    if task.cut == "end" and start is not None:
-        check_window(log, task, start)
+    kept, start, catalogue = task_events(log, task)
     chosen = np.flatnonzero(kept)
     chosen = chosen[np.argsort(log.rank[chosen])]
     user, item = log.row_of[log.user.codes[chosen]], log.item.codes[chosen]
@@ -64,7 +58,24 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
     return ItemTargets(user, item, cut, log.time[chosen] if after and log.config.events.time else None, catalogue)
 
 
-def check_window(log: EventLog, task: TaskConfig, start: int) -> None:
+def task_events(log: EventLog, task: TaskConfig) -> tuple[np.ndarray, int | None, np.ndarray | None]:
+    """[E] bool, the events of kept users that a task is about; its `from`; and [all items] bool, its `items`.
+
+    ValueError where the whole of a history is visible and shows events that are not before `from`.
+    """
+    label = f"task {task.name!r}"
+    start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
+    kept = log.mask(task.where, f"{label}: where", start, until) & (log.row_of[log.user.codes] >= 0)
+    items = None
+    if task.items is not None:
+        items = log.subset(task.items, f"{label}: items")
+        kept &= items[log.item.codes]
+    if task.cut == "end" and start is not None:
+        _check_window(log, task, start)
+    return kept, start, items
+
+
+def _check_window(log: EventLog, task: TaskConfig, start: int) -> None:
     """A task with `from` is about what comes after the histories: whatever they show has to lie before it."""
     if seen := int((log.time[log.history] >= start).sum()):
         ends = "have no end" if log.until is None else f"end at {log.config.events.until}"
@@ -80,11 +91,8 @@ def check_window(log: EventLog, task: TaskConfig, start: int) -> None:
 def _visible(log: EventLog, user: np.ndarray, item: np.ndarray, cut: np.ndarray) -> np.ndarray:
     """[m] bool: the item is among the first `cut` of the user's history; `user` never decreases. Some users at a time:
     sorting all events at once would take several times their memory."""
-    found, users = np.zeros(len(user), bool), len(log.offsets) - 1
-    width, begin = len(log.item), 0
-    while begin < users:
-        end = np.searchsorted(log.offsets, log.offsets[begin] + _EVENTS, "right") - 1
-        end = min(max(end, begin + 1), users)
+    found, width = np.zeros(len(user), bool), len(log.item)
+    for begin, end in user_chunks(log.offsets, _EVENTS):
         first, last = log.offsets[begin], log.offsets[end]
         owner = np.repeat(np.arange(begin, end), np.diff(log.offsets[begin : end + 1]))
         keys, place = np.unique(owner * width + log.item.codes[log.history[first:last]], return_index=True)
@@ -92,5 +100,4 @@ def _visible(log: EventLog, user: np.ndarray, item: np.ndarray, cut: np.ndarray)
         wanted = user[rows] * width + item[rows]
         at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
         found[rows] = (keys[at] == wanted) & (first + place[at] - log.offsets[user[rows]] < cut[rows])
-        begin = end
     return found

@@ -88,14 +88,13 @@ class DatasetWriter:
         self.counts["events"] += len(items)
 
     def items(self, item_id, original_id) -> None:
-        """item_id [n], original_id: n strings."""
+        """item_id [n], original_id: n strings, a list or an Arrow array."""
         item_id = _integers("item_id", item_id, 1, self.header["num_items"]).astype(np.int32)
-        table = {"item_id": pa.array(item_id), "original_id": pa.array(original_id, pa.string())}
-        self._append("items.parquet", pa.table(table))
+        self._append("items.parquet", pa.table({"item_id": item_id, "original_id": _texts(original_id)}))
 
     def users(self, user_id, original_id) -> None:
-        """user_id [n], original_id: n strings; only where a log's own user ids are not integers."""
-        table = {"user_id": pa.array(_integers("user_id", user_id)), "original_id": pa.array(original_id, pa.string())}
+        """user_id [n], original_id: as that of `items`; only where a log's own user ids are not integers."""
+        table = {"user_id": _integers("user_id", user_id), "original_id": _texts(original_id)}
         self._append("users.parquet", pa.table(table))
 
     def task(self, spec: TaskSpec, user_id, target, cut, time=None) -> None:
@@ -183,6 +182,10 @@ def _integers(name: str, values, low: int = -(2**63), high: int = 2**63 - 1) -> 
 
 def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+def _texts(values) -> pa.Array:
+    return values.cast(pa.string()) if isinstance(values, pa.Array) else pa.array(values, pa.string())
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

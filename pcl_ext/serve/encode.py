@@ -32,7 +32,7 @@ from pcl_ext.serve.item_ids import ItemIds, check_items
 from pcl_ext.serve.predictor import Predictor
 from pcl_ext.serve.user_names import FILE as USERS
 from pcl_ext.serve.user_names import UserNames, has_names
-from pcl_ext.store.atomic import fsync, is_temporary, locked, sweep_temporary, temporary
+from pcl_ext.store.atomic import is_temporary, locked, sweep_temporary, temporary, whole
 from pcl_ext.task import TaskSpec
 
 SHARD_USERS = 1 << 13
@@ -219,14 +219,9 @@ class DatasetJob:
     def _writer(self, path: Path, unknown: int) -> Iterator[pq.ParquetWriter]:
         """A Parquet file that is there under its name only once it is complete and on the disk."""
         schema = self.schema.with_metadata({_KEY: json.dumps({"identity": self.identity, "unknown": unknown})})
-        with temporary(self.parts) as file:
-            # scores and vectors neither compress nor repeat
-            with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
-                yield writer
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        fsync(path.parent)
+        packed = {"compression": "none", "use_dictionary": False}  # scores and vectors neither compress nor repeat
+        with whole(path, self.parts) as file, pq.ParquetWriter(file, schema, **packed) as writer:
+            yield writer
 
     def _finish(self) -> bool:
         """Put the parts together, if all are there and no other process is at it."""

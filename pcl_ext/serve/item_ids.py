@@ -23,19 +23,16 @@ class ItemIds:
     """
 
     def __init__(self, path: str | Path):
-        from pcl_ext.data._arrow import pa, pc, pq  # of the extra `cli`, which the package is imported without
+        from pcl_ext.data.item_table import read_items  # with the extra `cli`, which the package is imported without
 
         self.path = path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; it must be the items.parquet of a dataset")
-        try:
-            table = pq.read_table(path, columns=["item_id", "original_id"])
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} must be a table of item_id and original_id: {error}") from error
-        for name in ("item_id", "original_id"):
-            if table[name].null_count or len(pc.unique(table[name])) < len(table):
-                raise ValueError(f"{path}: {name} must name every item once, got a null or one twice")
-        ids, originals = table["item_id"].to_pylist(), [str(text) for text in table["original_id"].to_pylist()]
+        if (table := read_items(path)) is None:
+            raise ValueError(f"{path} must be a table of item_id and original_id, it has no original_id")
+        ids, originals = (column.tolist() for column in table)
+        if min(len(set(ids)), len(set(originals))) < len(ids):
+            raise ValueError(f"{path}: item_id and original_id must name every item once, got one twice")
         self._ids = dict(zip(originals, ids))
         numbers = all(map(_is_number, originals))
         self.are_int64 = numbers and all(-(2**63) <= int(text) < 2**63 for text in originals)

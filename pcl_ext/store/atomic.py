@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import platform
 import re
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 MEND = "restore the file from a copy of the run, or make it again"
 _TEMPORARY = re.compile(r"\.pcl-[0-9a-f]{16}\.tmp")
@@ -56,28 +59,47 @@ def _new_locked(folder: Path) -> BinaryIO:
         file.close()
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """`path` holds the old or the new content, never a mix: temporary file, fsync, rename, fsync of the folder."""
-    with temporary(path.parent) as file:
-        file.write(data)
+def write_file(path: Path, *pieces: bytes | np.ndarray) -> None:
+    """`path` holds the old or the new content, never a mix."""
+    with whole(path, path.parent) as file:
+        file.writelines(pieces)
+
+
+@contextmanager
+def whole(path: Path, folder: Path) -> Iterator[BinaryIO]:
+    """What is written inside is `path` at the end, or nothing is: a temporary file in `folder`, fsync, rename, fsync of
+    the folder."""
+    with temporary(folder) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
         os.replace(file.name, path)
         fsync(path.parent)
 
 
-def read_file(path: Path, **mend: str) -> bytes:
-    """A regular file's content. StoreError where there is none; `mend` says what to do about one that is missing."""
+@contextmanager
+def reading(path: Path, mend: str = MEND) -> Iterator[None]:
+    """Inside, a regular file is read. StoreError where there is none; `mend` says what to do about one that is
+    missing."""
     try:
         if path.exists() and not path.is_file():  # a pipe would block
             raise damaged(path, "is not a regular file")
-        return path.read_bytes()
+        yield
     except FileNotFoundError:
-        raise damaged(path, "is missing", **mend) from None
+        raise damaged(path, "is missing", mend=mend) from None
     except PermissionError as error:
         raise damaged(path, f"cannot be read ({error})", mend="give this user permission to read it") from error
     except OSError as error:
         raise damaged(path, f"cannot be read ({error})") from error
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fsync(folder: Path) -> None:
@@ -92,7 +114,7 @@ def sweep_temporary(folder: Path) -> None:
     """Remove what a killed save left in `folder`: files of our own naming that no process holds."""
     for path in folder.iterdir():
         if is_temporary(path.name) and path.is_file() and not path.is_symlink():
-            with suppress(OSError), path.open("rb") as file:
+            with suppress(OSError), path.open("r+b") as file:  # network file systems lock what can be written only
                 if _try_lock(file):
                     path.unlink()
 

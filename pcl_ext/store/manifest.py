@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pcl_ext.store.atomic import damaged, read_file, write_file
+from pcl_ext.store.atomic import damaged, reading, write_file
 from pcl_ext.store.tensor_file import DTYPES, canonical, check_signature, dtype_name, hash_tensor, parse, sign
 from pcl_ext.task import check_task_name
 
@@ -34,7 +34,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     begun = file.parent / "checkpoints"
     if begun.is_dir() and (any(begun.glob("next.*")) or not any(file.parent.glob("backbone-*"))):
         mend = "the run is still in pretraining: repeat pcl pretrain, which goes on where it stopped"
-    text = read_file(file, mend=mend)
+    with reading(file, mend):
+        text = file.read_bytes()
     try:
         values = parse(text)
     except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
-from pcl_ext.store.atomic import StoreError, damaged, fsync, locked, sweep_temporary, write_file
+from pcl_ext.store.atomic import StoreError, damaged, fsync, hash_file, locked, sweep_temporary, write_file
 from pcl_ext.store.manifest import (
     BACKBONE_FILE,
     NAME,
@@ -31,7 +31,7 @@ from pcl_ext.store.manifest import (
     write_manifest,
 )
 from pcl_ext.store.record import without_tasks
-from pcl_ext.store.tensor_file import dtype_name, read_tensors, to_bytes
+from pcl_ext.store.tensor_file import dtype_name, read_tensors, to_pieces
 from pcl_ext.task import TaskSpec, check_task_name
 
 
@@ -225,24 +225,18 @@ def _place(path: Path, stem: str, entry: dict[str, Any], old: Mapping[str, Any] 
     """Write the file of a manifest entry, or keep the one that is there; -> the entry with file, bytes and sha256."""
     state, metadata = entry.pop("state"), entry.pop("metadata")
     if old is not None and all(old[key] == value for key, value in entry.items()):
-        if (path / old["file"]).is_file() and _hash_file(path / old["file"]) == old["sha256"]:
+        if (path / old["file"]).is_file() and hash_file(path / old["file"]) == old["sha256"]:
             return dict(old)
-    data = to_bytes(state, metadata)
-    sha256 = hashlib.sha256(data).hexdigest()
+    pieces, digest = to_pieces(state, metadata), hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    sha256, size = digest.hexdigest(), sum(len(piece) for piece in pieces)
     final = path / f"{stem}-{sha256[:8]}.safetensors"
     if not os.path.lexists(final):
-        write_file(final, data)
-    elif not final.is_file() or _hash_file(final) != sha256:
+        write_file(final, *pieces)
+    elif not final.is_file() or hash_file(final) != sha256:
         raise damaged(final, "is in the way: it is damaged", mend="move it elsewhere and save again")
-    return entry | {"file": final.relative_to(path).as_posix(), "bytes": len(data), "sha256": sha256}
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return entry | {"file": final.relative_to(path).as_posix(), "bytes": size, "sha256": sha256}
 
 
 def _sweep(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -255,7 +249,7 @@ def _sweep(path: Path, manifest: Mapping[str, Any]) -> None:
             if not match or file.relative_to(path).as_posix() in used or file.is_symlink() or not file.is_file():
                 continue
             with suppress(OSError):
-                if _hash_file(file).startswith(match[match.lastindex]):
+                if hash_file(file).startswith(match[match.lastindex]):
                     file.unlink()
 
 
@@ -273,7 +267,7 @@ def _read(path: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
                 raise damaged(file, f"tensor {name!r} has {key} {got[key]}, the manifest says {want[key]}")
         if not _is_finite(tensor):
             raise damaged(file, f"tensor {name!r} holds NaN or infinity")
-    if (content.sha256, content.size) != (entry["sha256"], entry["bytes"]):
+    if (content.sha256, file.stat().st_size) != (entry["sha256"], entry["bytes"]):
         raise damaged(file, "differs from what was saved outside of its tensors: its sha256 is not the manifest's")
     return content.tensors
 

@@ -1,4 +1,6 @@
-"""One safetensors file: written atomically, read with suspicion. Nothing is unpickled, nothing is mapped.
+"""One safetensors file: written atomically, read with suspicion. Nothing is unpickled, nothing stays mapped.
+
+Neither way is a second copy of all tensors in memory.
 
 Beside its tensors a file of ours holds JSON metadata and the sha256 of every tensor, as one text of safetensors' own
 metadata. Any safetensors reader reads it.
@@ -13,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 
-from pcl_ext.store.atomic import MEND, StoreError, damaged, read_file, sweep_temporary, write_file
+from pcl_ext.store.atomic import MEND, StoreError, damaged, hash_file, reading, sweep_temporary, write_file
 
 FORMAT = 1
 _KEY = "pcl_ext"  # the one entry of safetensors' own metadata: JSON text
@@ -44,7 +47,6 @@ class TensorFile:
     metadata: dict[str, Any]
     hashes: dict[str, str]
     sha256: str
-    size: int
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -55,7 +57,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     """
     path = Path(path)
     sweep_temporary(path.parent)
-    write_file(path, to_bytes(tensors, metadata or {}))
+    write_file(path, *to_pieces(tensors, metadata or {}))
 
 
 def load_tensors(path: str | Path, mend: str = MEND) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -68,8 +70,18 @@ def load_tensors(path: str | Path, mend: str = MEND) -> tuple[dict[str, Tensor],
 def hash_tensor(tensor: Tensor) -> str:
     """sha256 over dtype, shape and bytes, in hex. Strides and device do not matter, the sign of a zero does."""
     digest = hashlib.sha256(f"{dtype_name(tensor)} {list(tensor.shape)} ".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """[n] uint8, the tensor's own memory where that lies on the CPU without gaps."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """With the same bytes: torch's own copy makes every bool 0 or 1."""
+    return tensor.view(torch.uint8).clone().view(torch.bool) if tensor.dtype == torch.bool else tensor.clone()
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -79,30 +91,38 @@ def dtype_name(tensor: Tensor) -> str:
     return _NAMES[tensor.dtype]
 
 
-def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
-    """A whole file; the same content gives the same bytes."""
-    kept: dict[str, Tensor] = {}
-    storages: set[int] = set()
+def to_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[bytes | np.ndarray]:
+    """A whole file: its header, then the memory of each tensor. The same content gives the same bytes.
+
+    safetensors' own writers copy all tensors once or twice: more memory than the training of a large table may leave.
+    """
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or name == "__metadata__":
             raise StoreError(f"tensors must map names to tensors, got {name!r}: {type(tensor).__name__}")
-        tensor = tensor.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory.
-        kept[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
-        storages.add(tensor.untyped_storage().data_ptr())
-    hashes = {name: hash_tensor(tensor) for name, tensor in kept.items()}
+    hashes = {name: hash_tensor(tensor) for name, tensor in tensors.items()}
     body = sign({"format": FORMAT, "metadata": dict(metadata), "tensors": hashes}, "metadata")
-    return safetensors.torch.save(kept, {_KEY: canonical(body)})
+    header, end = {"__metadata__": {_KEY: canonical(body)}}, 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # the widest first: all aligned
+    for name in order:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = canonical(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *(_bytes(tensors[name]) for name in order)]
 
 
 def read_tensors(path: Path, mend: str = MEND) -> TensorFile:
     """Read and check a whole file, the hash of every tensor and of the metadata. StoreError names the tensor."""
-    data = read_file(path)
+    with reading(path):
+        sha256 = hash_file(path)
     try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        with safetensors.safe_open(path, "pt") as file:  # which maps it
+            tensors = {name: _copy(file.get_tensor(name)) for name in file.keys()}
+            text = (file.metadata() or {}).get(_KEY, "")
+    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
         raise damaged(path, f"is truncated, damaged or no safetensors file ({error!s:.200})", mend=mend) from error
-    body = _read_metadata(path, data, mend)
+    body = _read_metadata(path, text, mend)
     hashes = body["tensors"]
     if missing := sorted(set(hashes) - set(tensors)):
         raise damaged(path, f"lacks tensor {missing[0]!r}", mend=mend)
@@ -111,14 +131,13 @@ def read_tensors(path: Path, mend: str = MEND) -> TensorFile:
             raise damaged(path, f"tensor {name!r} is not what was saved: its sha256 differs", mend=mend)
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             raise damaged(path, f"tensor {name!r} holds bytes that are neither true nor false", mend=mend)
-    return TensorFile(tensors, body["metadata"], hashes, hashlib.sha256(data).hexdigest(), len(data))
+    return TensorFile(tensors, body["metadata"], hashes, sha256)
 
 
-def _read_metadata(path: Path, data: bytes, mend: str) -> dict[str, Any]:
-    """Our part of the metadata of a file that safetensors has read; it returns the metadata of mapped files only."""
-    end = 8 + int.from_bytes(data[:8], "little")
+def _read_metadata(path: Path, text: str, mend: str) -> dict[str, Any]:
+    """Our part of the metadata of a file that safetensors has read."""
     try:
-        body = parse(parse(data[8:end])["__metadata__"][_KEY].encode())
+        body = parse(text.encode())
         check_signature(body)
         if body["format"] != FORMAT:
             raise damaged(path, f"has format {body['format']}, this pcl_ext reads {FORMAT}", mend="update pcl_ext")

@@ -92,7 +92,7 @@ def test_learn_says_what_it_compared(made, pcl, copy):
 def test_evaluate_writes_what_the_run_recorded(made, pcl, tmp_path):
     status, out, err = pcl("evaluate", made.run, "--data", made.data, "--json", tmp_path / "deep" / "results.json")
     assert (status, err) == (0, [])
-    assert [line.split()[0] for line in out] == ["next", *TASKS]
+    assert [line.split()[0] for line in out if line[:16].strip()] == ["next", *TASKS]
     result = json.loads((tmp_path / "deep" / "results.json").read_text())
     record = record_of(made.run)
     assert {"tasks", "matrix", "forgetting", "protocol"} <= set(result)
@@ -101,7 +101,12 @@ def test_evaluate_writes_what_the_run_recorded(made, pcl, tmp_path):
     assert result["forgetting"]["worst"] == 0
     assert set(PROTOCOL) < set(result["protocol"])
     assert result["protocol"]["dataset"] == f"synthetic {Dataset(made.data).sha256}"
-    assert pcl("evaluate", made.run, "--data", made.data, "--fold", "valid")[1] != out
+    for reference in record["references"]["click"].values():  # below the task's own line
+        metrics = "  ".join(f"{metric} {value:.4f}" for metric, value in reference["metrics"].items())
+        assert f"{'':16}  {metrics}  ({reference['name']})" in out[4:6]
+    valid = pcl("evaluate", made.run, "--data", made.data, "--fold", "valid")[1]
+    assert len(valid) == 1 + len(TASKS)  # the references were measured on the test users
+    assert valid[0] != out[0]
 
 
 def test_results_are_replaced_whole_or_not_at_all(made, pcl, tmp_path, monkeypatch):
@@ -319,7 +324,9 @@ def test_help_and_version(capsys, argv):
     with pytest.raises(SystemExit) as ended:
         main(argv)
     assert ended.value.code == 0
-    assert ("--memory.contextual" in capsys.readouterr().out) == ("learn" in argv)
+    out = capsys.readouterr().out
+    assert ("--memory.contextual" in out) == ("type: path" in out) == ("learn" in argv)
+    assert "<class" not in out
 
 
 def test_learn_counts_what_it_compared(made, pcl, copy, tmp_path):
@@ -348,7 +355,7 @@ def test_a_task_that_no_run_taught(made, pcl, copy):
     store.save_pretrained(model, copy)
     status, out, err = pcl("evaluate", copy, "--data", made.data)
     assert (status, err) == (0, [f"pcl evaluate: {made.data} has no table of mine, which is left out"])
-    assert [line.split()[0] for line in out] == ["next", *TASKS, "loyal"]
+    assert [line.split()[0] for line in out if line[:16].strip()] == ["next", *TASKS, "loyal"]
     status, out, _ = pcl("learn", copy, "loyal", "click", "--data", made.data)
     assert status == 0
     assert out[0] == "loyal: known to the model, which this run did not teach it: no result"

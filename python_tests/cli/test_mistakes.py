@@ -98,7 +98,7 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
         (["predict", "RUN"], "task"),
         (["predict", "nowhere", "--task", "next"], "manifest.json is missing"),
         (["predict", "RUN", "--task", "churn"], "task must be one of next, click, .*, got 'churn'"),
-        (["predict", "RUN", "--task", "next", "--k", "0"], "--k must be at least 1, got 0"),
+        (["predict", "RUN", "--task", "next", "--k", "0"], "k must be at least 1, got 0"),
         (["predict", "RUN", "--task", "next", "--k", "ten"], "Got value: ten"),
         (["encode", "RUN", "--data", "DATA"], "out"),
         (["encode", "nowhere", "--data", "DATA", "--out", "NEW"], "manifest.json is missing"),

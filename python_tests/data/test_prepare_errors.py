@@ -167,7 +167,10 @@ def test_mistakes_in_the_file(tmp_path, old, new, words):
         ({"log": "user_id,item_id,time\n"}, "[events]"),
         ({"log": ""}, "not readable as CSV"),
         ({"users": "user_id,age\n7,3\n"}, "task 'age': no user has a value"),
-        ({"users": "user_id,age\n1,1e300\n"}, "task 'age': targets are float32, at most 3.4e38, got 1e+300"),
+        (
+            {"users": "user_id,age\n1,1e31\n"},
+            "task 'age': targets must be at most 1e+30 in size, got 1e+31; take a larger unit",
+        ),
         ({"log": "user_id,item_id,item_id,time\n1,1,1,1\n"}, "log.csv has two columns 'item_id'"),
     ],
     ids=str,

@@ -133,10 +133,19 @@ def test_new_users_alone(data):
     assert (got.items.tolist(), got.offsets.tolist()) == ([], [0, 0, 0])
 
 
-@pytest.mark.parametrize("names", [["a", "a", "b"], ["a", None, "b"]])
-def test_items_are_named_once(tmp_path, names):
-    pq.write_table(pa.table({"item_id": [1, 2, 3], "original_id": names}), tmp_path / "items.parquet")
-    with pytest.raises(ValueError, match="original_id must name every item once, got a null or one twice"):
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"original_id": ["a", "a", "b"]}, "original_id must name every item once, got one twice"),
+        ({"item_id": [1, 2, 2], "original_id": ["a", "b", "c"]}, "every item once"),
+        ({"original_id": ["a", None, "b"]}, "must hold no nulls"),
+        ({}, "has no original_id"),
+    ],
+    ids=str,
+)
+def test_items_are_named_once(tmp_path, columns, words):
+    pq.write_table(pa.table({"item_id": [1, 2, 3]} | columns), tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match=words):
         ItemIds(tmp_path / "items.parquet")
 
 
