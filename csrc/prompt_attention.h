@@ -59,8 +59,9 @@ bool newest_attention_fwd_cpu(AttentionArgs args, void* out, Scalar dtype, Isa i
 
 // On CUDA the offsets, prefixes and indices of the plan are all that is read, unchecked: whatever they hold, nothing
 // outside the tensors is touched. Rows before the first history and after the last are 0, and so are their gradients.
-// Head widths are multiples of 16 up to 128 that fit; rows and heads lie at multiples of 16 bytes. The largest
-// score in stats is one in base 2, times log2(e). Returns CUDA's error number.
+// Head widths are multiples of 16 up to 128 that fit; rows and heads lie at multiples of 16 bytes. The
+// score in stats is one in base 2, times log2(e), and for numbers of two bytes up to 8 below the largest. Returns CUDA's
+// error number.
 //
 // Bytes moved, E the size of T H d numbers: forward 4 E (q, k, v, out), more where own keys of a history past 64 rows
 // are read again, by way of L2. Backward:

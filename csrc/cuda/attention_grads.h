@@ -11,17 +11,23 @@ struct alignas(8) RowStats {
   float top, inverse;
 };
 
-// What backward needs to know of a row and head: the largest score times log2(e), one over the softmax's denominator,
-// and sum(grad_out * out). For numbers of two bytes the denominator is part of top, as a logarithm: a multiplication
-// and a register less for every weight, and an error that such numbers do not see.
+// What backward needs to know of a row and head: the score that weights are relative to times log2(e), one over the
+// softmax's denominator, and scale * sum(grad_out * out). For numbers of two bytes the denominator is part of top, as a
+// logarithm: a multiplication and a register less for every weight, and an error that such numbers do not see.
 struct alignas(16) RowNumbers {
   float top, delta, inverse, unused;
 
   template <class T>
-  __device__ __forceinline__ static RowNumbers of(const RowStats& stats, float delta) {
+  __device__ __forceinline__ static RowNumbers of(const RowStats& stats, float sum, float scale) {
+    const float delta = sum * scale;
     if constexpr (sizeof(T) == 4) return {stats.top, delta, stats.inverse, 0.f};
     // with nothing to attend to there are no weights: 2^(x - infinity)
     return {stats.inverse == 0.f ? INFINITY : stats.top - log2f(stats.inverse), delta, 1.f, 0.f};
+  }
+
+  // The gradient of a score; product: of grad_out and a value.
+  __device__ __forceinline__ float grad(float weight, float product, float scale) const {
+    return weight * fmaf(product, scale, -delta);
   }
 
   // Of a float, scores are rounded as forward has rounded them.
@@ -38,6 +44,8 @@ template <class T>
 constexpr bool makes_numbers(int64_t dim) {
   return sizeof(T) == 2 && dim <= 64;
 }
+template <class T, int kDim>
+constexpr bool kMakesNumbers = makes_numbers<T>(kDim);
 
 // numbers [T, H]; or null, then they are made of out and stats [T, H, 2] where they are needed. Gradients are null
 // where they are not asked for.
@@ -69,7 +77,7 @@ struct KeyBlocks {
     for (int i = 0; i < 8; ++i) {
       const RowNumbers row = numbers[Block::column(i)];
       weights.at[i] = row.template weight<T>(weights.at[i], scale * kLog2E);
-      grads.at[i] = weights.at[i] * (grads.at[i] - row.delta) * scale;
+      grads.at[i] = row.grad(weights.at[i], grads.at[i], scale);
     }
     if (!diagonal) return;
 #pragma unroll
@@ -122,30 +130,50 @@ __device__ __forceinline__ void load_stats(RowNumbers* to, const RowStats* stats
   cp_async<8>(to + row, stats + (inside ? (first + row) * num_heads + head : 0), inside);
 }
 
-// The numbers of 16 rows whose grad_out, out and stats have arrived. Products are added in the order of numbers_kernel:
-// 16 bytes in a row, then every eighth of these, then those eight in pairs.
+// sum(grad_out * out) of 16 rows, lane i's of row i % 16: where numbers are always made here, the diagonal of
+// grad_out out^T by tensor cores; else added in the order of numbers_kernel, 16 bytes in a row, then every eighth of
+// these, then those eight in pairs.
 template <class T, int kDim>
-__device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char* grad_out, const unsigned char* out) {
+__device__ __forceinline__ float sums_of_rows(const unsigned char* grad_out, const unsigned char* out) {
   using R = Rows<T, kDim>;
-  constexpr int kWidth = kNumbers<T, Vec16>;
-  const int row = lane_index() % kTileRows, half = lane_index() / kTileRows, own = R::place(row, half * 4);
-  float part[4];
+  const int lane = lane_index(), row = lane % kTileRows, half = lane / kTileRows;
+  if constexpr (kMakesNumbers<T, kDim>) {
+    const Block block = product<T, kDim>(grad_out, out);
+    // lane 4 i + i / 2 has what is i-th and (i + 8)-th on the diagonal
+    const int from = lane % 8 * 4 + lane % 8 / 2;
+    const bool odd = lane / 4 % 2 != 0;
+    const float low = shuffle(odd ? block.at[1] : block.at[0], from);
+    const float high = shuffle(odd ? block.at[7] : block.at[6], from);
+    return row < 8 ? low : high;
+  } else {
+    constexpr int kWidth = kNumbers<T, Vec16>;
+    const int own = R::place(row, half * 4);
+    float part[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    part[i] = 0.f;
+    for (int i = 0; i < 4; ++i) {
+      part[i] = 0.f;
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)  // a number of rounds that is known; of floats more spill
-    for (int round = 0; round < (R::kChunks + 7) / 8; ++round) {
-      if (R::kChunks % 8 != 0 && half * 4 + i + 8 * round >= R::kChunks) break;
-      float a[kWidth], b[kWidth];
-      widen<T>(load(reinterpret_cast<const Vec16*>(R::move(grad_out + own, i + 8 * round))), a);
-      widen<T>(load(reinterpret_cast<const Vec16*>(R::move(out + own, i + 8 * round))), b);
+      for (int round = 0; round < (R::kChunks + 7) / 8; ++round) {
+        if (R::kChunks % 8 != 0 && half * 4 + i + 8 * round >= R::kChunks) break;
+        float a[kWidth], b[kWidth];
+        widen<T>(load(reinterpret_cast<const Vec16*>(R::move(grad_out + own, i + 8 * round))), a);
+        widen<T>(load(reinterpret_cast<const Vec16*>(R::move(out + own, i + 8 * round))), b);
 #pragma unroll
-      for (int n = 0; n < kWidth; ++n) part[i] = fmaf(a[n], b[n], part[i]);
+        for (int n = 0; n < kWidth; ++n) part[i] = fmaf(a[n], b[n], part[i]);
+      }
     }
+    const float sum = (part[0] + part[1]) + (part[2] + part[3]);
+    return sum + shuffle_xor(sum, kTileRows);
   }
-  float sum = (part[0] + part[1]) + (part[2] + part[3]);
-  sum += shuffle_xor(sum, kTileRows);
-  if (half == 0) to[row] = RowNumbers::of<T>(load(reinterpret_cast<const RowStats*>(to + row)), sum);
+}
+
+// The numbers of 16 rows whose grad_out, out and stats have arrived.
+template <class T, int kDim>
+__device__ __forceinline__ void make_numbers(RowNumbers* to, const unsigned char* grad_out, const unsigned char* out,
+                                             float scale) {
+  const int lane = lane_index();
+  const float sum = sums_of_rows<T, kDim>(grad_out, out);
+  if (lane < kTileRows) to[lane] = RowNumbers::of<T>(load(reinterpret_cast<const RowStats*>(to + lane)), sum, scale);
 }
 
 // Gradients of own rows: of q, of keys, of values. Where the prefix is short enough for grads_with_own, also those of

@@ -77,7 +77,7 @@ struct PassMemory {
   static constexpr int kTile = Rows<T, kDim>::kTileBytes;
   static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
   static constexpr int kRows = kRowTiles;
-  static constexpr int kItems = 256, kFirst = kItems + kMore;  // bytes
+  static constexpr int kItems = 640, kFirst = kItems + kMore;  // bytes
   static constexpr int kMostPrefixTiles = sizeof(T) == 2 ? 4 : 1;
 
   // Of a warp of the group. Slots are counted from the group's first from here on.
@@ -85,15 +85,19 @@ struct PassMemory {
     Slot slot;
     int prefix;
   };
-  static_assert(kWarps * sizeof(Item) + sizeof(Resident) <= kItems);
+  static_assert(kWarps * kWarps * sizeof(Item) + sizeof(Resident) <= kItems);
 
   __host__ __device__ static int bytes(int prefix_tiles) {
     return kFirst + (kWarps * kRowTiles + 2 * kStages * kWarps + 2 * prefix_tiles) * kTile;
   }
 
   unsigned char* base;
-  __device__ __forceinline__ Item& item(int warp) const { return reinterpret_cast<Item*>(base)[warp]; }
-  __device__ __forceinline__ Resident& resident() const { return reinterpret_cast<Resident&>(item(kWarps)); }
+  int turn = 0;  // which of the groups that were found is at hand
+  __device__ __forceinline__ Item& item_of(int group, int warp) const {
+    return reinterpret_cast<Item*>(base)[group * kWarps + warp];
+  }
+  __device__ __forceinline__ Item& item(int warp) const { return item_of(turn, warp); }
+  __device__ __forceinline__ Resident& resident() const { return reinterpret_cast<Resident&>(item_of(kWarps, 0)); }
   __device__ __forceinline__ unsigned char* more() const { return base + kItems; }
   __device__ __forceinline__ unsigned char* rows(int warp, int which) const {
     return base + kFirst + (warp * kRowTiles + which) * kTile;
@@ -255,22 +259,30 @@ __device__ __forceinline__ void pass_over_keys(const Attention<T>& attention, co
   work.end(memory);
 }
 
-// Calls run(head) for every group of this block that has rows.
-template <class T, class Memory, class Run>
-__device__ __forceinline__ void for_groups(const Attention<T>& attention, const Memory& memory, Run run) {
-  const int warp = warp_index(), head = block_y();
+// Calls run(head) for every group of this block that has rows, and before ahead(head, first row, rows) for this warp's
+// slot of the group after. Each warp looks one group up, four are then at hand.
+template <class T, class Memory, class Run, class Ahead>
+__device__ __forceinline__ void for_groups(const Attention<T>& attention, Memory& memory, Run run, Ahead ahead) {
+  const int warp = warp_index(), lane = lane_index(), head = block_y();
   const int groups = attention.groups();
   if (thread_index() == 0) memory.resident() = {-1, 0, 0};
-  for (int group = block_x(); group < groups; group += grid_x()) {
-    Slot own = find_slot_warp(attention.slots, group * kWarps + warp);
-    own.first -= group * kWarps;
-    if (lane_index() == 0) memory.item(warp) = {own, own.length == 0 ? -1 : prefix_of(attention, own.run)};
+  for (int first = block_x(); first < groups; first += kWarps * grid_x()) {
+    const int begin = (first + warp * grid_x()) * kWarps;
+    Slot found = find_slot_warp<kWarps>(attention.slots, begin);
+    found.first -= begin;
+    if (lane < kWarps) memory.item_of(warp, lane) = {found, found.length == 0 ? -1 : prefix_of(attention, found.run)};
     sync_threads();
-    bool any = false;
+    for (memory.turn = 0; memory.turn < kWarps; ++memory.turn) {
+      if (sizeof(T) == 2 && memory.turn + 1 < kWarps) {
+        const Slot& next = memory.item_of(memory.turn + 1, warp).slot;
+        ahead(only_now(head), next.begin + next.row, next.count());
+      }
+      bool any = false;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) any = any || memory.item(w).slot.length != 0;
-    if (any) run(head);
-    sync_threads();  // the next group takes the place of this one
+      for (int w = 0; w < kWarps; ++w) any = any || memory.item(w).slot.length != 0;
+      if (any) run(head);
+      sync_threads();  // the next group takes the place of this one
+    }
   }
 }
 

@@ -45,7 +45,9 @@ __device__ __forceinline__ Slot slot_of_run(const Slots& slots, int slot, int ru
   return {begin, first, run, inside ? static_cast<int>(length) : 0, inside ? static_cast<int>(row) : 0};
 }
 
-// The slot's run is the last that begins at or before it; a warp searches together.
+// A slot's run is the last that begins at or before it. A warp searches together, and its lane i, up to kCount, finds
+// the slot i further on: as many runs at most begin in between, since each takes a slot.
+template <int kCount = 1>
 __device__ __forceinline__ Slot find_slot_warp(const Slots& slots, int slot) {
   if (slot >= slots.count()) return {};
   int low = 0, high = static_cast<int>(slots.runs.batch);
@@ -57,7 +59,14 @@ __device__ __forceinline__ Slot find_slot_warp(const Slots& slots, int slot) {
     low += count * step;
     high = high < low + step ? high : low + step;
   }
-  return high == 0 ? Slot{} : slot_of_run(slots, slot, low);
+  if (high == 0) return {};
+  const int batch = static_cast<int>(slots.runs.batch), own = slot + (kCount > 1 ? lane_index() : 0);
+  int run = low;
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) {
+    if (low + i < batch && slots.first(low + i) <= own) run = low + i;
+  }
+  return slot_of_run(slots, own, run);
 }
 
 }  // namespace pcl

@@ -24,7 +24,8 @@ struct Rows {
   }
   // From a chunk of a row to the one `more` further on, whose number has the same bits and those of `more`: what a lane
   // holds of an address is the same for all.
-  __device__ __forceinline__ static const unsigned char* move(const unsigned char* chunk, int more) {
+  template <class Byte>
+  __device__ __forceinline__ static Byte* move(Byte* chunk, int more) {
     return flip(chunk, (more & (kAligned - 1)) * 16) + (more & ~(kAligned - 1)) * 16;
   }
 
@@ -111,6 +112,19 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, Head<T> from, int
   }
 }
 
+// A warp asks for `count` rows of a tile that it will load later.
+template <class T, int kDim>
+__device__ __forceinline__ void prefetch_tile(Head<T> from, int64_t first, int count) {
+  constexpr int kEach = 64 / static_cast<int>(sizeof(T));  // numbers
+  const int row = lane_index() % kTileRows, part = lane_index() / kTileRows;
+  const T* const at = from.data + (first + row) * from.stride;
+#pragma unroll
+  for (int i = 0; i < kDim; i += kWarp / kTileRows * kEach) {
+    const int column = i + part * kEach;
+    if (row < count && column < kDim) prefetch(at + column);
+  }
+}
+
 __device__ __forceinline__ float dot4(const Vec16& a, const Vec16& b, float sum) {
   float x[4], y[4];
   memcpy(x, &a, 16);
@@ -146,6 +160,13 @@ struct HeldTile {
     for (int k = 0; k < kDim / 16; ++k) columns[k] = LeftTile<T, kDim>{tile}.at(k);
   }
   __device__ __forceinline__ const typename LeftTile<T, kDim>::Columns& at(int k) const { return columns[k]; }
+  __device__ __forceinline__ void negate() {
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) columns[k].at[i] ^= 0x80008000u;
+    }
+  }
 };
 
 template <class T, int kDim>
@@ -255,20 +276,23 @@ template <class T, int kDim>
 __device__ __forceinline__ void store_wide(const Wide<kDim>& wide, unsigned char* tile, T* to, int64_t stride,
                                            int count) {
   using R = Rows<T, kDim>;
+  constexpr bool kFloat = std::is_same_v<T, float>;
   const int lane = lane_index();
+  // two numbers of a lane; eight rows further down they lie 8 kBytes further on
+  unsigned char* const own =
+      tile + R::place(lane / 4, kFloat ? lane % 4 / 2 : 0) + (kFloat ? lane % 2 * 8 : lane % 4 * 4);
   sync_warp();
 #pragma unroll
   for (int j = 0; j < kDim / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float low = wide.sums[j][2 * i], high = wide.sums[j][2 * i + 1];
-      const int row = lane / 4 + 8 * i;
-      if constexpr (std::is_same_v<T, float>) {
-        auto* at = reinterpret_cast<float*>(tile + R::place(row, 2 * j + lane % 4 / 2)) + lane % 2 * 2;
-        at[0] = low;
-        at[1] = high;
+      unsigned char* const at = R::move(own, kFloat ? 2 * j : j) + 8 * i * R::kBytes;
+      if constexpr (kFloat) {
+        reinterpret_cast<float*>(at)[0] = low;
+        reinterpret_cast<float*>(at)[1] = high;
       } else {
-        *(reinterpret_cast<uint32_t*>(tile + R::place(row, j)) + lane % 4) = pack2<T>(low, high);
+        *reinterpret_cast<uint32_t*>(at) = pack2<T>(low, high);
       }
     }
   }

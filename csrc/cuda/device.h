@@ -17,6 +17,8 @@
 //     rounded_product(x, y)                    x y, which does not become part of a multiply-add
 //     load(pointer), store(pointer, value)     one access, of a Vec16 too
 //     load_once(pointer), store_once(pointer, value)   the same, of what nobody reads again soon
+//     prefetch(pointer)                        64 bytes are to be in L2 when they are loaded; nothing waits for them
+//     only_now(x)                              x, but nothing found from it is made before, which would take registers
 //     count_bits(unsigned)
 //   of a warp, all 32 lanes together
 //     shuffle(value, from), shuffle_xor(value, mask)       int, unsigned, float, double

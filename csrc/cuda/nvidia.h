@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -48,13 +49,23 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
       values);
 }
 
+// It does not change and takes microseconds to ask for: every host thread asks once. No answer is no answer next time.
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, int shared_bytes) {
+  thread_local std::map<std::tuple<int, void (*)(Parameters...), int, int>, int> known;
+  int device = 0;
+  check_answer(cudaGetDevice(&device));
+  int& blocks = known[{device, kernel, threads, shared_bytes}];
+  if (blocks > 0) return blocks;
+  const auto* address = reinterpret_cast<const void*>(kernel);
   int each = 0;
   check_answer(allow_shared(kernel, shared_bytes));
-  check_answer(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, reinterpret_cast<const void*>(kernel), threads,
-                                                             shared_bytes));
-  return (each < 1 ? 1 : each) * device_attribute(cudaDevAttrMultiProcessorCount);
+  // As many as fit are there at once only where a multiprocessor's memory is split in favour of shared memory.
+  check_answer(
+      cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  check_answer(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, address, threads, shared_bytes));
+  blocks = (each < 1 ? 1 : each) * device_attribute(cudaDevAttrMultiProcessorCount);
+  return blocks;
 }
 
 inline const char* error_text(int number) { return cudaGetErrorString(static_cast<cudaError_t>(number)); }
@@ -85,6 +96,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 
 __device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
+
+// x, known from here on: what is found from it takes no registers before.
+__device__ __forceinline__ int only_now(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 template <class Unit>
 __device__ __forceinline__ Unit load(const Unit* from) {
@@ -205,6 +222,9 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(read) : "memory");
   }
 }
+
+// Asks for what lies at an address, and 64 bytes with it, to be in L2 when it is loaded.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -5,21 +5,29 @@ namespace pcl {
 
 namespace {
 
-// stats: a row's largest score times log2(e), and one over its softmax's denominator.
+constexpr float kLeastScale = 1e-44f, kLeastBase = -3.402823e38f;
+
+// Weights are relative to a score that was the largest when it was taken. For numbers of two bytes it stays that until
+// one comes that is so much larger, in powers of 2: sums are seldom scaled anew, and no weight overflows.
+constexpr float kSlack = 8;
+
+// stats: the score that a row's weights are relative to, times log2(e), and one over its softmax's denominator.
 template <class T, int kDim>
 struct Forward {
+  static constexpr bool kFloat = sizeof(T) == 4;
   AllHeads<T> rows[1];
   T* out;
-  float* stats;
+  RowStats* stats;
   int num_heads;
-  float scale;  // times log2(e)
+  float scale;  // times log2(e); of two-byte numbers its size, and queries have its sign
+  bool negative;
 
   Slot own;
   int head;
   unsigned char* q;
   HeldTile<T, kDim> queries;
   Wide<kDim> sums;
-  float top[2], weight[2];  // of rows i / 4 and i / 4 + 8; weight: this lane's share
+  float base[2], weight[2];  // of rows i / 4 and i / 4 + 8: what weights are relative to; this lane's share of them
 
   template <class Memory>
   __device__ __forceinline__ void load(const Slot&, int, const Memory&) const {}
@@ -30,38 +38,56 @@ struct Forward {
     head = head_number;
     q = memory.rows(warp_index(), 0);
     queries.hold(q);
+    if constexpr (!kFloat) {
+      if (negative) queries.negate();
+    }
     sums.clear();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top[r] = -INFINITY;
+      base[r] = kLeastBase;
       weight[r] = 0.f;
     }
+  }
+
+  // A score, and what it exceeds a base by. Of floats scores have been multiplied by scale, and rounded.
+  __device__ __forceinline__ float scaled(float score) const { return kFloat ? score : score * scale; }
+  __device__ __forceinline__ float above(float score, float other) const {
+    return kFloat ? score - other : fmaf(score, scale, -other);
+  }
+  __device__ __forceinline__ bool is_new_base(float score, float other) const {
+    return kFloat ? score > other : above(score, other) > kSlack;
+  }
+
+  // New bases for those rows that have one.
+  __device__ __forceinline__ void raise(const float (&most)[2]) {
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float now = is_new_base(most[r], base[r]) ? scaled(most[r]) : base[r];
+      factor[r] = exp2_approx(base[r] - now);
+      weight[r] *= factor[r];
+      base[r] = now;
+    }
+    sums.scale(factor[0], factor[1]);
   }
 
   __device__ __forceinline__ void see(const unsigned char* keys, const unsigned char* values, const Seen& seen) {
     Block scores = product_with<T, kDim>(queries, keys);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) scores.at[i] = rounded_product(scores.at[i], scale);
+    for (int i = 0; kFloat && i < 8; ++i) scores.at[i] = rounded_product(scores.at[i], scale);
     if (!seen.all()) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) scores.at[i] = seen.at(i) ? scores.at[i] : -INFINITY;
     }
-    float most[2] = {-INFINITY, -INFINITY};
+    float most[2] = {scores.at[0], scores.at[2]};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores.at[i]);
-    float factor[2], base[2];
+    for (int i = 1; i < 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores.at[i]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float now = fmaxf(top[r], warp_max<4>(most[r]));
-      base[r] = now == -INFINITY ? 0.f : now;
-      factor[r] = exp2_approx(top[r] - base[r]);
-      weight[r] *= factor[r];
-      top[r] = now;
-    }
-    if (ballot(factor[0] != 1.f || factor[1] != 1.f) != 0) sums.scale(factor[0], factor[1]);
+    for (int r = 0; r < 2; ++r) most[r] = warp_max<4>(most[r]);
+    if (ballot(is_new_base(most[0], base[0]) || is_new_base(most[1], base[1])) != 0) raise(most);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      scores.at[i] = exp2_approx(scores.at[i] - base[i / 2 % 2]);
+      scores.at[i] = exp2_approx(above(scores.at[i], base[i / 2 % 2]));
       weight[i / 2 % 2] += scores.at[i];
     }
     add_product<T>(sums, scores, values);
@@ -76,9 +102,7 @@ struct Forward {
       inverse[r] = all == 0.f ? 0.f : 1.f / all;
       const int row = lane_index() / 4 + 8 * r;
       if (lane_index() % 4 == 0 && row < own.count()) {
-        float* to = stats + ((own.begin + own.row + row) * num_heads + head) * 2;
-        to[0] = top[r];
-        to[1] = inverse[r];
+        stats[(own.begin + own.row + row) * num_heads + head] = {base[r], inverse[r]};
       }
     }
     sums.scale(inverse[0], inverse[1]);
@@ -94,16 +118,24 @@ constexpr int kBlocks = sizeof(T) == 2 && kDim <= 64 ? 4 : 2;
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
-    forward_kernel(Attention<T> attention, int prefix_tiles, T* out, float* stats) {
+    forward_kernel(Attention<T> attention, int prefix_tiles, T* out, RowStats* stats) {
   Forward<T, kDim> work;
   work.rows[0] = attention.q;
   work.out = out;
   work.stats = stats;
   work.num_heads = attention.num_heads;
-  work.scale = attention.scale * kLog2E;
-  const PassMemory<T, kDim, 1> memory{shared_memory()};
-  for_groups(attention, memory,
-             [&](int head) { pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, work); });
+  // In float as backward has it; else never 0, times which -infinity, of what is not seen, would be no number.
+  const float scale = attention.scale * kLog2E;
+  work.scale = sizeof(T) == 4 ? scale : fmaxf(fabsf(scale), kLeastScale);
+  work.negative = scale < 0.f;
+  PassMemory<T, kDim, 1> memory{shared_memory()};
+  for_groups(
+      attention, memory, [&](int head) { pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, work); },
+      [&](int head, int64_t first, int count) {
+        prefetch_tile<T, kDim>(attention.q.head(head), first, count);
+        prefetch_tile<T, kDim>(attention.k.head(head), first, count);
+        prefetch_tile<T, kDim>(attention.v.head(head), first, count);
+      });
   clear_rows_of_none<T, kDim>(attention.slots.runs, out, attention.num_heads);
 }
 
@@ -115,7 +147,7 @@ int forward(const AttentionArgs& args, void* out, void* stats, void* stream) {
     const auto attention = attention_of<T>(args);
     const auto kernel = forward_kernel<T, dim()>;
     return launch(kernel, blocks_by_head(kernel, shared_bytes, args.num_heads, attention.groups()), kThreads,
-                  shared_bytes, stream, attention, prefix_tiles, static_cast<T*>(out), static_cast<float*>(stats));
+                  shared_bytes, stream, attention, prefix_tiles, static_cast<T*>(out), static_cast<RowStats*>(stats));
   });
 }
 

@@ -13,7 +13,7 @@ constexpr int kLanesARow = 8;
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     numbers_kernel(AllHeads<T> grad_out, AllHeads<T> out, const RowStats* stats, int64_t rows, int num_heads,
-                   int chunks, RowNumbers* numbers) {
+                   int chunks, float scale, RowNumbers* numbers) {
   constexpr int kWidth = kNumbers<T, Vec16>;
   const int64_t i = (static_cast<int64_t>(block_x()) * kThreads + thread_index()) / kLanesARow;
   const bool inside = i < rows;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int n = 0; n < kWidth; ++n) sum = fmaf(a[n], b[n], sum);
   }
   sum = warp_sum<kLanesARow>(sum);
-  if (inside && thread_index() % kLanesARow == 0) numbers[i] = RowNumbers::of<T>(stats[i], sum);
+  if (inside && thread_index() % kLanesARow == 0) numbers[i] = RowNumbers::of<T>(stats[i], sum, scale);
 }
 
 template <class T>
@@ -38,7 +38,8 @@ int find_numbers(const AttentionArgs& args, const AttentionGrads& grads, RowNumb
   const int chunks = static_cast<int>(args.head_dim * sizeof(T) / 16);
   const auto blocks = static_cast<unsigned>((rows * kLanesARow + kThreads - 1) / kThreads);
   return launch(numbers_kernel<T>, {blocks}, kThreads, 0, stream, heads_of<T>(grads.grad_out), heads_of<T>(grads.out),
-                static_cast<const RowStats*>(grads.stats), rows, static_cast<int>(args.num_heads), chunks, numbers);
+                static_cast<const RowStats*>(grads.stats), rows, static_cast<int>(args.num_heads), chunks,
+                static_cast<float>(args.scale), numbers);
 }
 
 bool asks_prefix(const AttentionGrads& grads) {

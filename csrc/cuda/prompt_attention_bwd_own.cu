@@ -13,9 +13,6 @@ template <class T>
 constexpr int kGradStages = sizeof(T) == 2 ? 2 : 1;
 constexpr int kNumbersBytes = kTileRows * static_cast<int>(sizeof(RowNumbers));
 
-template <class T, int kDim>
-constexpr bool kMakesNumbers = makes_numbers<T>(kDim);
-
 // Blocks on a multiprocessor, as many as registers last for without spilling.
 template <class T, int kDim>
 constexpr int kBlocks = sizeof(T) == 2 && kDim <= 64 ? 3 : 2;
@@ -70,7 +67,7 @@ struct GradQ {
     sums.clear();
     RowNumbers* const here = memory.numbers(0, warp_index());
     if constexpr (kMakesNumbers<T, kDim>) {
-      make_numbers<T, kDim>(here, memory.rows(warp_index(), 1), memory.rows(warp_index(), 2));
+      make_numbers<T, kDim>(here, memory.rows(warp_index(), 1), memory.rows(warp_index(), 2), scale);
       sync_warp();
     }
 #pragma unroll
@@ -84,7 +81,7 @@ struct GradQ {
     for (int i = 0; i < 8; ++i) {
       const RowNumbers& numbers_of_row = row[i / 2 % 2];
       const float weight = numbers_of_row.weight<T>(scores.at[i], scale * kLog2E);
-      grads.at[i] = weight * (grads.at[i] - numbers_of_row.delta) * scale;
+      grads.at[i] = numbers_of_row.grad(weight, grads.at[i], scale);
     }
     if (!seen.all()) {
 #pragma unroll
@@ -132,12 +129,12 @@ __device__ __forceinline__ void load_queries(const AttentionBackward<T>& backwar
 
 // Waits for what the block has loaded, and makes its numbers.
 template <class T, int kDim>
-__device__ __forceinline__ void wait_for_queries(const OwnMemory<T, kDim>& memory, int stage) {
+__device__ __forceinline__ void wait_for_queries(const OwnMemory<T, kDim>& memory, int stage, float scale) {
   cp_async_wait<0>();
   if constexpr (kMakesNumbers<T, kDim>) {
     const int warp = warp_index();
     sync_warp();
-    make_numbers<T, kDim>(memory.numbers(stage, warp), memory.others(stage, 1, warp), memory.rows(warp, 2));
+    make_numbers<T, kDim>(memory.numbers(stage, warp), memory.others(stage, 1, warp), memory.rows(warp, 2), scale);
   }
   sync_threads();
 }
@@ -173,7 +170,7 @@ __device__ __forceinline__ void see_queries(const AttentionBackward<T>& backward
       sync_threads();
       load_queries(backward, memory, head, other, next, extent);
     }
-    wait_for_queries(memory, other);
+    wait_for_queries(memory, other, backward.attention.scale);
     stage = other;
   }
 }
@@ -200,7 +197,7 @@ __device__ __forceinline__ void pass_over_queries(const AttentionBackward<T>& ba
   load_tile<T, kDim>(memory.rows(warp, 0), attention.k.head(head), row, own.count());
   load_tile<T, kDim>(memory.rows(warp, 1), attention.v.head(head), row, own.count());
   load_queries(backward, memory, head, 0, extent.first, extent);
-  wait_for_queries(memory, 0);
+  wait_for_queries(memory, 0, attention.scale);
   KeySums<T, kDim> sums;
   sums.clear();
   see_queries(backward, grads, memory, head, extent, sums);
@@ -211,7 +208,7 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
     grad_own_rows_kernel(AttentionBackward<T> backward, int prefix_tiles, OwnGrads<T> grads, float* partial) {
   const Attention<T>& attention = backward.attention;
-  const OwnMemory<T, kDim> memory{{shared_memory()}};
+  OwnMemory<T, kDim> memory{{shared_memory()}};
   GradQ<T, kDim> work;
   work.rows[0] = attention.q;
   work.rows[1] = backward.grad_out;
@@ -223,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
   work.scale = attention.scale;
   work.prefix = {memory.prefix_sums(), partial, grads.prefix, attention.scale};
   if (partial != nullptr) work.prefix.clear();
-  for_groups(attention, memory, [&](int head) {
+  const auto run = [&](int head) {
     if (grads.q != nullptr) {
       pass_over_keys<T, kDim>(attention, memory, head, prefix_tiles, work);
       sync_threads();  // the keys take the place of the queries
@@ -231,6 +228,13 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
     if (grads.own.k != nullptr || grads.own.v != nullptr) {
       pass_over_queries(backward, grads.own, memory, head);
     }
+  };
+  for_groups(attention, memory, run, [&](int head, int64_t first, int count) {
+    prefetch_tile<T, kDim>(attention.q.head(head), first, count);
+    prefetch_tile<T, kDim>(attention.k.head(head), first, count);
+    prefetch_tile<T, kDim>(attention.v.head(head), first, count);
+    prefetch_tile<T, kDim>(backward.grad_out.head(head), first, count);
+    if constexpr (kMakesNumbers<T, kDim>) prefetch_tile<T, kDim>(backward.out.head(head), first, count);
   });
   if (partial != nullptr) {
     sync_threads();

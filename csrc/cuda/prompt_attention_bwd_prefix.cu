@@ -149,7 +149,8 @@ __device__ __forceinline__ void see_part(const AttentionBackward<T>& backward, c
     }
     sync_warp();
     if (backward.numbers == nullptr) {
-      make_numbers<T, kDim>(memory.numbers(stage), memory.rows(stage, 1), memory.rows(stage, 2));
+      make_numbers<T, kDim>(memory.numbers(stage), memory.rows(stage, 1), memory.rows(stage, 2),
+                            backward.attention.scale);
       sync_warp();
     }
     const unsigned char *q = memory.rows(stage, 0), *grad_out = memory.rows(stage, 1);

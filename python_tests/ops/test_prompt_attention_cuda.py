@@ -77,6 +77,19 @@ def test_large_scores_do_not_overflow(cuda):
     compare(case, cuda)
 
 
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_that_grow_from_key_to_key(dtype, scale, cuda):
+    """Each of 40 keys has a score 4 above the one before: weights of the first may not become too large."""
+    case = make([40, 3], [16], dtype=dtype, heads=1)
+    with torch.no_grad():
+        for name, first in (("prefix_k", 0), ("k", 16)):
+            rows = case.rows[name]
+            rows.zero_()[:, 0, 0] = (first + torch.arange(len(rows)).to(dtype)) * (8 * scale)
+        case.rows["q"][..., 0] = 2
+    compare(case, cuda, scale=scale)
+
+
 @pytest.mark.parametrize(
     "asked", [("q",), ("k", "q"), ("v",), ("prefix_k",), ("prefix_k", "prefix_v"), ("prefix_v", "k")]
 )

@@ -75,6 +75,7 @@ inline void sync_warp(int line = __builtin_LINE()) { emulated::meet_warp("sync_w
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float rounded_product(float x, float y) { return x * y; }
+inline int only_now(int x) { return x; }
 inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class Unit>
@@ -156,6 +157,9 @@ void cp_async(void* shared, const void* global, bool valid = true) {
   static_assert(kBytes == 8 || kBytes == 16);
   emulated::copy_later(shared, valid ? global : nullptr, kBytes);
 }
+
+// Reads it, so that AddressSanitizer sees where it lies.
+inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile unsigned char*>(global)); }
 
 inline void cp_async_commit() { emulated::commit_copies(); }
 
