@@ -64,7 +64,9 @@ def _log_to_stderr() -> Iterator[None]:
 
 
 def _near(message: str, subparsers: dict) -> str:
-    """A known setting that is spelt like the one that an error is about."""
+    """A known setting that is spelt like the one that an error is about; or where a stray name belongs."""
+    if re.match("unrecognized arguments: [^-]", message):
+        return "what has no -- before it comes before the options; "
     wrong = re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", message)
     known = [action.dest for action in subparsers[wrong[1]]._actions] if wrong else []
     found = difflib.get_close_matches(wrong[2], known, 1) if wrong else []

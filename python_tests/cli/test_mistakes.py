@@ -58,6 +58,11 @@ def test_settings_that_are_not_known_are_refused(made, refused, tmp_path, comman
     assert not (tmp_path / "new").exists()
 
 
+def test_names_after_the_options_are_told_where_they_belong(made, refused):
+    message = refused("learn", made.run, "--data", made.data, "loyal")
+    assert "unrecognized arguments: loyal; what has no -- before it comes before the options" in message
+
+
 @pytest.mark.parametrize(
     "line",
     ["1 2 3", "[1, 2", "3", "{}", '{"item": [1]}', '{"items": 3}', '{"items": ["1"]}', "null"]
