@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
         return 128 + signal.SIGPIPE
     except argparse.ArgumentError as error:
-        return _fail(f"pcl: {error}; {_near(str(error), subparsers)}--help says what is accepted")
+        hint = _near(str(error), subparsers) + "--help says what is accepted"
+        return _fail(f"pcl: {_as_typed(error, subparsers)}; {hint}")
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         return _fail(f"pcl {name}: {error}")
     except run.ForgettingError as error:
@@ -63,10 +64,24 @@ def _log_to_stderr() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _as_typed(error: argparse.ArgumentError, subparsers: dict) -> str:
+    """Its message, with missing arguments as they are typed: RUN and --data for evaluate.run and evaluate.data."""
+    found = re.match("(the following arguments are required: )(.*)", str(error))
+    if found is None:
+        return str(error)
+    names = []
+    for word in found[2].split(", "):
+        command, _, dest = word.partition(".")
+        actions = subparsers[command]._actions if command in subparsers else []
+        options = [action.option_strings for action in actions if action.dest == dest]
+        names.append((options[0] or [dest.upper()])[0] if options else word)
+    return found[1] + ", ".join(names)
+
+
 def _near(message: str, subparsers: dict) -> str:
-    """A known setting that is spelt like the one that an error is about; or where a stray name belongs."""
+    """A known setting that is spelt like the one that an error is about; or where a stray value belongs."""
     if re.match("unrecognized arguments: [^-]", message):
-        return "what has no -- before it comes before the options; "
+        return "values come right behind their --option, the tasks of pcl learn before all options; "
     wrong = re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", message)
     known = [action.dest for action in subparsers[wrong[1]]._actions] if wrong else []
     found = difflib.get_close_matches(wrong[2], known, 1) if wrong else []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pcl_ext.store import StoreError, atomic, hash_tensor, load_tensors, save_tensors
+from pcl_ext.store import StoreError, atomic, hash_tensor, load_tensors, save_tensors, tensor_file
 from pcl_ext.store.atomic import sweep_temporary, temporary
 from pcl_ext.store.tensor_file import DTYPES, canonical, sign
 
@@ -229,6 +229,7 @@ def test_refuses_what_is_no_file_of_ours(tmp_path):
         ({"x": 3}, {}, "must map names to tensors, got 'x': int"),
         ({3: torch.zeros(1)}, {}, "must map names to tensors, got 3"),
         ({"__metadata__": torch.zeros(1)}, {}, "must map names"),
+        ({"\ud800": torch.zeros(1)}, {}, "must map names"),
         ({}, {"loss": float("nan")}, "metadata must be JSON"),
         ({}, {"path": object()}, "metadata must be JSON"),
     ],
@@ -239,6 +240,19 @@ def test_refuses_to_save(file, tensors, metadata, message):
         save_tensors(file, tensors, metadata)
     assert file.read_bytes() == before
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_a_header_that_no_reader_takes_is_not_written(file, monkeypatch):
+    most, before = tensor_file._MOST_HEADER, file.read_bytes()
+    for length, said in ((most, "invalid header length"), (most + 1, "header too large")):
+        file.write_bytes(length.to_bytes(8, "little") + b"{}")
+        with pytest.raises(StoreError, match=said):
+            load_tensors(file)
+    file.write_bytes(before)
+    monkeypatch.setattr(tensor_file, "_MOST_HEADER", 1000)
+    with pytest.raises(StoreError, match="names of tensors must take at most 1,000 bytes, got 1,"):
+        save_tensors(file, example(), {"text": "x" * 1000})
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 
 from pcl_ext.model.catalogue import SEEN_SCORE
 from pcl_ext.task import TaskSpec
@@ -119,8 +120,9 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
 
     output [b, C] (items, classes) or [b] (binary logits, regression values); target [m]: the column, the class, 0 / 1
     or the value; target_row [m]: the row of the output each belongs to. Without targets it is 0. A column below 0,
-    which is none, makes the loss NaN. Raises TypeError or ValueError for targets of another shape, and where they are
-    on the CPU for columns, classes and flags that do not exist, and for items to learn that their history holds.
+    which is none, makes the loss NaN. Raises TypeError or ValueError for targets of another shape; on the CPU, outside
+    of compiled code and transforms such as vmap, also for columns, classes and flags that do not exist, and for items
+    to learn that their history holds.
     """
     _check_targets(spec, output, target, target_row)
     if not len(target):
@@ -140,15 +142,21 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
 
 def _check_unseen(spec: TaskSpec, output: Tensor, own: Tensor, target: Tensor, target_row: Tensor) -> None:
     """Targets to learn, with scores own [m], are none of those that `Catalogue.rank_last` has put last."""
-    if spec.repeats or not output.is_cpu or not output.requires_grad or torch.compiler.is_compiling():
+    if spec.repeats or not output.requires_grad or not _can_be_read(output):
         return
     last = max(SEEN_SCORE, torch.finfo(output.dtype).min) / 2  # half of it: bfloat16 rounds
-    if len(seen := ((own <= last) & (target >= 0)).nonzero()):
+    # a score of -inf is a mask of somebody else's
+    if len(seen := ((own <= last) & own.isfinite() & (target >= 0)).nonzero()):
         raise ValueError(
             f"a target of {spec.name!r}, in row {int(target_row[seen[0, 0]])} of the output, is an item that its "
             f"history holds already, as are {len(seen)} of {len(own)} targets; these rank last: leave them out, or say "
             "TaskSpec(..., repeats=True)"
         )
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Whether its values may be looked at: CUDA would have to be waited for, traces and transforms refuse."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
 
 
 def _logsumexp(output: Tensor) -> Tensor:
@@ -169,7 +177,7 @@ def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: T
         raise TypeError(f"targets of {spec.name!r} must be integers, got {target.dtype}")
     if target_row.is_floating_point() or target_row.dtype == torch.bool:
         raise TypeError(f"target_row must be integers, got {target_row.dtype}")
-    if not target.is_cpu or torch.compiler.is_compiling() or not len(target):
+    if not _can_be_read(target) or not len(target):
         return
     low, high = (int(x) for x in target_row.aminmax())
     if not 0 <= low <= high < len(output):

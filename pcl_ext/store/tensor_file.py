@@ -24,6 +24,7 @@ from pcl_ext.store.atomic import MEND, StoreError, damaged, hash_file, reading, 
 
 FORMAT = 1
 _KEY = "pcl_ext"  # the one entry of safetensors' own metadata: JSON text
+_MOST_HEADER = 100_000_000  # bytes that safetensors reads
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -97,7 +98,7 @@ def to_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> lis
     safetensors' own writers copy all tensors once or twice: more memory than the training of a large table may leave.
     """
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or name == "__metadata__":
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and _is_name(name)):
             raise StoreError(f"tensors must map names to tensors, got {name!r}: {type(tensor).__name__}")
     hashes = {name: hash_tensor(tensor) for name, tensor in tensors.items()}
     body = sign({"format": FORMAT, "metadata": dict(metadata), "tensors": hashes}, "metadata")
@@ -109,7 +110,14 @@ def to_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> lis
         header[name] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = canonical(header).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MOST_HEADER:
+        raise StoreError(f"metadata and names of tensors must take at most {_MOST_HEADER:,} bytes, got {len(text):,}")
     return [len(text).to_bytes(8, "little") + text, *(_bytes(tensors[name]) for name in order)]
+
+
+def _is_name(name: str) -> bool:
+    """Whether a tensor may be called so: UTF-8 holds no half of a surrogate pair."""
+    return name != "__metadata__" and name.encode(errors="replace").decode() == name
 
 
 def read_tensors(path: Path, mend: str = MEND) -> TensorFile:

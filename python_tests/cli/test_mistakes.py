@@ -58,9 +58,11 @@ def test_settings_that_are_not_known_are_refused(made, refused, tmp_path, comman
     assert not (tmp_path / "new").exists()
 
 
-def test_names_after_the_options_are_told_where_they_belong(made, refused):
-    message = refused("learn", made.run, "--data", made.data, "loyal")
-    assert "unrecognized arguments: loyal; what has no -- before it comes before the options" in message
+@pytest.mark.parametrize("command", ["learn", "evaluate"])
+def test_stray_values_are_told_where_they_belong(made, refused, command):
+    message = refused(command, made.run, "--data", made.data, "loyal")
+    where = "values come right behind their --option, the tasks of pcl learn before all options"
+    assert f"unrecognized arguments: loyal; {where}" in message
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
     [
         ([], "subcommand"),
         (["teach"], "invalid choice: 'teach'"),
-        (["pretrain", "DATA"], "out"),
+        (["pretrain", "DATA"], "the following arguments are required: --out; --help"),
         (["pretrain", "nowhere", "--out", "NEW"], "nowhere must be a dataset folder, dataset.json is missing"),
         (["pretrain", "RUN", "--out", "NEW"], "must be a dataset folder"),
         (["pretrain", "DATA", "--out", "NEW", "--max-len", "0"], "max_len must be a whole number from 1 up, got 0"),
@@ -90,13 +92,16 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
         (["learn", "RUN", "--data", "nowhere"], "nowhere must be a dataset folder"),
         (["learn", "nowhere", "--data", "DATA"], "nowhere/manifest.json is missing; name the folder of a run"),
         (["learn", "DATA", "--data", "DATA"], "manifest.json is missing"),
-        (["learn", "RUN", "churn", "--data", "DATA"], "TASK must be one of next, click, loyal, .*, got churn"),
+        (
+            ["learn", "RUN", "churn", "--data", "DATA"],
+            "TASK must be one of next, click, loyal, .*, the tasks of .*, got churn",
+        ),
         (["learn", "RUN", "loyal", "--data", "DATA", "--placement", "top"], "invalid choice: 'top'"),
         (
             ["learn", "RUN", "loyal", "--data", "DATA", "--prompt-len", "-1"],
             "prompt_len must be a whole number from 0 up, got -1",
         ),
-        (["evaluate", "RUN"], "data"),
+        (["evaluate"], "the following arguments are required: RUN, --data; --help"),
         (["evaluate", "nowhere", "--data", "DATA"], "manifest.json is missing"),
         (["evaluate", "RUN", "--data", "DATA", "--fold", "all"], "invalid choice: 'all'"),
         (["evaluate", "RUN", "--data", "DATA", "--json", "DATA/dataset.json/x"], "dataset.json"),
@@ -119,7 +124,7 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
         ),
         (["predict", "RUN", "--task", "click", "--data", "DATA"], "--data and --out come together"),
         (["predict", "RUN", "--task", "click", "--out", "NEW"], "--data and --out come together"),
-        (["export", "RUN"], "task"),
+        (["export", "RUN"], "required: --task; --help"),
         (["export", "RUN", "--task", "churn"], "task must be one of next, click, .*, got 'churn'"),
         (["export", "RUN", "--task", "click", "--formats", "jit"], "formats"),
         (["export", "nowhere", "--task", "click"], "manifest.json is missing"),

@@ -53,6 +53,21 @@ def test_an_item_to_learn_that_the_history_holds_is_named(model, dtype):
     assert task_loss(replace(task.spec, repeats=True), output, target, rows) > 0
 
 
+def test_a_mask_of_ones_own_is_no_history():
+    output = torch.tensor([[1.0, -torch.inf]], requires_grad=True)
+    assert task_loss(EVERYTHING, output, torch.tensor([1]), torch.tensor([0])).isposinf()
+
+
+@pytest.mark.parametrize("name", ["rank", "click"])
+def test_the_loss_under_transforms(name):
+    spec, rows = SPECS[name], torch.arange(2)
+    output, target = torch.randn(4, 2, 3) if spec.kind == "items" else torch.randn(4, 2), torch.randint(0, 2, (4, 2))
+    got = torch.vmap(torch.func.grad(lambda x, y: task_loss(spec, x, y, rows)))(output, target)
+    for one, own, grad in zip(output, target, got, strict=True):
+        one.requires_grad_()
+        torch.testing.assert_close(grad, torch.autograd.grad(task_loss(spec, one, own, rows), one)[0])
+
+
 def test_a_column_that_is_none_makes_the_loss_nan():
     """On CUDA nobody looks at the targets, and an index below 0 counts from the end."""
     output, rows = torch.randn(3, 20), torch.arange(3)
