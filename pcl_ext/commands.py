@@ -85,7 +85,8 @@ def learn_all(
 ) -> None:
     unknown = [name for name in tasks if name not in dataset.task_names]
     if unknown:
-        raise ValueError(f"TASK must be one of {', '.join(dataset.task_names)}, got {', '.join(unknown)}")
+        there = f"{', '.join(dataset.task_names)}, the tasks of {dataset.path}"
+        raise ValueError(f"TASK must be one of {there}, got {', '.join(unknown)}")
     known = {task["name"] for task in store.read_manifest(folder)["tasks"]}
     for name in tasks:
         record = run.learn(folder, dataset, name, config, memory)
@@ -128,9 +129,11 @@ def evaluate(args) -> int:
     }
     if samples := {name: score.sample for name, score in scores.items() if score.sample}:
         result["protocol"]["samples"] = samples
+    if args.fold == "test":  # where they were measured
+        result["references"] = {name: _references(record, dataset, name) for name in scores}
     for name, score in scores.items():
         _print_metrics(name, score.metrics, f"{score.count} targets{', ' + score.sample if score.sample else ''}")
-        for reference in _references(record, dataset, name) if args.fold == "test" else ():
+        for reference in result.get("references", {}).get(name, {}).values():
             _print_metrics("", reference["metrics"], reference["name"])
     if args.json:
         _write_json(args.json, result)
@@ -141,10 +144,10 @@ def _print_metrics(name: str, metrics: dict[str, float], of_what: str) -> None:
     print(f"{name:>16}  {'  '.join(f'{metric} {value:.4f}' for metric, value in metrics.items())}  ({of_what})")
 
 
-def _references(record: dict, dataset: Dataset, name: str) -> list[dict[str, Any]]:
+def _references(record: dict, dataset: Dataset, name: str) -> dict[str, dict[str, Any]]:
     """Trivial and cheap, measured when a task was learned; none of a table that is another now."""
     same = record["dataset"]["tasks"].get(name) == dataset.task_sha256(name)
-    return list(record["references"].get(name, {}).values()) if same else []
+    return record["references"].get(name, {}) if same else {}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -230,6 +233,10 @@ def verify(args) -> int:
     for name, state in found["tasks"].items():
         whom = found["samples"].get(name, "all test users")
         print(f"  {name}: outputs on {whom}, bit for bit: {state}")
+    if left := [state for state in found["tasks"].values() if state.startswith("not compared")]:
+        elsewhere = args.data is None and any("table" in state for state in left)
+        hint = "; --data names another folder, with the tables they were learned from" if elsewhere else ""
+        print(f"  {len(left)} of {len(found['tasks'])} tasks not compared: nothing is proven of them{hint}")
     if found["not_checked"]:
         print(f"  outputs not compared: {found['not_checked']}")
     return 1 if "changed" in found["tasks"].values() else 0

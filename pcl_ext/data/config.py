@@ -14,7 +14,7 @@ from pcl_ext.task import METRICS, check_task_name
 
 TEXT, NUMBER, WHOLE, YES_NO, LIST = (str,), (int, float), (int,), (bool,), (list, tuple)
 ANY = (object,)
-REDUCE = ("any", "count", "sum", "mean", "median", "min", "max")
+REDUCE = ("any", "count", "sum", "mean", "median", "min", "max", "first", "last")
 
 
 def _key(types: tuple, default: Any = dataclasses.MISSING, name: str | None = None):
@@ -234,10 +234,12 @@ class TaskConfig:
         if self.kind == "items" and self.source != "events":
             raise ValueError(where + 'kind items needs source = "events"')
         self._check_idle(where)
-        needs_column = self.source == "users" or self.reduce not in ("any", "count")
-        if self.kind != "items" and needs_column and self.column is None:
+        if self.kind != "items" and self._reads_column() and self.column is None:
             raise ValueError(where + "column is missing")
         self._check_labels(where)
+
+    def _reads_column(self) -> bool:
+        return self.source == "users" or self.reduce not in ("any", "count")
 
     def _check_idle(self, where: str) -> None:
         """ValueError for a key that would do nothing: who gave it believes that it does."""
@@ -248,6 +250,7 @@ class TaskConfig:
             (("pick", "cut", "repeats"), "kind items", self.kind == "items"),
             (("column", "reduce"), "other kinds than items", self.kind != "items"),
             (("where", "start", "until", "items", "reduce"), 'source = "events"', self.source == "events"),
+            (("column",), f"a reduce that reads it ({', '.join(REDUCE[2:])})", self._reads_column()),
         ):
             if not there and (idle := [names[key] for key in given if key in keys]):
                 raise ValueError(where + f"{idle[0]} is for {needed}")

@@ -87,7 +87,8 @@ def files_of(path: Path) -> list[Path]:
 
 def _choose(names: list[str], path: Path, where: str, required: set[str], optional) -> list[str]:
     if missing := sorted(required - set(names)):
-        raise ValueError(f"{where}: {path} has no column {missing[0]!r}; it has {', '.join(names)}")
+        hint = "; `delimiter` says what is between the cells" if len(names) == 1 else ""
+        raise ValueError(f"{where}: {path} has no column {missing[0]!r}; it has {', '.join(names)}{hint}")
     chosen = [name for name in names if optional is None or name in required or name in optional]
     if twice := sorted(name for name in chosen if chosen.count(name) > 1):
         raise ValueError(f"{where}: {path} has two columns {twice[0]!r}")

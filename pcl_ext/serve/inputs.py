@@ -139,7 +139,8 @@ def _ids_of(history: Any, name: str, row: int) -> np.ndarray:
         ids = None
     if ids is not None and ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size):
         return ids.astype(np.int64, copy=False)
-    raise ValueError(f"{name % row} must be a flat list of integer item ids, got {str(history):.80}")
+    hint = "; ItemIds.known turns those of a log into them" if ids is not None and ids.dtype.kind == "U" else ""
+    raise ValueError(f"{name % row} must be a flat list of integer item ids, got {str(history):.80}{hint}")
 
 
 def _ids(values: np.ndarray, name: str) -> np.ndarray:

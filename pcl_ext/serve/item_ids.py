@@ -51,7 +51,10 @@ class ItemIds:
         return item_ids_sha256(self.path, count)
 
     def known(self, history: Sequence[int | str]) -> list[int]:
-        """The dataset's ids of a history in the log's; 0, which a Predictor drops and counts, for unknown ones."""
+        """The dataset's ids of a history in the log's; 0, which a Predictor drops and counts, for unknown ones.
+        TypeError for one id in place of a list."""
+        if isinstance(history, (str, bytes)):
+            raise TypeError(f"history must be a list of the log's item ids, got {history!r:.80}")
         return [self._ids.get(str(item), 0) for item in history]
 
     def original(self, items: Iterable[int]) -> list[int | str | None]:

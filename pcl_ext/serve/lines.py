@@ -59,7 +59,9 @@ def _parse(line: bytes, number: int, kinds: tuple[type, ...]) -> tuple[dict[str,
     if not isinstance(history, list) or not all(_is_id(item, kinds) for item in history):
         text = line[:80].decode(errors="replace").strip()
         rule = 'a JSON list of item ids, or an object with such a list as its "items"'
-        raise ValueError(f"line {number} must be {rule}, got {text!r:.60}")
+        own_ids = str not in kinds and isinstance(history, list) and any(isinstance(item, str) for item in history)
+        hint = "; the ids of a log need --item-ids, the items.parquet of the dataset" if own_ids else ""
+        raise ValueError(f"line {number} must be {rule}, got {text!r:.60}{hint}")
     if taken := sorted(own.keys() & _ANSWER):
         raise ValueError(f"line {number}: the key {taken[0]!r} is one of an answer; give it another name")
     return own, history

@@ -101,6 +101,7 @@ def test_evaluate_writes_what_the_run_recorded(made, pcl, tmp_path):
     assert result["forgetting"]["worst"] == 0
     assert set(PROTOCOL) < set(result["protocol"])
     assert result["protocol"]["dataset"] == f"synthetic {Dataset(made.data).sha256}"
+    assert result["references"] == {name: record["references"][name] for name in result["tasks"]}
     for reference in record["references"]["click"].values():  # below the task's own line
         metrics = "  ".join(f"{metric} {value:.4f}" for metric, value in reference["metrics"].items())
         assert f"{'':16}  {metrics}  ({reference['name']})" in out[4:6]
@@ -344,6 +345,11 @@ def test_learn_counts_what_it_compared(made, pcl, copy, tmp_path):
     record = record_of(copy)
     assert "click" not in record["references"]
     assert record["standard_error"]["click"] != record_of(made.run)["standard_error"]["click"]
+    left = f"  1 of {len(TASKS) + 2} tasks not compared: nothing is proven of them"
+    assert pcl("verify", copy, "--data", tmp_path / "data")[1][-1] == left
+    record["dataset"]["path"] = str(tmp_path / "data")
+    store.save_pretrained(store.from_pretrained(copy), copy, record)
+    assert pcl("verify", copy)[1][-1] == f"{left}; --data names another folder, with the tables they were learned from"
 
 
 def test_a_task_that_no_run_taught(made, pcl, copy):
@@ -363,3 +369,4 @@ def test_a_task_that_no_run_taught(made, pcl, copy):
     status, out, _ = pcl("verify", copy, "--data", made.data)
     assert status == 0
     assert "  mine: outputs on all test users, bit for bit: not compared: this run did not teach it" in out
+    assert pcl("verify", copy)[1][-1].endswith("tasks not compared: nothing is proven of them")

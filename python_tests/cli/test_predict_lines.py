@@ -67,6 +67,13 @@ def test_blank_lines_have_no_answer_and_count_as_lines(predict, monkeypatch, chu
     assert "line 3 must be a JSON list of item ids" in err[-1]
 
 
+def test_ids_of_the_log_are_told_what_they_need(predict):
+    assert predict("click", '["sku-1"]\n')[2][-1].endswith(
+        "; the ids of a log need --item-ids, the items.parquet of the dataset"
+    )
+    assert "--item-ids" not in predict("click", "[1.5]\n")[2][-1]
+
+
 @pytest.mark.parametrize("task", ["next", "segment"])
 def test_an_objects_other_keys_come_back_with_its_answer(predict, task):
     _, want, _ = predict(task, "[1, 2]\n[]\n[3]\n")

@@ -48,6 +48,7 @@ def test_an_encoding_that_is_another_is_told(tmp_path, prepare, name):
         ('delimiter = "é"', USERS, "users.csv: delimiter must be an ASCII character, or several, got 'é'"),
         ("quote = \"''\"", USERS, "users.csv: quote must be an ASCII character other than the delimiter, or"),
         ('quote = ","', USERS, "users.csv: quote must be an ASCII character other than the delimiter, or"),
+        ("", USERS.replace(",", ";"), "it has user_id;age;city; `delimiter` says what is between the cells"),
         ('delimiter = "::"\nquote = "\'"', USERS, "quote is for a delimiter of one character, got '::'"),
     ],
     ids=str,

@@ -85,6 +85,11 @@ def test_the_good_file_is_good(tmp_path):
         ('column = "age"', 'column = "size"', "has no column 'size'"),
         ('column = "age"', 'column = "city"', "must hold numbers, got string"),
         ('column = "age"', "", "task 'age': column is missing"),
+        (
+            'column = "age"',
+            'source = "events"\ncolumn = "price"',
+            "task 'age': column is for a reduce that reads it (sum, mean, median, min, max, first, last)",
+        ),
         ('column = "age"', 'column = "age"\nbins = 3', "task 'age': bins is not for kind regression"),
         ('column = "age"', 'column = "age"\ncut = "before"', "task 'age': cut is for kind items"),
         ('column = "age"', 'column = "age"\nrepeats = true', "task 'age': repeats is for kind items"),

@@ -230,6 +230,21 @@ EVENTS = 'source = "events"\n'
             [("ann", 0, 4), ("bob", 1, 3), ("cat", 1, 1)],
             None,
         ),
+        (
+            EVENTS + 'kind = "regression"\nreduce = "last"\ncolumn = "rating"',
+            [("ann", 2, 4), ("bob", 4, 3), ("cat", 5, 1)],  # the last rating of bob, not his last event
+            None,
+        ),
+        (
+            EVENTS + 'kind = "classes"\nreduce = "first"\ncolumn = "kind"\nwhere = [["time", ">=", 3]]',
+            [("ann", 0, 4), ("bob", 1, 3), ("cat", 1, 1)],
+            ("back", "buy"),
+        ),
+        (
+            EVENTS + 'kind = "classes"\nreduce = "last"\ncolumn = "item_id"\nuntil = 9',
+            [("ann", 1, 4), ("bob", 0, 3)],  # no event of cat is before 9
+            ("w", "x"),
+        ),
     ],
     ids=str,
 )
@@ -238,6 +253,12 @@ def test_labels(prepare, keys, want, labels):
     assert rows(dataset, "t") == want
     if labels is not None:
         assert dataset.task("t").spec.labels == labels
+
+
+def test_a_reduce_of_text_names_those_that_take_it(prepare):
+    words = r"task 't': column 'kind' of reduce 'max' \(first and last take text\) must hold numbers, got string"
+    with pytest.raises(ValueError, match=words):
+        prepare(task(EVENTS + 'kind = "classes"\nreduce = "max"\ncolumn = "kind"'))
 
 
 @pytest.mark.parametrize(

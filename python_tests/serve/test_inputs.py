@@ -61,7 +61,7 @@ def test_nothing(data):
         ([[1], [1.5]], r"history 1 must be a flat list of integer item ids, got \[1.5\]"),
         ([[1], 2], "history 1 must be a flat list"),
         ([[1], [[2], [3, 4]]], "history 1 must be a flat list"),
-        ([["a"]], "history 0 must be a flat list"),
+        ([["a"]], r"history 0 must be a flat list of .*, got \['a'\]; ItemIds.known turns those of a log into them"),
         ([[True]], "history 0 must be a flat list"),
         ("abc", "histories must be an Arrow table, a dict of arrays or a list of lists, got str"),
         (5, "got int"),
@@ -116,6 +116,8 @@ def test_items_have_their_own_names_and_a_rank_without_one_has_none(tmp_path):
     assert ids.original(np.array([3, 1, 0])) == [22752, 71053, None]
     with pytest.raises(ValueError, match=r"items must be 0 or among those that .*items\.parquet names, got 4"):
         ids.original([1, 4])
+    with pytest.raises(TypeError, match="history must be a list of the log's item ids, got '84029'"):
+        ids.known("84029")
 
 
 @pytest.mark.parametrize("name", ["007", "-0", "+7", "1_0", "7.0"])
