@@ -271,6 +271,13 @@ __device__ __forceinline__ void add_product(Wide<kDim>& wide, const Block& block
   }
 }
 
+// sums += block, of two-byte numbers, times ones: of what products with it add up, the sum of each row, in all its columns.
+template <class T>
+__device__ __forceinline__ void add_rounded(float (&sums)[4], const Block& block) {
+  constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
+  mma_m16n8k16<T>(sums, packed<T>(block).at, {kOnes, kOnes});
+}
+
 // Writes `count` rows of wide to memory, 16 bytes at a time, by way of a tile of this warp that nobody reads any more.
 template <class T, int kDim>
 __device__ __forceinline__ void store_wide(const Wide<kDim>& wide, unsigned char* tile, T* to, int64_t stride,

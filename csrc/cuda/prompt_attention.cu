@@ -11,6 +11,10 @@ constexpr float kLeastScale = 1e-44f, kLeastBase = -3.402823e38f;
 // one comes that is so much larger, in powers of 2: sums are seldom scaled anew, and no weight overflows.
 constexpr float kSlack = 8;
 
+// Of numbers of two bytes, a score that is farther from 0 than this is rounded before the base is taken from it, as the
+// base was: what a multiply-add keeps of it in excess could be more than a weight can be.
+constexpr float kFar = 1 << 20;
+
 // stats: the score that a row's weights are relative to, times log2(e), and one over its softmax's denominator.
 template <class T, int kDim>
 struct Forward {
@@ -28,6 +32,9 @@ struct Forward {
   HeldTile<T, kDim> queries;
   Wide<kDim> sums;
   float base[2], weight[2];  // of rows i / 4 and i / 4 + 8: what weights are relative to; this lane's share of them
+  // Of two-byte numbers, the weights as they are multiplied by values: rounded, in 0 and 2. By these sums are divided: the
+  // largest weight is seldom 1, and where it is nearly all of the sum its value comes out as it is.
+  float rounded[4];
 
   template <class Memory>
   __device__ __forceinline__ void load(const Slot&, int, const Memory&) const {}
@@ -45,17 +52,14 @@ struct Forward {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       base[r] = kLeastBase;
-      weight[r] = 0.f;
+      weight[r] = rounded[2 * r] = rounded[2 * r + 1] = 0.f;
     }
   }
 
-  // A score, and what it exceeds a base by. Of floats scores have been multiplied by scale, and rounded.
-  __device__ __forceinline__ float scaled(float score) const { return kFloat ? score : score * scale; }
-  __device__ __forceinline__ float above(float score, float other) const {
-    return kFloat ? score - other : fmaf(score, scale, -other);
-  }
-  __device__ __forceinline__ bool is_new_base(float score, float other) const {
-    return kFloat ? score > other : above(score, other) > kSlack;
+  // A score as a base is one: of floats it has been multiplied by scale, and rounded.
+  __device__ __forceinline__ float scaled(float score) const { return kFloat ? score : rounded_product(score, scale); }
+  __device__ __forceinline__ bool is_new_base(int r, float most) const {
+    return kFloat ? most > base[r] : most - base[r] > kSlack;
   }
 
   // New bases for those rows that have one.
@@ -63,9 +67,11 @@ struct Forward {
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float now = is_new_base(most[r], base[r]) ? scaled(most[r]) : base[r];
+      const float now = is_new_base(r, most[r]) ? most[r] : base[r];
       factor[r] = exp2_approx(base[r] - now);
       weight[r] *= factor[r];
+      rounded[2 * r] *= factor[r];
+      rounded[2 * r + 1] *= factor[r];
       base[r] = now;
     }
     sums.scale(factor[0], factor[1]);
@@ -83,13 +89,21 @@ struct Forward {
 #pragma unroll
     for (int i = 1; i < 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores.at[i]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) most[r] = warp_max<4>(most[r]);
-    if (ballot(is_new_base(most[0], base[0]) || is_new_base(most[1], base[1])) != 0) raise(most);
+    for (int r = 0; r < 2; ++r) most[r] = scaled(warp_max<4>(most[r]));
+    if (ballot(is_new_base(0, most[0]) || is_new_base(1, most[1])) != 0) raise(most);
+    if (kFloat || ballot(fmaxf(fabsf(base[0]), fabsf(base[1])) > kFar) != 0) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scores.at[i] = scaled(scores.at[i]) - base[i / 2 % 2];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scores.at[i] = fmaf(scores.at[i], scale, -base[i / 2 % 2]);
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      scores.at[i] = exp2_approx(above(scores.at[i], base[i / 2 % 2]));
+      scores.at[i] = exp2_approx(scores.at[i]);
       weight[i / 2 % 2] += scores.at[i];
     }
+    if constexpr (!kFloat) add_rounded<T>(rounded, scores);
     add_product<T>(sums, scores, values);
   }
 
@@ -104,6 +118,7 @@ struct Forward {
       if (lane_index() % 4 == 0 && row < own.count()) {
         stats[(own.begin + own.row + row) * num_heads + head] = {base[r], inverse[r]};
       }
+      if (!kFloat && all != 0.f) inverse[r] = 1.f / rounded[2 * r];
     }
     sums.scale(inverse[0], inverse[1]);
     const int64_t stride = static_cast<int64_t>(num_heads) * kDim;
@@ -124,9 +139,10 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kDim>))
   work.out = out;
   work.stats = stats;
   work.num_heads = attention.num_heads;
-  // In float as backward has it; else never 0, times which -infinity, of what is not seen, would be no number.
-  const float scale = attention.scale * kLog2E;
-  work.scale = sizeof(T) == 4 ? scale : fmaxf(fabsf(scale), kLeastScale);
+  // In float as backward has it; else never 0, times which -infinity, of what is not seen, would be no number. What is no
+  // number stays so.
+  const float scale = attention.scale * kLog2E, size = fabsf(scale);
+  work.scale = sizeof(T) == 4 ? scale : size < kLeastScale ? kLeastScale : size;
   work.negative = scale < 0.f;
   PassMemory<T, kDim, 1> memory{shared_memory()};
   for_groups(

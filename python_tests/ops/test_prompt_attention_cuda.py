@@ -90,6 +90,50 @@ def test_scores_that_grow_from_key_to_key(dtype, scale, cuda):
     compare(case, cuda, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_values_come_out_as_they_are(dtype, cuda):
+    """Whatever the weights: what they are divided by is the sum of what values are multiplied by."""
+    case = make([40, 3], [16], dtype=dtype)
+    with torch.no_grad():
+        case.rows["q"] *= 4
+        case.rows["v"].fill_(1)
+        case.rows["prefix_v"].fill_(1)
+    out = on(case, cuda).run(impl="fused")
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e7, -1e12, 1e30, -1e36])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_whose_last_bit_is_more_than_a_weight_can_be(dtype, scale, cuda):
+    """A score is then subtracted as it was rounded, or the largest weight would be infinite or 0."""
+    case = on(make([40, 3], [18], dtype=dtype, heads=1), cuda)
+    got, want = (case.run(scale=scale, impl=impl) for impl in ("fused", "reference"))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_that_is_no_number_gives_none(dtype, cuda):
+    case = on(make([20, 3], [5], dtype=dtype), cuda)
+    assert case.run(scale=float("nan"), impl="fused").isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "prefix_k", "prefix_v"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_no_number_stays_in_its_history(dtype, name, value, cuda):
+    """Of two histories with a prefix each, in one group; the other's numbers have the same bits as before."""
+    case = on(make([20, 9], [5, 7], [0, 1], dtype=dtype), cuda)
+    grad_out = some_grad(case)
+    want = case.run_with_grads(grad_out, impl="fused")
+    with torch.no_grad():
+        case.rows[name][3] = value
+    got = case.run_with_grads(grad_out, impl="fused")
+    for row, rows in got.items():
+        begin = 5 if row.startswith("prefix") else 20
+        assert torch.equal(rows[begin:], want[row][begin:])
+    assert not got["out"][:20].isfinite().all() or name.endswith("k")
+
+
 @pytest.mark.parametrize(
     "asked", [("q",), ("k", "q"), ("v",), ("prefix_k",), ("prefix_k", "prefix_v"), ("prefix_v", "k")]
 )
