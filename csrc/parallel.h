@@ -66,7 +66,8 @@ void parallel_for_shares(int64_t tasks, int threads, Body&& body) {
   });
 }
 
-// Threads worth asking for so many bytes moved or multiply-adds done.
+// Threads worth asking for so many bytes moved. Callers that compute divide their multiply-adds so that each thread has
+// some 70 us of work: one that sleeps takes milliseconds to wake, which a server of single requests would feel.
 inline int threads_for(int64_t work, int threads) {
   constexpr int64_t kWorkPerThread = 1 << 18;
   const int64_t useful = 1 + work / kWorkPerThread;

@@ -48,7 +48,7 @@ struct Sharing {
         shared(longest(args.plan.prefix_offsets, args.plan.num_prefixes)) {
     constexpr int64_t kTasksPerThread = 8, kPrefixElements = 1 << 16;
     const int64_t multiply_adds = args.total * args.num_heads * args.head_dim * (1 + (length + shared) / 2);
-    threads = threads_for(multiply_adds, most_threads);
+    threads = threads_for(multiply_adds / 8, most_threads);
     heads = args.num_heads < kTaskHeads ? args.num_heads : kTaskHeads;
     const bool many = threads == 1 || args.plan.num_chunks >= kTasksPerThread * threads;
     if (!many || heads * shared * args.head_dim > kPrefixElements) heads = 1;
