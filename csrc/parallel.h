@@ -66,12 +66,19 @@ void parallel_for_shares(int64_t tasks, int threads, Body&& body) {
   });
 }
 
-// Threads worth asking for so many bytes moved. Callers that compute divide their multiply-adds so that each thread has
-// some 70 us of work: one that sleeps takes milliseconds to wake, which a server of single requests would feel.
-inline int threads_for(int64_t work, int threads) {
-  constexpr int64_t kWorkPerThread = 1 << 18;
-  const int64_t useful = 1 + work / kWorkPerThread;
+// Threads worth asking for where each should have at least so much of the work.
+inline int threads_for(int64_t work, int64_t each, int threads) {
+  const int64_t useful = 1 + work / each;
   return useful < threads ? static_cast<int>(useful) : threads;
+}
+
+// The same for so many bytes moved.
+inline int threads_for_bytes(int64_t bytes, int threads) { return threads_for(bytes, 1 << 18, threads); }
+
+// The same for products of so many multiply-adds, of which a thread gets some 70 us at least: one that sleeps takes
+// milliseconds to wake, which a server of single requests would feel.
+inline int threads_for_products(int64_t multiply_adds, int threads) {
+  return threads_for(multiply_adds, 1 << 23, threads);
 }
 
 }  // namespace pcl

@@ -43,7 +43,7 @@ void share(int64_t count, int64_t size, int threads, Each each) {
 
 int threads_of(const EmbedShape& shape, Scalar dtype, int threads) {
   const int64_t bytes = dtype == Scalar::kDouble ? 8 : dtype == Scalar::kFloat ? 4 : 2;
-  return threads_for(shape.total * shape.dim * bytes, threads);
+  return threads_for_bytes(shape.total * shape.dim * bytes, threads);
 }
 
 int64_t item(const EmbedRows& rows, int64_t t) {

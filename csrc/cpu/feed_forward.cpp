@@ -28,7 +28,7 @@ FeedForwardKernels kernels_of(Scalar dtype, Scalar weight, Isa isa) {
 template <class Body>
 void for_blocks(const FeedForwardArgs& args, int64_t block_rows, int threads, Body body) {
   const int64_t bytes = (args.x.dtype == Scalar::kDouble ? 8 : 4) * feed_forward_scratch(args.dim);
-  threads = threads_for(args.rows * args.dim * args.hidden / 16, threads);
+  threads = threads_for_products(2 * args.rows * args.dim * args.hidden, threads);
   parallel_for((args.rows + block_rows - 1) / block_rows, threads, [&](int64_t b) { body(b, scratch(bytes)); });
 }
 

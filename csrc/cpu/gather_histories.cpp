@@ -53,7 +53,7 @@ void gather_histories_cpu(const StoredHistories& stored, const PickedRows& picke
   const int64_t tasks = (picked.count + kRowsPerTask - 1) / kRowsPerTask;
   const int64_t bytes = packed_offsets[picked.count] * stored.value_bytes;
   // Up to 1 MB, one thread is done before another wakes.
-  parallel_for_shares(tasks, threads_for(bytes / 4, threads), [&](int64_t task) {
+  parallel_for_shares(tasks, threads_for_bytes(bytes / 4, threads), [&](int64_t task) {
     const Items items{stored.values, stored.offsets, picked.rows, picked.cut, packed_offsets, stored.value_bytes};
     const int64_t first = task * kRowsPerTask, last = std::min(first + kRowsPerTask, picked.count);
     for (int64_t i = first; i < std::min(first + kAhead, last); ++i) ask_for(items.source(i), items.bytes(i));

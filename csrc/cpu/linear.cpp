@@ -29,7 +29,7 @@ template <class Body>
 void for_blocks(const LinearArgs& args, int64_t block_rows, int threads, Body body) {
   const int64_t element = args.x.dtype == Scalar::kDouble ? 8 : 4;
   const int64_t bytes = element * linear_scratch(args.in_dim, args.out_dim);
-  threads = threads_for(args.rows * args.in_dim * args.out_dim / 32, threads);
+  threads = threads_for_products(args.rows * args.in_dim * args.out_dim, threads);
   parallel_for((args.rows + block_rows - 1) / block_rows, threads, [&](int64_t b) { body(b, scratch(bytes)); });
 }
 

@@ -47,8 +47,8 @@ struct Sharing {
       : length(longest(args.plan.offsets, args.plan.batch)),
         shared(longest(args.plan.prefix_offsets, args.plan.num_prefixes)) {
     constexpr int64_t kTasksPerThread = 8, kPrefixElements = 1 << 16;
-    const int64_t multiply_adds = args.total * args.num_heads * args.head_dim * (1 + (length + shared) / 2);
-    threads = threads_for(multiply_adds / 8, most_threads);
+    const int64_t multiply_adds = 2 * args.total * args.num_heads * args.head_dim * (1 + (length + shared) / 2);
+    threads = threads_for_products(2 * multiply_adds, most_threads);  // the softmax takes as long as the products
     heads = args.num_heads < kTaskHeads ? args.num_heads : kTaskHeads;
     const bool many = threads == 1 || args.plan.num_chunks >= kTasksPerThread * threads;
     if (!many || heads * shared * args.head_dim > kPrefixElements) heads = 1;
@@ -173,7 +173,7 @@ void prompt_attention_bwd_cpu(const AttentionArgs& args, const AttentionGrads& g
     kernels.bwd(args, grads, sums, at);
   });
   if (!grads.grad_prefix_k && !grads.grad_prefix_v) return;
-  parallel_for(plan.num_prefixes * args.num_heads, threads_for(partials.work(), threads), [&](int64_t task) {
+  parallel_for(plan.num_prefixes * args.num_heads, threads_for_bytes(partials.work(), threads), [&](int64_t task) {
     const int64_t r = task / args.num_heads, head = task % args.num_heads;
     switch (dtype) {
       case Scalar::kDouble:

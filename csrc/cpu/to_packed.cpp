@@ -16,7 +16,7 @@ bool padded_check_cpu(const int64_t* offsets, const PaddedShape& shape) {
 }
 
 void to_packed_cpu(const char* padded, const int64_t* offsets, char* packed, const PaddedShape& shape, int threads) {
-  parallel_for_shares(shape.batch, threads_for(shape.total * shape.row_bytes, threads), [&](int64_t b) {
+  parallel_for_shares(shape.batch, threads_for_bytes(shape.total * shape.row_bytes, threads), [&](int64_t b) {
     const char* from = padded + b * shape.padded_history_stride;
     char* to = packed + offsets[b] * shape.row_bytes;
     const int64_t length = offsets[b + 1] - offsets[b];

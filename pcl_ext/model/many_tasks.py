@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -89,8 +89,13 @@ def _tails(tasks: dict[str, Task]) -> tuple[list[str], list[str], int]:
     """The tasks without a tail prompt, those with one, and the longest one's rows."""
     rows = {name: task.tail() for name, task in tasks.items()}
     plain = [name for name, tail in rows.items() if tail is None]
-    longest = max([0, *(len(tail) for tail in rows.values() if tail is not None)])
+    longest = _longest(rows.values())
     return plain, [name for name in tasks if name not in plain], longest
+
+
+def _longest(tails: Iterable[Tensor | None]) -> int:
+    """Rows of the longest tail; 0 where there is none. torch.compile breaks its graph at max(..., default=)."""
+    return max([0, *(len(tail) for tail in tails if tail is not None)])
 
 
 def _check_state(state: UserState, name: str, task: Task) -> None:
@@ -131,7 +136,7 @@ def _read_tails(
 def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Tail prompts as one [K, P, D] (shorter ones padded with zero rows at the old end) and the prompt of each row."""
     tails = [task.tail() for task in tasks]
-    longest = max([0, *(len(tail) for tail in tails if tail is not None)])
+    longest = _longest(tails)
     if not longest:
         return None, None
     if index is None:
