@@ -40,14 +40,15 @@ def test_installs(setting, fused, tmp_path):
 
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+CMAKE = shutil.which("cmake") or shutil.which(Path(sys.executable).with_name("cmake"))
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="no CMake")
+@pytest.mark.skipif(CMAKE is None, reason="no CMake")
 def test_a_cuda_compiler_is_found_where_there_was_none_before(tmp_path):
     pytest.importorskip("nanobind")
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CUDA_COMPILER=NOTFOUND"]  # as the first time left it
-    command = ["cmake", "-S", ROOT, "-B", tmp_path, *options]
+    command = [CMAKE, "-S", ROOT, "-B", tmp_path, *options]
     environment = {**os.environ, "CUDACXX": NVCC}
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "no working CUDA compiler was found" not in shown.stdout
@@ -55,12 +56,12 @@ def test_a_cuda_compiler_is_found_where_there_was_none_before(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="no CMake")
+@pytest.mark.skipif(CMAKE is None, reason="no CMake")
 def test_cuda_kernels_compile_and_load_without_a_driver(tmp_path):
     pytest.importorskip("nanobind")
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={NVCC}", "-DPCL_WERROR=ON"]
-    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, *options, "-DCMAKE_CUDA_ARCHITECTURES=90-real"], check=True)
-    subprocess.run(["cmake", "--build", tmp_path, "--target", "_cuda", "--parallel", "2"], check=True)
+    subprocess.run([CMAKE, "-S", ROOT, "-B", tmp_path, *options, "-DCMAKE_CUDA_ARCHITECTURES=90-real"], check=True)
+    subprocess.run([CMAKE, "--build", tmp_path, "--target", "_cuda", "--parallel", "2"], check=True)
     script = "import _cuda; print(_cuda.compiler(), _cuda.refusal() >= 0)"
     shown = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"nvcc \d+\.\d+ True\n", shown.stdout)
