@@ -33,6 +33,13 @@ struct Columns {
 
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+// Asks for a row of `bytes` bytes; near: into the first cache, not the second.
+template <bool kNear>
+inline void ask(const void* row, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(row) + i, 0, kNear ? 3 : 2);
+}
+
 // Asks for the rows that are needed next while others are worked on. The rows of one history and head lie a whole row
 // of all heads apart, where processors do not look ahead by themselves: waiting for them would cost short histories as
 // much as the arithmetic.
@@ -43,26 +50,26 @@ class Ahead {
 
   void add(const AttentionRows& rows) { rows_[count_++] = rows; }
 
-  // The next step() calls, `steps` of them, ask for these rows of this head.
+  // The next step() calls, `steps` of them, ask for these rows of this head, of all tensors in turn.
   void aim(int64_t first, int64_t rows, int64_t head, int64_t steps) {
-    first_ = first;
-    head_ = head;
-    wanted_ = rows * count_;
-    per_step_ = steps > 0 ? parts(wanted_, steps) : 0;
-    done_ = 0;
+    for (int64_t t = 0; t < count_; ++t) next_[t] = row<T>(rows_[t], first, head);
+    left_ = rows * count_;
+    per_step_ = steps > 0 ? parts(left_, steps) : 0;
+    tensor_ = 0;
   }
 
   void step() {
-    constexpr int64_t kLine = 64;
-    for (int64_t i = 0; i < per_step_ && done_ < wanted_; ++i, ++done_) {
-      const char* at = reinterpret_cast<const char*>(row<T>(rows_[done_ % count_], first_ + done_ / count_, head_));
-      for (int64_t byte = 0; byte < row_bytes_; byte += kLine) __builtin_prefetch(at + byte, 0, 2);
+    for (int64_t i = 0; i < per_step_ && left_ > 0; ++i, --left_) {
+      ask<false>(next_[tensor_], row_bytes_);
+      next_[tensor_] += rows_[tensor_].row_stride;
+      tensor_ = tensor_ + 1 < count_ ? tensor_ + 1 : 0;
     }
   }
 
  private:
-  int64_t row_bytes_, count_ = 0, first_ = 0, head_ = 0, wanted_ = 0, per_step_ = 0, done_ = 0;
+  int64_t row_bytes_, count_ = 0, per_step_ = 0, left_ = 0, tensor_ = 0;
   AttentionRows rows_[8];
+  const T* next_[8];
 };
 
 // A history's rows in as few tiles as hold them, of sizes that differ by at most one: 8 rows are 4 and 4, not 6 and 2.
@@ -246,6 +253,11 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
     const int64_t i = span.first + asked, seen = args.causal ? i + rows : length;
     const Rows<A> query = as_rows<S>(q + asked * args.q.row_stride, args.q.row_stride, rows, dim, query_scratch);
     ahead.step();
+    if (tile + 1 < tiles.count) {  // the queries of a long history have left the second cache since they were asked for
+      for (int64_t r = tiles.begin(tile + 1); r < tiles.begin(tile + 2); ++r) {
+        ask<true>(q + r * args.q.row_stride, dim * static_cast<int64_t>(sizeof(T)));
+      }
+    }
     const Product<A> score{query.stride, 1, score_row, static_cast<A>(args.scale), false};
     const Factor<A> with_prefix{query.data, prefix.keys_t, prefix.width, dim},
         with_own{query.data, keys_t, own_width, dim};
