@@ -23,6 +23,7 @@ from pcl_ext.serve.encode import DatasetJob, EncodeJob, PredictJob
 from pcl_ext.serve.item_ids import check_items
 from pcl_ext.serve.lines import read_lines
 from pcl_ext.store.atomic import write_file
+from pcl_ext.store.record import Record, read_record
 from pcl_ext.train import LearnConfig, PretrainConfig
 
 # small and quick: a demonstration takes about a minute
@@ -89,25 +90,23 @@ def learn_all(
         raise ValueError(f"TASK must be one of {there}, got {', '.join(unknown)}")
     known = {task["name"] for task in store.read_manifest(folder)["tasks"]}
     for name in tasks:
-        record = run.learn(folder, dataset, name, config, memory)
-        if name not in record["outputs"]:
+        record = Record.from_json(run.learn(folder, dataset, name, config, memory))
+        if name not in record.outputs:
             print(f"{name}: known to the model, which this run did not teach it: no result", flush=True)
             continue
-        metric = record["matrix"]["metric"][name]
-        value = ResultMatrix.from_json(record["matrix"]).value(-1, name)
+        matrix = ResultMatrix.from_json(record.matrix)
         what = "learned before, left as it is" if name in known else _unchanged(record, dataset, name)
-        print(f"{name}: {metric} {value:.4f}; {what}", flush=True)
+        print(f"{name}: {matrix.metric[name]} {matrix.value(-1, name):.4f}; {what}", flush=True)
 
 
-def _unchanged(record: dict, dataset: Dataset, name: str) -> str:
-    same = [task for task in run.same_tables(record, dataset) if task != name]
-    rest = [task for task in record["outputs"] if task not in (name, *same)]
-    why = "".join(f"; {task} not compared: {run.why_not_compared(record, dataset, task)}" for task in rest)
-    return f"outputs of {len(same)} earlier tasks unchanged, bit for bit{why}"
+def _unchanged(record: Record, dataset: Dataset, name: str) -> str:
+    why = {task: run.why_not_compared(record, dataset, task) for task in record.outputs if task != name}
+    rest = "".join(f"; {task} not compared: {text}" for task, text in why.items() if text)
+    return f"outputs of {list(why.values()).count(None)} earlier tasks unchanged, bit for bit{rest}"
 
 
 def evaluate(args) -> int:
-    record = store.read_manifest(args.run)["record"]
+    record = read_record(args.run)
     dataset = Dataset(args.data)
     run.check_dataset(args.run, record, dataset)
     if args.json:
@@ -123,11 +122,11 @@ def evaluate(args) -> int:
     result = {
         "tasks": {name: score.metrics for name, score in scores.items()},
         "standard_error": {name: score.standard_error for name, score in scores.items()},
-        "matrix": record["matrix"],
-        "forgetting": ResultMatrix.from_json(record["matrix"]).forgetting(),
-        "protocol": record["protocol"] | {"dataset": f"{dataset.name} {dataset.sha256}", "split": f"fold {args.fold}"},
+        "matrix": record.matrix,
+        "forgetting": ResultMatrix.from_json(record.matrix).forgetting(),
+        "protocol": record.protocol | {"dataset": f"{dataset.name} {dataset.sha256}", "split": f"fold {args.fold}"},
     }
-    if samples := {name: score.sample for name, score in scores.items() if score.sample}:
+    if samples := run.samples_of(scores):
         result["protocol"]["samples"] = samples
     if args.fold == "test":  # where they were measured
         result["references"] = {name: _references(record, dataset, name) for name in scores}
@@ -144,10 +143,10 @@ def _print_metrics(name: str, metrics: dict[str, float], of_what: str) -> None:
     print(f"{name:>16}  {'  '.join(f'{metric} {value:.4f}' for metric, value in metrics.items())}  ({of_what})")
 
 
-def _references(record: dict, dataset: Dataset, name: str) -> dict[str, dict[str, Any]]:
+def _references(record: Record, dataset: Dataset, name: str) -> dict[str, dict[str, Any]]:
     """Trivial and cheap, measured when a task was learned; none of a table that is another now."""
-    same = record["dataset"]["tasks"].get(name) == dataset.task_sha256(name)
-    return record["references"].get(name, {}) if same else {}
+    same = record.dataset["tasks"].get(name) == dataset.task_sha256(name)
+    return record.references.get(name, {}) if same else {}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -163,7 +162,7 @@ def predict(args) -> int:
     predictor, ids = Predictor(args.run, args.task, k=args.k), ItemIds(args.item_ids) if args.item_ids else None
     if ids is not None:
         ids.check(predictor.model.backbone.config.num_items)
-        check_items(args.run, store.read_manifest(args.run)["record"], ids)
+        check_items(args.run, read_record(args.run), ids)
     if args.data or args.out:
         if not (args.data and args.out):
             raise ValueError("--data and --out come together: whose predictions, and the Parquet file for them")
@@ -239,7 +238,7 @@ def verify(args) -> int:
         print(f"  {len(left)} of {len(found['tasks'])} tasks not compared: nothing is proven of them{hint}")
     if found["not_checked"]:
         print(f"  outputs not compared: {found['not_checked']}")
-    return 1 if "changed" in found["tasks"].values() else 0
+    return 1 if run.CHANGED in found["tasks"].values() else 0
 
 
 def info(args) -> int:
@@ -260,7 +259,7 @@ def demo(args) -> int:
     learn_all(folder, dataset, dataset.task_names[1:], DEMO_LEARN, None)
     print(_matrix(folder).to_text())
     found = run.verify_unchanged(folder, dataset)
-    if any(state != "equal" for state in found["tasks"].values()) or found["not_checked"]:
+    if any(state != run.EQUAL for state in found["tasks"].values()) or found["not_checked"]:
         print(f"outputs changed: {found}")
         return 1
     lost, count = _matrix(folder).forgetting()["mean"], len(found["tasks"])
@@ -277,7 +276,7 @@ def _demo_dataset(path: Path) -> Dataset:
 
 
 def _matrix(folder: Path) -> ResultMatrix:
-    return ResultMatrix.from_json(store.read_manifest(folder)["record"]["matrix"])
+    return ResultMatrix.from_json(read_record(folder).matrix)
 
 
 def _print_sizes(folder: Path) -> None:

@@ -31,11 +31,23 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_above(config: object, name: str, low: float) -> None:
-    """ValueError where a setting is no finite number above `low`."""
-    value = getattr(config, name)
-    if not is_number(value) or not value > low:
-        raise ValueError(f"{name} must be a number above {low}, got {value!r}")
+def is_whole(value: object, low: int) -> bool:
+    """Whether it is a whole number from `low` up, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def check_whole(config: object, **least: int) -> None:
+    """ValueError where a setting is no whole number from its least value up."""
+    for name, low in least.items():
+        if not is_whole(value := getattr(config, name), low):
+            raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
+
+
+def check_above_zero(config: object, *names: str) -> None:
+    """ValueError where a setting is no finite number above 0."""
+    for name in names:
+        if not (is_number(value := getattr(config, name)) and value > 0):
+            raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -66,11 +78,8 @@ class LoopConfig:
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self):
-        for name in ("epochs", "patience", "batch_tokens", "epoch_tokens", "seed"):
-            value, low = getattr(self, name), int(name != "seed")
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
-        check_above(self, "learning_rate", 0)
+        check_whole(self, epochs=1, patience=1, batch_tokens=1, epoch_tokens=1, seed=0)
+        check_above_zero(self, "learning_rate")
         for name in ("weight_decay", "checkpoint_seconds"):
             value = getattr(self, name)
             never = name == "checkpoint_seconds" and value == math.inf
@@ -155,8 +164,8 @@ class Average:
     The later epochs of a run differ mostly by noise, which an average loses (Polyak and Juditsky, 1992).
     """
 
-    def __init__(self, trained: dict[str, nn.Parameter], values: dict[str, Tensor] | None = None):
-        self.trained, self.values = trained, values or {}
+    def __init__(self, trained: dict[str, nn.Parameter]):
+        self.trained, self.values = trained, dict[str, Tensor]()
 
     @torch.no_grad()
     def add(self, epoch: int) -> None:

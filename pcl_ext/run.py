@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from pcl_ext.metrics import ResultMatrix
 from pcl_ext.model import BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.serve.item_ids import check_items, describe_items
 from pcl_ext.store.atomic import write_file
+from pcl_ext.store.record import Record, read_record
 from pcl_ext.task import TaskSpec
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task
 from pcl_ext.train import pretrain as pretrain_model
@@ -28,6 +28,7 @@ from pcl_ext.train import pretrain as pretrain_model
 _NEED = {"valid": "stop training at its best epoch", "test": "measure what was learned"}
 _LOG = logging.getLogger(__name__)
 _MOST_NAMED = 10  # classes in a warning
+EQUAL, CHANGED, OTHER_SAMPLE = "equal", "changed", "not compared: it was measured on another sample"
 
 PROTOCOL = {
     "ranking": "full, over the task's catalogue, every target",
@@ -63,17 +64,17 @@ def pretrain(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(out):
         if (out / "manifest.json").exists():
-            record = store.read_manifest(out)["record"]
+            record = read_record(out)
             check_dataset(out, record, dataset)
-            for key, value in settings.items():
-                _same(key, record["config"].get(key), value, out)
+            _check_settings(out, record.config, settings)
             _remove(checkpoint)  # of a process that was killed after it had saved the run
             return store.from_pretrained(out)
-        record = _new_record(dataset, settings)
-        record["references"]["next"] = _references(dataset, "next", checkpoint)
+        protocol = PROTOCOL | {"dataset": f"{dataset.name} {dataset.sha256}", "split": "by user, fold test"}
+        record = Record(_describe(dataset), protocol, settings, machine(), ResultMatrix().to_json())
+        record.references["next"] = _references(dataset, "next", checkpoint)
         model, curve = pretrain_model(dataset, shape, config, checkpoint)
         _measure(model, dataset, record, "next", curve)
-        store.save_pretrained(model, out, record)
+        store.save_pretrained(model, out, record.to_json())
         _remove(checkpoint)
     return model
 
@@ -114,21 +115,6 @@ def _warn_of_train_targets(dataset: Dataset, spec: TaskSpec, target: np.ndarray)
             _LOG.warning(what, dataset.path, len(absent), spec.num_classes, spec.name, text)
 
 
-def _new_record(dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "dataset": _describe(dataset),
-        "protocol": PROTOCOL | {"dataset": f"{dataset.name} {dataset.sha256}", "split": "by user, fold test"},
-        "config": settings,
-        "machine": machine(),
-        "matrix": ResultMatrix().to_json(),
-        "references": {},
-        "standard_error": {},
-        "samples": {},
-        "outputs": {},
-        "curves": {},
-    }
-
-
 def learn(
     run: Path,
     dataset: Dataset,
@@ -148,18 +134,18 @@ def learn(
     run = Path(run)
     store.read_manifest(run)  # before a lock is left in a folder that is no run
     with store.lock(run):
-        record = store.read_manifest(run)["record"]
+        record = read_record(run)
         check_dataset(run, record, dataset)
         model = store.from_pretrained(run)
         checkpoint, table = run / "checkpoints" / f"{name}.safetensors", dataset.task_sha256(name)
         if name not in model.task_names:
             _check_before(dataset, name)
-            if (why := _other_machine(record["machine"])) is not None:
+            if (why := _other_machine(record.machine)) is not None:
                 _LOG.info("measuring all earlier tasks again before training, as other bits are computed now: %s", why)
                 _take_outputs_again(model, dataset, record)
-            compared = _compared(model, dataset, record)
+            _check_replaced(model, dataset, record)
             checkpoint.parent.mkdir(exist_ok=True)
-            record["references"][name] = _references(dataset, name, checkpoint)
+            record.references[name] = _references(dataset, name, checkpoint)
             config, memory = config or LearnConfig(), memory or MemoryConfig()
             curve = learn_task(model, dataset, name, config, memory, checkpoint)
             if dataset.task_sha256(name) != table:
@@ -168,18 +154,17 @@ def learn(
                     f"{dataset.path}: the table of {name} was replaced while it was learned; learn it again"
                 )
             settings = json.loads(json.dumps({"memory": asdict(memory), "learn": asdict(config)}))
-            record["config"].setdefault("tasks", {})[name] = settings
-            _measure(model, dataset, record, name, curve, compared)
-            store.save_pretrained(model, run, record)
+            record.config.setdefault("tasks", {})[name] = settings
+            _measure(model, dataset, record, name, curve)
+            store.save_pretrained(model, run, record.to_json())
         _remove(checkpoint)
-    return record
+    return record.to_json()
 
 
-def _compared(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> list[str]:
-    """Learned tasks whose outputs can be compared after the next one is learned; says which cannot, and measures those
-    now: what cannot be read at all is known before training."""
-    same = same_tables(record, dataset)
-    if replaced := [name for name in record["outputs"] if name not in same]:
+def _check_replaced(model: UserModel, dataset: Dataset, record: Record) -> None:
+    """Say which learned tasks cannot be compared after the next one is learned, and measure those now: what cannot be
+    read at all is known before training."""
+    if replaced := [name for name in record.outputs if why_not_compared(record, dataset, name)]:
         infer.evaluate(model, dataset, replaced)
         _LOG.warning(
             "the tables of %s in %s are not those that the run learned from: the outputs of these tasks are not "
@@ -187,44 +172,43 @@ def _compared(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> lis
             ", ".join(replaced),
             dataset.path,
         )
-    return same
 
 
-def same_tables(record: dict[str, Any], dataset: Dataset) -> list[str]:
-    """Learned tasks whose outputs can be compared: their tables are those they were learned from."""
-    known = [name for name, outputs in record["outputs"].items() if outputs is not None]
-    return [name for name in known if record["dataset"]["tasks"][name] == dataset.task_sha256(name)]
+def why_not_compared(record: Record, dataset: Dataset, name: str) -> str | None:
+    """Of a learned task; None where its outputs can be compared, as its table is the one that it was learned from."""
+    if record.outputs[name] is None:
+        return "its table was another when the run came to this machine"
+    if record.dataset["tasks"][name] == dataset.task_sha256(name):
+        return None
+    return "its table is another now" if name in dataset.task_names else f"{dataset.path} has no table of it"
 
 
-def _measure(
-    model: UserModel,
-    dataset: Dataset,
-    record: dict[str, Any],
-    name: str,
-    curve: list[dict],
-    compared: Sequence[str] = (),
-) -> None:
+def _same_tables(record: Record, dataset: Dataset) -> list[str]:
+    return [name for name in record.outputs if why_not_compared(record, dataset, name) is None]
+
+
+def _measure(model: UserModel, dataset: Dataset, record: Record, name: str, curve: list[dict]) -> None:
     """Add a learned task to the record: a row of the matrix, its curve, the hashes of its outputs and of its table."""
-    scores = infer.evaluate(model, dataset, [*record["outputs"], name])  # a model may know tasks that no run taught it
-    same = set(compared) & set(same_tables(record, dataset))  # a table may have been replaced meanwhile
-    if changed := [task for task in changed_outputs(record, scores) if task in same]:
+    scores = infer.evaluate(model, dataset, [*record.outputs, name])  # a model may know tasks that no run taught it
+    same = _same_tables(record, dataset)  # now: one may have been replaced meanwhile
+    states = compare_outputs(record, scores)
+    if changed := [task for task, state in states.items() if state == CHANGED and task in same]:
         raise ForgettingError(f"learning {name!r} changed the outputs of closed tasks: {', '.join(changed)}")
-    for task in other_sample(record, scores):
-        record["outputs"][task] = scores[task].outputs
-    record["samples"] = {task: score.sample for task, score in scores.items() if score.sample}
-    matrix = ResultMatrix.from_json(record["matrix"])
+    record.outputs |= {task: scores[task].outputs for task, state in states.items() if state == OTHER_SAMPLE}
+    record.samples = samples_of(scores)
+    matrix = ResultMatrix.from_json(record.matrix)
     matrix.add(name, model.task(name).spec.metric)
     matrix.append({task: score.metrics for task, score in scores.items()})
-    record["matrix"] = matrix.to_json()
-    record["curves"][name] = curve
-    record["outputs"][name] = scores[name].outputs
-    record["dataset"]["tasks"][name] = dataset.task_sha256(name)
-    record["standard_error"][name] = scores[name].standard_error
-    learned_from = record["dataset"]["tasks"]
+    record.matrix = matrix.to_json()
+    record.curves[name] = curve
+    record.outputs[name] = scores[name].outputs
+    record.standard_error[name] = scores[name].standard_error
+    learned_from = record.dataset["tasks"]
+    learned_from[name] = dataset.task_sha256(name)
     for task in set(scores) - {name}:
         if learned_from[task] != dataset.task_sha256(task):  # cheap models were measured on another table
-            record["standard_error"][task] = scores[task].standard_error
-            record["references"].pop(task, None)
+            record.standard_error[task] = scores[task].standard_error
+            record.references.pop(task, None)
 
 
 def _references(dataset: Dataset, name: str, checkpoint: Path) -> dict[str, Any]:
@@ -250,34 +234,30 @@ def _remove(checkpoint: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _take_outputs_again(model: UserModel, dataset: Dataset, record: dict[str, Any]) -> None:
+def _take_outputs_again(model: UserModel, dataset: Dataset, record: Record) -> None:
     """Outputs of closed tasks as this machine computes them, before anything is learned here: other machines round
     otherwise. None for a task whose table is gone by now: nothing can be compared with what it gave."""
-    scores = infer.evaluate(model, dataset, same_tables(record, dataset))
-    record["outputs"] = {name: scores[name].outputs if name in scores else None for name in record["outputs"]}
-    record["samples"] = {name: score.sample for name, score in scores.items() if score.sample}
-    record["machine"] = machine()
+    scores = infer.evaluate(model, dataset, _same_tables(record, dataset))
+    record.outputs = {name: scores[name].outputs if name in scores else None for name in record.outputs}
+    record.samples = samples_of(scores)
+    record.machine = machine()
 
 
-def why_not_compared(record: dict[str, Any], dataset: Dataset, name: str) -> str:
-    """Of a learned task that is not among `same_tables`."""
-    if record["outputs"][name] is None:
-        return "its table was another when the run came to this machine"
-    return "its table is another now" if name in dataset.task_names else f"{dataset.path} has no table of it"
+def samples_of(scores: dict[str, infer.Score]) -> dict[str, str]:
+    """By task of how many examples, where not all were measured."""
+    return {name: score.sample for name, score in scores.items() if score.sample}
 
 
-def changed_outputs(record: dict[str, Any], scores: dict[str, infer.Score]) -> list[str]:
-    """Tasks whose outputs on the test users are not, bit for bit, those of the moment they were closed; not of those
-    that are measured on other users now."""
-    other = other_sample(record, scores)
-    known = [name for name in record["outputs"] if name in scores and name not in other]
-    return [name for name in known if scores[name].outputs != record["outputs"][name]]
-
-
-def other_sample(record: dict[str, Any], scores: dict[str, infer.Score]) -> list[str]:
-    """Tasks that were measured on another sample of their examples than they are now."""
-    then = record.get("samples", {})
-    return [name for name, score in scores.items() if name in record["outputs"] and score.sample != then.get(name, "")]
+def compare_outputs(record: Record, scores: dict[str, infer.Score]) -> dict[str, str]:
+    """Of the learned tasks that `scores` measured on the test users: EQUAL where their outputs are, bit for bit, those
+    of the moment they were closed, CHANGED, or OTHER_SAMPLE where others of their examples were measured then."""
+    states = {}
+    for name in record.outputs:
+        if name in scores:
+            equal = scores[name].outputs == record.outputs[name]
+            same = scores[name].sample == record.samples.get(name, "")
+            states[name] = OTHER_SAMPLE if not same else EQUAL if equal else CHANGED
+    return states
 
 
 def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any]:
@@ -290,57 +270,52 @@ def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any
     StoreError for a run that is damaged, ValueError where `dataset` is not the one that the run was made from.
     """
     answer = {"tensors": store.verify(run)["tensors"], "tasks": {}, "samples": {}, "not_checked": None}
-    record = store.read_manifest(run)["record"]
-    path = record.get("dataset", {}).get("path")
+    record = read_record(run)
+    path = record.dataset.get("path")
     if dataset is not None:
         check_dataset(run, record, dataset)
     elif path and (Path(path) / "dataset.json").exists():
         dataset = Dataset(path)
     answer["not_checked"] = _why_not_checked(record, dataset)
     if answer["not_checked"] is None:
-        same, model = same_tables(record, dataset), store.from_pretrained(run)
-        scores = infer.evaluate(model, dataset, same)
-        answer["samples"] = {name: score.sample for name, score in scores.items() if score.sample}
-        untaught = [name for name in model.task_names if name not in record["outputs"]]
+        model = store.from_pretrained(run)
+        scores = infer.evaluate(model, dataset, _same_tables(record, dataset))
+        answer["samples"] = samples_of(scores)
+        untaught = [name for name in model.task_names if name not in record.outputs]
         answer["tasks"] |= dict.fromkeys(untaught, "not compared: this run did not teach it")
-        changed, other = changed_outputs(record, scores), other_sample(record, scores)
-        for name in record["outputs"]:
-            state = "changed" if name in changed else "equal"
-            if name in other:
-                state = "not compared: it was measured on another sample"
-            if name not in same:
-                state = f"not compared: {why_not_compared(record, dataset, name)}"
-            answer["tasks"][name] = state
+        states = compare_outputs(record, scores)
+        for name in record.outputs:
+            answer["tasks"][name] = states.get(name) or f"not compared: {why_not_compared(record, dataset, name)}"
     return answer
 
 
-def _why_not_checked(record: dict[str, Any], dataset: Dataset | None) -> str | None:
-    if "dataset" not in record:
+def _why_not_checked(record: Record, dataset: Dataset | None) -> str | None:
+    if not record.dataset:
         return "the run has no record of the dataset it was made from"
     if dataset is None:
-        return f"the dataset is no longer at {record['dataset']['path']}; name it with --data"
-    if dataset.sha256 != record["dataset"]["sha256"]:
+        return f"the dataset is no longer at {record.dataset['path']}; name it with --data"
+    if dataset.sha256 != record.dataset["sha256"]:
         return f"{dataset.path} is no longer the dataset that the run was made from"
-    if (other := _other_machine(record["machine"])) is not None:
+    if (other := _other_machine(record.machine)) is not None:
         return f"bits can be compared on the machine that made the run only: {other}"
     return None
 
 
-def check_dataset(run: Path, record: dict[str, Any], dataset: Dataset) -> None:
+def check_dataset(run: Path, record: Record, dataset: Dataset) -> None:
     """Raise ValueError unless the run was made from this dataset, its items called as they were then; tasks may have
     been added since."""
-    if "dataset" not in record:
+    then = record.dataset
+    if not then:
         raise ValueError(
             f"{run} has no record of the dataset it was made from, as pcl pretrain and pcl_ext.run.pretrain write it"
         )
-    then = record["dataset"]
     if then["sha256"] != dataset.sha256:
         was, given = f"{then['name']} {then['sha256'][:8]}", f"{dataset.name} {dataset.sha256[:8]}"
         raise ValueError(
             f"{run} was made from the dataset {was}, {dataset.path} is {given}; name that dataset, or another run"
         )
     check_items(run, record, dataset)
-    if missing := [name for name in record["outputs"] if name not in dataset.task_names]:
+    if missing := [name for name in record.outputs if name not in dataset.task_names]:
         raise ValueError(f"{dataset.path} has no table of {', '.join(missing)}, which {run} has learned")
 
 
@@ -366,8 +341,12 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
     return facts | {"users": dataset.users_by_fold, "item_ids": describe_items(dataset), "tasks": {}}
 
 
-def _same(what: str, then: Any, now: Any, run: Path) -> None:
-    if isinstance(then, dict) and isinstance(now, dict):
-        then = now | then  # a setting that is younger than the run is no difference
-    for name, was, given in differences({what: then}, {what: now}):
-        raise ValueError(f"{run} was made with {name} = {was!r}, this call has {given!r}; choose another run folder")
+def _check_settings(run: Path, then: dict[str, Any], now: dict[str, dict[str, Any]]) -> None:
+    for part, values in now.items():
+        before = then.get(part)
+        if isinstance(before, dict):
+            before = values | before  # a setting that is younger than the run is no difference
+        for name, was, given in differences(before, values, part):
+            raise ValueError(
+                f"{run} was made with {name} = {was!r}, this call has {given!r}; choose another run folder"
+            )

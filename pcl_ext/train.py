@@ -15,7 +15,7 @@ from torch import Tensor
 from pcl_ext import infer
 from pcl_ext.data import Dataset, ExampleBatch, Examples, check_task, make_batch, plan
 from pcl_ext.item_start import start_items
-from pcl_ext.loop import LoopConfig, Problem, check_above, fit, is_number
+from pcl_ext.loop import LoopConfig, Problem, check_above_zero, check_whole, fit, is_number, is_whole
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel
 from pcl_ext.next_item import NextItemLoss
 from pcl_ext.row_adamw import RowAdamW
@@ -45,13 +45,11 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        count = self.valid_examples
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise ValueError(f"valid_examples must be a whole number from 1 up, or 0 for all, got {count!r}")
-        for name in ("full_softmax", "negatives"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1 up, got {value!r}")
+        if not is_whole(self.valid_examples, 0):
+            raise ValueError(
+                f"valid_examples must be a whole number from 1 up, or 0 for all, got {self.valid_examples!r}"
+            )
+        check_whole(self, full_softmax=1, negatives=1)
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,7 @@ class LearnConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("head_rate", "ridge_rate"):
-            check_above(self, name, 0)
+        check_above_zero(self, "head_rate", "ridge_rate")
         strengths = self.ridge if isinstance(self.ridge, (tuple, list)) else [None]
         if not all(is_number(strength) and strength > 0 for strength in strengths):
             raise ValueError(f"ridge must be a list of strengths above 0, got {self.ridge!r}")

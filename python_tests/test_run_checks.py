@@ -174,6 +174,19 @@ def test_a_table_that_is_replaced_while_a_task_is_learned(write, tmp_path, monke
     assert found["a"] == ("not compared: its table is another now" if replaced == "a" else "equal")
 
 
+def test_a_table_that_is_put_back_while_a_task_is_learned_is_compared(write, tmp_path, monkeypatch):
+    labels = {name: ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)]) for name in ("a", "b")}
+    dataset, out, taught = write(labels), tmp_path / "run", run.learn_task
+    pretrain(dataset, out)
+    record = learn(dataset, out, "a")
+    record["outputs"]["a"] = "of another model"
+    store.save_pretrained(store.from_pretrained(out), out, record)
+    write(labels | {"a": ({"kind": "binary"}, [user // 6 % 2 for user in range(USERS)])})
+    monkeypatch.setattr(run, "learn_task", lambda *args: (taught(*args), write(labels))[0])
+    with pytest.raises(run.ForgettingError, match="learning 'b' changed the outputs of closed tasks: a"):
+        learn(dataset, out, "b")
+
+
 def test_a_run_goes_on_after_a_task_was_removed(write, tmp_path):
     labels = {name: ({"kind": "binary"}, [user % 4 // 2 for user in range(USERS)]) for name in ("a", "b", "c")}
     dataset, out = write(labels), tmp_path / "run"

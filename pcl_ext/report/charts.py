@@ -123,15 +123,12 @@ def references(content: Content) -> Figure | None:
         return None
     figure = new_figure(8.2, 0.45 + 0.62 * len(tasks))
     rows = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+    handles: dict[str, Any] = {}
     for axes, task in zip(rows, tasks, strict=True):
         _reference_row(axes, task)
-    handles, names = rows[0].get_legend_handles_labels()
-    for axes in rows[1:]:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            if name not in names:
-                handles.append(handle)
-                names.append(name)
-    figure.legend(handles, names, loc="outside upper right", ncols=3, frameon=False)
+            handles.setdefault(name, handle)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=3, frameon=False)
     return figure
 
 

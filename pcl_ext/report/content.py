@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pcl_ext.metrics import ResultMatrix, higher_is_better
+from pcl_ext.store.record import Record
 
 
 @dataclass
@@ -44,31 +45,30 @@ class Content:
     matrix: ResultMatrix | None
     tasks: list[TaskResult]
     backbone_size: int
-    record: dict[str, Any]
+    record: Record
 
 
 def gather(manifest: Mapping[str, Any]) -> Content:
     """Everything to show, from what `read_manifest` returned."""
-    record = manifest["record"]
-    matrix = ResultMatrix.from_json(record["matrix"]) if "matrix" in record else None
+    record = Record.from_json(manifest["record"])
+    matrix = ResultMatrix.from_json(record.matrix) if record.matrix else None
     if matrix is not None and not matrix.rows:
         matrix = None
     tasks = [_task(entry, record, matrix) for entry in manifest["tasks"]]
-    title = record.get("dataset", {}).get("name", "")
-    return Content(title, matrix, tasks, manifest["backbone"]["bytes"], record)
+    return Content(record.dataset.get("name", ""), matrix, tasks, manifest["backbone"]["bytes"], record)
 
 
-def _task(entry: Mapping[str, Any], record: Mapping[str, Any], matrix: ResultMatrix | None) -> TaskResult:
+def _task(entry: Mapping[str, Any], record: Record, matrix: ResultMatrix | None) -> TaskResult:
     name, spec = entry["name"], entry["spec"]
     task = TaskResult(name, spec["kind"], spec["metric"], entry["bytes"])
-    task.curve = record.get("curves", {}).get(name, [])
+    task.curve = record.curves.get(name, [])
     if matrix is None or name not in matrix.rows[-1]:
         return task
     task.metric, task.metrics = matrix.metric[name], matrix.rows[-1][name]
     task.value = task.metrics[task.metric]
-    task.errors = record.get("standard_error", {}).get(name, {})
+    task.errors = record.standard_error.get(name, {})
     task.error = task.errors.get(task.metric)
-    for key, reference in record.get("references", {}).get(name, {}).items():
+    for key, reference in record.references.get(name, {}).items():
         if task.metric in reference["metrics"]:
             task.references[key] = (reference["name"], reference["metrics"][task.metric])
     return task

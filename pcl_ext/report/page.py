@@ -31,7 +31,8 @@ def report(run_path: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _page(content: Content, pictures: Mapping[str, bytes]) -> str:
-    names = ", ".join(task.name for task in content.tasks) or "none yet"
+    names, kept = ", ".join(task.name for task in content.tasks) or "none yet", content.record
+    tables = {"Protocol": kept.protocol, "Dataset": kept.dataset, "Configuration": kept.config, "Machine": kept.machine}
     parts = [
         note(f"One frozen backbone; tasks in the order they were learned: {names}."),
         _cards(content),
@@ -40,12 +41,9 @@ def _page(content: Content, pictures: Mapping[str, bytes]) -> str:
         section("Against trivial and cheap references", _references(content, pictures)),
         section("Learning curves", _curves(content, pictures)),
         section("What a task adds", _sizes(content, pictures)),
-        *(section(name, _record(content.record.get(key), name)) for name, key in _TABLES.items()),
+        *(section(name, _record(values, name)) for name, values in tables.items()),
     ]
     return document(f"User model on {content.title}" if content.title else "User model", parts)
-
-
-_TABLES = {"Protocol": "protocol", "Dataset": "dataset", "Configuration": "config", "Machine": "machine"}
 
 
 def _cards(content: Content) -> str:
@@ -105,7 +103,7 @@ def _results(content: Content) -> str:
         "This run: value after the last task ± one standard error. Over trivial: in standard errors of this run; at "
         "least 3 is wanted. A difference from cheap inside one standard error is a tie."
     )
-    if samples := content.record.get("samples"):
+    if samples := content.record.samples:
         text += " Measured on a sample: " + "; ".join(f"{name}, {how}" for name, how in samples.items()) + "."
     head = ["task", "kind", "metric", *numbers(["this run", "trivial", "cheap", "over trivial"]), "against cheap"]
     return table(head, map(_result_row, content.tasks)) + note(text) + _all_metrics(content)
@@ -151,7 +149,7 @@ def _matrix(content: Content, pictures: Mapping[str, bytes]) -> str:
         f"Backward transfer, mean R[last, j] - R[j, j]: {_short(content.matrix.backward_transfer())}. "
         "A positive loss is a task that got worse."
     )
-    if content.record.get("outputs"):
+    if content.record.outputs:
         rest += " The run keeps a sha256 of every task's outputs on the test users; pcl verify computes them again."
     return f"{shown}<p>{safe(rest)}</p>"
 

@@ -33,6 +33,7 @@ from pcl_ext.serve.predictor import Predictor
 from pcl_ext.serve.user_names import FILE as USERS
 from pcl_ext.serve.user_names import UserNames, has_names
 from pcl_ext.store.atomic import is_temporary, locked, sweep_temporary, temporary, whole
+from pcl_ext.store.record import Record
 from pcl_ext.task import TaskSpec
 
 SHARD_USERS = 1 << 13
@@ -70,7 +71,7 @@ class DatasetJob:
         self.predictor, self.dataset, self.out = predictor, dataset, Path(out).absolute()
         self.parts = self.out.with_name(self.out.name + ".parts")
         self.manifest = store.read_manifest(predictor.path)
-        check_items(predictor.path, self.manifest["record"], dataset)
+        check_items(predictor.path, Record.from_json(self.manifest["record"]), dataset)
         files = {entry["name"]: entry["sha256"] for entry in self.manifest["tasks"]}
         self.tasks = list(files) if tasks is None else list(tasks)
         for name in self.tasks:
@@ -284,7 +285,7 @@ class PredictJob(DatasetJob):
         self.k, self.skip_seen, self.ids = check_k(k), skip_seen, ids
         super().__init__(predictor, dataset, out, [task])
         if ids is not None:
-            check_items(predictor.path, self.manifest["record"], ids)
+            check_items(predictor.path, Record.from_json(self.manifest["record"]), ids)
 
     @cached_property
     def spec(self) -> TaskSpec:

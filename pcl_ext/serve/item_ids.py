@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pcl_ext.data import Dataset
+    from pcl_ext.store.record import Record
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,10 +71,10 @@ def describe_items(dataset: Dataset) -> dict[str, Any]:
     return {"count": dataset.num_items, "sha256": dataset.item_ids_sha256(dataset.num_items)}
 
 
-def check_items(run: Path, record: Mapping[str, Any], given: Dataset | ItemIds) -> None:
+def check_items(run: Path, record: Record, given: Dataset | ItemIds) -> None:
     """ValueError where the items 1..V of a run are others in a dataset or a table of item ids. There may be newer ones.
     Not known of an older run, nor, which a logged warning says, of a dataset that does not name its items."""
-    made_from = record.get("dataset")
+    made_from = record.dataset
     then = made_from.get("item_ids") if isinstance(made_from, dict) else None
     if not isinstance(then, dict) or then.get("sha256") is None:
         return

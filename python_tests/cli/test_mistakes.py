@@ -191,7 +191,7 @@ def test_a_run_in_use_is_refused(made, refused, copy):
 
 def test_what_would_be_forgotten_is_not_saved(made, pcl, copy, monkeypatch):
     before = (copy / "manifest.json").read_bytes()
-    monkeypatch.setattr(run, "changed_outputs", lambda record, scores: ["spend"])
+    monkeypatch.setattr(run, "compare_outputs", lambda record, scores: {"spend": "changed"})
     status, out, err = pcl("learn", copy, "loyal", "--data", made.data, "--learn.epochs", 1)
     assert (status, out) == (1, [])
     assert err[-1] == "pcl learn: learning 'loyal' changed the outputs of closed tasks: spend"
