@@ -64,8 +64,9 @@ class PackedBatch:
             raise ValueError(f"items must be [T] int32 or int64, got {list(items.shape)} {items.dtype}")
         host = offsets.cpu()
         plan = ops.attention_plan(host)
-        if int(host[-1]) != items.numel():
-            raise ValueError(f"offsets must end at the number of items, got {int(host[-1])} and {items.numel()}")
+        total = int(host[-1]) if plan.total is None else plan.total
+        if total != items.numel():
+            raise ValueError(f"offsets must end at the number of items, got {total} and {items.numel()}")
         if items.is_cpu and len(items) and int(items.min()) < 1:
             row = int((items < 1).nonzero()[0])
             raise ValueError(f"items must be ids from 1 up, got {int(items[row])} in row {row}: leave padding out")

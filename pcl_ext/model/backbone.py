@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView
+from itertools import chain
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from pcl_ext.model.config import BackboneConfig
 from pcl_ext.model.conv_layer import ConvLayer
 from pcl_ext.model.dropout import Dropout
 from pcl_ext.model.layout import LayerPrefix, Layout
+from pcl_ext.ops import direct
+
+PARTS = ("norm_attention", "qkv", "out", "norm_ffn", "ffn_in", "ffn_out")  # of a Layer: each a weight and a bias
 
 
 class Layer(nn.Module):
@@ -30,6 +35,19 @@ class Layer(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.dropout = Dropout(config.dropout)
+        self.shapes = [tuple(tensor.shape) for part in self._weights() for tensor in part]
+
+    def _weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each of PARTS. `part.weight` is looked for in many places, which a small request feels."""
+        pairs, compiling = [], torch.compiler.is_compiling()
+        for name in PARTS:
+            part = self._modules[name]
+            own = part._parameters or part._buffers
+            if compiling or "weight" not in own or "bias" not in own:  # a parametrisation computes them, for one
+                pairs.append((part.weight, part.bias))
+            else:
+                pairs.append((own["weight"], own["bias"]))
+        return pairs
 
     def forward(
         self, x: Tensor, layout: Layout, before: tuple[Tensor, Tensor] | None, read: str
@@ -38,53 +56,43 @@ class Layer(nn.Module):
 
         before  keys and values [M, H, d] of the prefix
         """
+        weights = self._weights()
+        run = direct if direct.takes(x, chain.from_iterable(weights), self.shapes, before or ()) else ops
         if read == "every":
-            q, k, v = self.queries_keys_values(x)
+            q, k, v = self._project(run, x, weights, 0, 3)
         else:
-            k, v = self.keys_values(x)
+            k, v = self._project(run, x, weights, 1, 3)
         k = layout.turn(k) if self.rotary else k
         if read == "none":
             return x[:0], (k, v)
         if read == "newest":
             x = x.index_select(0, layout.newest)
-            q = self.queries(x)
+            (q,) = self._project(run, x, weights, 0, 1)
             q = layout.turn(q, layout.newest) if self.rotary else q
-            attended = ops.newest_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
+            attended = run.newest_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
         else:
             q = layout.turn(q) if self.rotary else q
-            attended = ops.prompt_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
-        return self.finish(x, attended), (k, v)
+            attended = run.prompt_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
+        return self._finish(run, x, attended.flatten(1), weights), (k, v)
 
-    def queries(self, x: Tensor) -> Tensor:
-        """x [T, D] -> what its rows ask, [T, H, d]."""
-        dim = x.shape[1]
-        rows = _normed_linear(x, self.norm_attention, self.qkv.weight[:dim], self.qkv.bias[:dim])
-        return rows.unflatten(1, self.heads)
+    def _project(self, run: ModuleType, x: Tensor, weights: list, first: int, last: int) -> tuple[Tensor, ...]:
+        """x [T, D] -> the queries (0), keys (1) and values (2) of its rows from first up to last, [T, H, d] each."""
+        norm, (weight, bias), dim = weights[0], weights[1], x.shape[1]
+        if last - first < 3:
+            weight, bias = weight[first * dim : last * dim], bias[first * dim : last * dim]
+        rows = run.linear(x, weight, bias, norm=norm, eps=self._modules["norm_attention"].eps)
+        if last - first == 1:
+            return (rows.view(rows.shape[0], *self.heads),)
+        return rows.view(rows.shape[0], last - first, *self.heads).unbind(1)
 
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [T, D] -> what its rows ask, and what they answer: three tensors [T, H, d]."""
-        rows = _normed_linear(x, self.norm_attention, self.qkv.weight, self.qkv.bias)
-        return rows.unflatten(1, (3, *self.heads)).unbind(1)
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [T, D] -> keys and values alone."""
-        dim = x.shape[1]
-        rows = _normed_linear(x, self.norm_attention, self.qkv.weight[dim:], self.qkv.bias[dim:])
-        return rows.unflatten(1, (2, *self.heads)).unbind(1)
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x [T, D] and what its rows found [T, H, d] -> the layer's output [T, D]."""
-        attended, norm = attended.flatten(1), self.norm_ffn
+    def _finish(self, run: ModuleType, x: Tensor, attended: Tensor, weights: list) -> Tensor:
+        """x [T, D] and what its rows found [T, D] -> the layer's output [T, D]."""
         if self.training and self.dropout.p:
             x = x + self.dropout(self.out(attended))
-            return x + self.dropout(self.ffn_out(F.gelu(self.ffn_in(norm(x)))))
-        x = ops.linear(attended, self.out.weight, self.out.bias, residual=x)
-        weights = (self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias)
-        return ops.feed_forward(x, (norm.weight, norm.bias), *weights, eps=norm.eps)
-
-
-def _normed_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
-    return ops.linear(x, weight, bias, norm=(norm.weight, norm.bias), eps=norm.eps)
+            return x + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.norm_ffn(x)))))
+        _, _, out, norm, ffn_in, ffn_out = weights
+        x = run.linear(attended, *out, residual=x)
+        return run.feed_forward(x, norm, *ffn_in, *ffn_out, eps=self._modules["norm_ffn"].eps)
 
 
 class Backbone(nn.Module):
@@ -127,7 +135,9 @@ class Backbone(nn.Module):
 
         prompt [K, P, D] is added to the newest rows, index [B] chooses (-1 none).
         """
-        position = self.position[from_end:] if self.config.counts_from_end else None
+        position = self.position if self.config.counts_from_end else None
+        if from_end and position is not None:
+            position = position[from_end:]
         return self.dropout(ops.embed(items, offsets, self.table, position, prompt, index))
 
     def run(
@@ -147,10 +157,11 @@ class Backbone(nn.Module):
         on_host are the lengths [B] on the CPU: with them nothing is read from a GPU.
         """
         layout = Layout.of(offsets, len(x), plan, prefix, on_host)
-        states, keys, values = [x], [], []
-        for depth, layer in enumerate(self.layers):
+        states, keys, values, layers = [x], [], [], self.layers
+        top = len(layers) - 1
+        for depth, layer in enumerate(layers):
             before = (prefix.keys[depth], prefix.values[depth]) if prefix else None
-            x, (k, v) = layer(x, layout, before, read if depth == len(self.layers) - 1 else "every")
+            x, (k, v) = layer(x, layout, before, read if depth == top else "every")
             states.append(x)
             keys.append(k)
             values.append(v)
@@ -222,6 +233,10 @@ class NamedModules(nn.ModuleDict):
 
     def __contains__(self, name: str) -> bool:
         return isinstance(name, str) and super().__contains__(_attribute(name))
+
+    def get(self, name: str) -> nn.Module | None:
+        """The module of this name, None where there is none."""
+        return self._modules.get(_attribute(name)) if isinstance(name, str) else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,12 @@ class Piece:
 
     def pool(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """rows [T, F], weights [T] -> [B, F], summed over each history."""
-        return pool(rows, torch.arange(len(rows), device=rows.device), self.offsets, weights)
+        return pool(rows, self._own_rows, self.offsets, weights)
+
+    @cached_property
+    def _own_rows(self) -> Tensor:
+        """[T] int64, as `pool` numbers them; made once for all layers."""
+        return torch.arange(len(self.items), device=self.items.device)
 
     def users(self) -> Tensor:
         """[T] int64, which history each row belongs to."""
@@ -68,6 +74,7 @@ class Encoded:
     pieces: list[Piece]
     on_host: Tensor | None = None
     older: Older | None = None
+    _divisors: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, depth: int) -> Tensor:
         """[T, D], the states of a layer (0: the embeddings) in the order of `items`."""
@@ -85,7 +92,13 @@ class Encoded:
     def mean(self, depth: int) -> Tensor:
         """[B, D], the states of a layer (0: the embeddings) averaged over each history; 0 where it is empty."""
         total = sum(piece.total(depth) for piece in self.pieces)
-        return total / self.offsets.diff().clamp_min(1)[:, None].to(total.dtype)
+        return total / self._divisor(total.dtype)
+
+    def _divisor(self, dtype: torch.dtype) -> Tensor:
+        """[B, 1], the lengths, at least 1; made once for all layers."""
+        if dtype not in self._divisors:
+            self._divisors[dtype] = self.offsets.diff().clamp_min(1)[:, None].to(dtype)
+        return self._divisors[dtype]
 
     def log_lengths(self) -> Tensor:
         """[B, 1] log(1 + n)."""

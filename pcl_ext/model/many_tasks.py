@@ -35,11 +35,11 @@ def encode_rows(backbone: Backbone, batch: PackedBatch, tasks: list[Task], index
 
 def _prefix_of_rows(backbone: Backbone, tasks: list[Task], index: Tensor | None) -> LayerPrefix | None:
     kept = [task.layer_prefix(backbone) for task in tasks]
+    if index is None:
+        return kept[0]
     present = [prefix for prefix in kept if prefix is not None]
     if not present:
         return None
-    if index is None:
-        return present[0]
     index = _among_present(kept, index)
     if len(present) == 1:
         return replace(present[0], index=index)
@@ -55,7 +55,8 @@ def encode_each(backbone: Backbone, batch: PackedBatch, tasks: dict[str, Task]) 
 
     Two tasks or more without a prefix share what no tail prompt reaches.
     """
-    shared = {name: task for name, task in tasks.items() if task.prefix() is None}
+    several = len(tasks) > 1
+    shared = {name: task for name, task in tasks.items() if several and task.prefix() is None}
     if len(shared) == 1:
         shared = {}
     for name, task in tasks.items():
@@ -136,11 +137,11 @@ def _read_tails(
 def _stack_tails(tasks: list[Task], index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Tail prompts as one [K, P, D] (shorter ones padded with zero rows at the old end) and the prompt of each row."""
     tails = [task.tail() for task in tasks]
+    if index is None:
+        return None if tails[0] is None else tails[0][None], None
     longest = _longest(tails)
     if not longest:
         return None, None
-    if index is None:
-        return tails[0][None], None
     padded = [nn.functional.pad(tail, (0, 0, longest - len(tail), 0)) for tail in tails if tail is not None]
     return torch.stack(padded), _among_present(tails, index)
 

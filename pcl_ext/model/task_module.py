@@ -149,10 +149,11 @@ class Task(nn.Module):
         return self._prompt("prefix")
 
     def _prompt(self, placement: str) -> Tensor | None:
-        if placement not in self.memories:
+        memory = self.memories.get(placement)
+        if memory is None:
             return None
-        rows = getattr(self.memories[placement], placement)()
-        if not len(rows):
+        rows = getattr(memory, placement)()
+        if not rows.shape[0]:
             return None
         return rows if self.context is None else rows + self.context()
 
@@ -205,7 +206,10 @@ class Task(nn.Module):
     @property
     def every_state(self) -> bool:
         """Whether this task reads the states of all rows of a history, not the newest ones alone."""
-        return self.repeats is not None or any(memory.every_state for memory in self.memories.values())
+        for memory in self.memories.values():
+            if memory.every_state:
+                return True
+        return self.repeats is not None
 
     def reread(self, encoded: Encoded) -> Encoded:
         """The histories as this task's readouts see them."""

@@ -158,9 +158,10 @@ class UserModel(nn.Module):
             self.removed.add(name)
 
     def task(self, name: str) -> Task:
-        if name not in self.tasks:
+        task = self.tasks.get(name)
+        if task is None:
             raise ValueError(f"task must be one of {', '.join(self.tasks) or '(no tasks yet)'}, got {name!r}")
-        return self.tasks[name]
+        return task
 
     def forward(
         self, batch: PackedBatch | UserState, task: str | None = None, *, task_index: Tensor | None = None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
-_ORDINARY = (Tensor, torch.nn.Parameter)
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(value, ndim: int | None, dtypes: tuple) -> bool:
@@ -15,7 +15,7 @@ def is_plain(value, ndim: int | None, dtypes: tuple) -> bool:
     What an op asks first; only where the answer is no are the checks below worth their time, which say what is wrong.
     """
     return (
-        type(value) in _ORDINARY
+        type(value) in ORDINARY
         and value.is_cpu
         and (ndim is None or value.dim() == ndim)
         and (not dtypes or value.dtype in dtypes)

@@ -198,6 +198,22 @@ def call(op, kernel, *args):
     return kernel(*args) if ordinary else below_autograd(op, *args)
 
 
+def is_unseen() -> bool:
+    """Whether an op that needs no gradient may run past the dispatcher: nothing is compiled, transformed or watched."""
+    return not (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+        or _is_watched()
+    )
+
+
+def needs_dispatch(tensor: Tensor) -> bool:
+    """Whether an ordinary tensor wants a gradient, or does not hold what lies in memory: it is still to be negated."""
+    wants = tensor.requires_grad and torch.is_grad_enabled()
+    return wants or tensor.is_neg() or tensor._is_zerotensor()
+
+
 def _is_watched() -> bool:
     """Whether a mode or a trace wants to see every op."""
     return bool(_len_torch_dispatch_stack()) or _get_tracing_state() is not None

@@ -46,6 +46,8 @@ class AttentionPlan:
 
     def to(self, device, *, non_blocking: bool = False) -> "AttentionPlan":
         """The same plan on another device; one made on CUDA is checked, and so waited for, when it comes to the CPU."""
+        if self.total is not None and torch.device(device) == self.offsets.device == self.work.device:
+            return self
         layout = (self.offsets, self.prefix_offsets, self.prefix_index)
         non_blocking = non_blocking and not runs_cuda(self.offsets)
         moved = [None if x is None else x.to(device, non_blocking=non_blocking) for x in layout]

@@ -13,20 +13,32 @@ def forward(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out,
     out = forward_fake(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps)
     x, (weight_in, weight_out) = readable(x), operands(isa, weight_in, weight_out)
     norm_weight, norm_bias, bias_in, bias_out = map(wide, (norm_weight, norm_bias, bias_in, bias_out))
+    return fill(out, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps, isa)
+
+
+def fill(out, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps, isa=BEST_ISA):
+    """out [T, D], of tensors that the kernel reads as they are."""
     C.feed_forward_fwd(
-        *map(matrix, (x, weight_in, weight_out)),
-        *map(address, (norm_weight, norm_bias)),
+        matrix(x),
+        matrix(weight_in),
+        matrix(weight_out),
+        norm_weight.data_ptr(),
+        norm_bias.data_ptr(),
         eps,
-        *map(address, (bias_in, bias_out)),
-        *(*x.shape, weight_in.shape[0]),
-        *(out.data_ptr(), isa, torch.get_num_threads()),
+        bias_in.data_ptr(),
+        bias_out.data_ptr(),
+        *x.shape,
+        weight_in.shape[0],
+        out.data_ptr(),
+        isa,
+        torch.get_num_threads(),
     )
     return out
 
 
 def forward_fake(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps):
     """Output of forward, unfilled."""
-    return x.new_empty(x.shape)
+    return x.new_empty(*x.shape)
 
 
 def backward(grad_out, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, eps, *, isa=BEST_ISA):

@@ -17,32 +17,32 @@ from pcl_ext.ops._native import (
 )
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
-_SUMS = (torch.float32, torch.float64)  # the dtypes that sums are taken in
+SUMS = (torch.float32, torch.float64)  # the dtypes that sums are taken in
 _BEST = -1 if C is None else len(C.isas()) - 1
 PAYS = _BEST > 0  # the plain C++ products, all there is without AVX2, are slower than torch's
 
 
 def matrix(rows: Tensor | None) -> tuple[int, int, int]:
     """Address, row stride and dtype number of rows [T, D], whose last dimension is contiguous."""
-    return (0, 0, 0) if rows is None else (rows.data_ptr(), rows.stride(0), SCALARS[rows.dtype])
+    return (0, 0, 0) if rows is None else (rows.data_ptr(), rows.stride()[0], SCALARS[rows.dtype])
 
 
 def readable(rows: Tensor | None) -> Tensor | None:
     """rows [T, D] themselves where their last dimension is contiguous, else a copy."""
-    return None if rows is None else packed_rows(rows, 1)
+    return rows if rows is None or rows.is_contiguous() else packed_rows(rows, 1)
 
 
 def wide(x: Tensor | None) -> Tensor | None:
     """A bias or a norm's weight in the dtype of the sums."""
-    if x is None or (x.dtype in _SUMS and x.is_contiguous()):
+    if x is None or (x.dtype in SUMS and x.is_contiguous()):
         return x
-    return x.to(x.dtype if x.dtype in _SUMS else torch.float32).contiguous()
+    return x.to(x.dtype if x.dtype in SUMS else torch.float32).contiguous()
 
 
 def operands(isa: int, *weights: Tensor) -> list[Tensor]:
     """Contiguous weights as their products read them: bfloat16 where the instruction set multiplies that and all
     dimensions are whole tiles, else the dtype of the sums."""
-    if weights[0].dtype in _SUMS or (_BEST if isa == BEST_ISA else isa) < AVX512_BF16:
+    if weights[0].dtype in SUMS or (_BEST if isa == BEST_ISA else isa) < AVX512_BF16:
         return [wide(w) for w in weights]
     pairs = all(w.dtype == torch.bfloat16 and not any(n % 32 for n in w.shape) for w in weights)
     return [_pairs(w) if pairs else wide(w) for w in weights]
@@ -60,21 +60,32 @@ def forward(x, weight, bias, norm_weight, norm_bias, residual, eps, *, isa=BEST_
         raise ValueError("norm_weight and norm_bias come together or not at all, got one of them")
     out = forward_fake(x, weight, bias, norm_weight, norm_bias, residual, eps)
     x, (weight,), residual = readable(x), operands(isa, weight), readable(residual)
-    norm_weight, norm_bias, bias = wide(norm_weight), wide(norm_bias), wide(bias)
+    return fill(out, x, weight, wide(bias), wide(norm_weight), wide(norm_bias), residual, eps, isa)
+
+
+def fill(out, x, weight, bias, norm_weight, norm_bias, residual, eps, isa=BEST_ISA) -> Tensor:
+    """out [T, N], of tensors that the kernel reads as they are."""
     C.linear_fwd(
-        *map(matrix, (x, weight, residual)),
-        *map(address, (norm_weight, norm_bias)),
+        matrix(x),
+        matrix(weight),
+        matrix(residual),
+        address(norm_weight),
+        address(norm_bias),
         eps,
         address(bias),
-        *(*x.shape, weight.shape[0]),
-        *(out.data_ptr(), SCALARS[out.dtype], isa, torch.get_num_threads()),
+        *x.shape,
+        weight.shape[0],
+        out.data_ptr(),
+        SCALARS[out.dtype],
+        isa,
+        torch.get_num_threads(),
     )
     return out
 
 
 def forward_fake(x, weight, bias, norm_weight, norm_bias, residual, eps):
     """Output of forward, unfilled: of the residual's dtype, else of the weight's."""
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=(weight if residual is None else residual).dtype)
+    return (weight if residual is None else residual).new_empty(x.shape[0], weight.shape[0])
 
 
 def backward(grad_out, x, weight, norm_weight, norm_bias, eps, *, isa=BEST_ISA):

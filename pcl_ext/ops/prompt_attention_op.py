@@ -7,7 +7,6 @@ from pcl_ext.ops import _gpu
 from pcl_ext.ops._check import check_shape
 from pcl_ext.ops._native import (
     BEST_ISA,
-    CPU,
     SCALARS,
     C,
     address,
@@ -28,21 +27,25 @@ def _inputs(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) ->
     """Addresses; T, M, H, d, B, R, then row and head strides of q, k, v, prefix_k, prefix_v; what keeps them alive."""
     total, num_heads, dim = q.shape
     packed = (num_heads * dim, dim)
-    to_rows = _rows_of_16_bytes if _gpu.runs_cuda(q) else packed_rows
+    on_cuda = _gpu.runs_cuda(q)
+    to_rows = _rows_of_16_bytes if on_cuda else packed_rows
     pointers, strides, rows = [], [], []
-    for x in (q, k, v, prefix_k, prefix_v):
-        if x is None:
-            pointers.append(0)
-            strides += (0, 0)
-        elif to_rows is packed_rows and x.is_contiguous():
+    for x in (q, k, v) if prefix_k is None else (q, k, v, prefix_k, prefix_v):
+        if not on_cuda and x.is_contiguous():
             pointers.append(x.data_ptr())
             strides += packed
+        elif not on_cuda and x.stride()[2] == 1:
+            pointers.append(x.data_ptr())
+            strides += x.stride()[:2]
         else:
             x = to_rows(x, 2)
             rows.append(x)
             pointers.append(x.data_ptr())
             strides += _strides(x)
-    prefix_total = 0 if prefix_k is None else prefix_k.shape[0]
+    if prefix_k is None:
+        pointers, strides, prefix_total = (*pointers, 0, 0), (*strides, 0, 0, 0, 0), 0
+    else:
+        prefix_total = prefix_k.shape[0]
     return (*pointers, work.data_ptr()), (total, prefix_total, num_heads, dim, batch, num_prefixes, *strides), rows
 
 
@@ -89,7 +92,7 @@ def output(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale
 def _fill(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, stats: int, isa: int) -> Tensor:
     """out on the CPU; stats: where the rows' statistics go, 0 for nowhere."""
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(*q.shape)
     work_of = (SCALARS[q.dtype], isa, torch.get_num_threads())
     C.prompt_attention_fwd(pointers, numbers, causal, scale, *work_of, out.data_ptr(), stats)
     return out
@@ -98,7 +101,7 @@ def _fill(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale,
 def newest(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, scale, *, isa=BEST_ISA):
     """out [m, H, d] of the histories' newest rows q [m, H, d], on the CPU; nothing for a backward is kept."""
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
-    out = torch.empty(q.shape, dtype=q.dtype, device=CPU)
+    out = q.new_empty(*q.shape)
     work_of = (SCALARS[q.dtype], isa, torch.get_num_threads())
     if not C.newest_attention_fwd(pointers, numbers, scale, *work_of, out.data_ptr()):
         check_newest(q, int((work[: batch + 1].diff() > 0).sum()))
