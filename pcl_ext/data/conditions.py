@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pcl_ext.data._arrow import pa, pc
+from pcl_ext.data.coded import plain
 from pcl_ext.data.times import is_date, to_date_column
 
 _OPS: dict[str, Callable] = {
@@ -45,20 +46,17 @@ def parse_conditions(values: list, where: str) -> tuple[Condition, ...]:
 def holds(condition: Condition, column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """Boolean column; raises ValueError where the column's type cannot be compared with the value."""
     _, op, value = condition
+    column = plain(column)
     try:
         if is_date(value) and not (pa.types.is_temporal(column.type)):
             raise pa.ArrowTypeError("a date is compared with a date column only")
         if pa.types.is_temporal(column.type):
             column, value = to_date_column(column, value)
         if op in _SETS:
-            result = pc.is_in(column, value_set=pa.array(value).cast(_plain(column).type))
+            result = pc.is_in(column, value_set=pa.array(value).cast(column.type))
             result = result if op == "in" else pc.invert(result)
             return pc.and_(result, column.is_valid())
         return _OPS[op](column, pa.scalar(value)).combine_chunks().fill_null(False)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         text = f"{where}: {condition.column} ({column.type}) cannot be compared by {op} with {value!r}"
         raise ValueError(f"{text}: {error}") from error
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column

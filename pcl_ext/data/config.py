@@ -297,6 +297,12 @@ class LogConfig:
             if task.items is not None and task.items.where and self.items is None:
                 raise ValueError(f"task {task.name!r}: items.where needs an [items] table")
 
+    @property
+    def read_later(self) -> set[str]:
+        """Columns of the log that conditions and labels read, where the log has them."""
+        conditions = {condition.column for part in (self.events, *self.tasks) for condition in part.where}
+        return conditions | {task.column for task in self.tasks if task.source == "events" and task.column}
+
 
 def read_config(path: str | Path) -> LogConfig:
     """Raises FileNotFoundError, or ValueError naming the file and the key."""

@@ -9,13 +9,14 @@ import numpy as np
 
 from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.check import check
+from pcl_ext.data.coded import count_codes, gather, give_back, pieces
 from pcl_ext.data.config import FoldConfig, LogConfig, TaskConfig, read_config
 from pcl_ext.data.examples import user_chunks
 from pcl_ext.data.item_table import earlier_items
 from pcl_ext.data.labels import event_values, make_labels
 from pcl_ext.data.log import EventLog
 from pcl_ext.data.split import FOLDS, fold_of
-from pcl_ext.data.tablefile import files_of, read_table
+from pcl_ext.data.tablefile import columns_of, files_of, read_table
 from pcl_ext.data.targets import ItemTargets, item_targets
 from pcl_ext.data.writer import DatasetWriter, check_out, source
 from pcl_ext.progress import progress
@@ -38,10 +39,8 @@ def prepare(config: str | Path, out: str | Path, *, rotate: int | None = None) -
     names = config.events
     earlier = None if names.item_ids is None else earlier_items(folder / names.item_ids)
     required = {names.user, names.item} | ({names.time} if names.time else set())
-    optional = {condition.column for part in (names, *config.tasks) for condition in part.where}
-    optional |= {task.column for task in config.tasks if task.source == "events"}
     _LOG.info("reading %s", names.file)
-    events = read_table(names, folder, "[events]", required, optional)
+    events = columns_of(read_table(names, folder, "[events]", required, config.read_later))
     users = items = None
     if config.users is not None:
         wanted = {task.column for task in config.tasks if task.source == "users"} | {config.users.user}
@@ -57,7 +56,7 @@ def prepare(config: str | Path, out: str | Path, *, rotate: int | None = None) -
 def build(
     config: LogConfig,
     out: str | Path,
-    events: pa.Table,
+    events: dict[str, pa.ChunkedArray],
     users: pa.Table | None = None,
     items: pa.Table | None = None,
     *,
@@ -65,18 +64,18 @@ def build(
     sources: list[dict] | None = None,
     earlier: pa.Array | None = None,
 ) -> None:
-    """The dataset of tables that are in memory. Item ids 1..V are in the order of the log's ids, which items.parquet
-    keeps, after those that `earlier` names; so are user ids, with users.parquet, where the log's are text."""
+    """The dataset of tables that are in memory; columns leave `events` once they are done with, to make room. Item ids
+    1..V are in the order of the log's ids, which items.parquet keeps, after those that `earlier` names; so are user
+    ids, with users.parquet, where the log's are text."""
     check_out(out)
-    _LOG.info("sorting %s events", f"{len(events):,}")
+    _LOG.info("sorting %s events", f"{len(events[config.events.user]):,}")
     log = EventLog(config, events, items)
     fold = _folds(log, rotate)
     users = _kept_users(log, users) if any(task.source == "users" for task in config.tasks) else None
     if items is not None:
         unlisted = np.ones(len(log.item), bool)
         unlisted[log.listed_items] = False
-        there = np.bincount(log.item.codes, minlength=len(log.item)) > 0
-        _tell_some("[items]: %d of %d items of the log have no row", unlisted[there])
+        _tell_some("[items]: %d of %d items of the log have no row", unlisted[_occur(log.item.codes, log)])
     targets = {task.name: item_targets(log, task) for task in config.tasks if task.kind == "items"}
     item_ids, item_names = _item_ids(log, targets, items is not None, earlier)
     user_ids, names = _user_ids(log)
@@ -91,6 +90,8 @@ def build(
                 _write_items_task(writer, task, targets[task.name], item_ids, user_ids)
             else:
                 _write_label_task(writer, task, log, users, user_ids, fold)
+        del log, targets, users  # the checker needs none of them
+        give_back()
 
 
 def _folds(log: EventLog, rotate: int | None) -> np.ndarray:
@@ -110,7 +111,9 @@ def _split(log: EventLog, rotate: int | None) -> np.ndarray:
     if config.by == "hash":
         if config.valid is not None or config.test is not None:
             raise ValueError('[fold]: valid and test are dates for by = "date"')
-        return fold_of(log.config.name, log.user.values.take(pa.array(log.users)).to_pylist(), rotate)
+        ids = log.user.values.take(pa.array(log.users))
+        each = (user for piece in pieces(len(ids), _USERS) for user in ids[piece].to_pylist())
+        return fold_of(log.config.name, each, rotate)
     if config.by != "date":
         raise ValueError(f"[fold]: by must be hash or date, got {config.by!r}")
     if rotate is not None or config.valid is None or config.test is None:
@@ -120,23 +123,22 @@ def _split(log: EventLog, rotate: int | None) -> np.ndarray:
         raise ValueError(f"[fold]: valid must not be after test, got {config.valid} and {config.test}")
     first = log.time[log.history[log.offsets[:-1]]]
     fold = ((first >= valid).astype(np.uint8) + (first >= test)).astype(np.uint8)
-    learned = log.time[log.history][np.repeat(fold == 0, np.diff(log.offsets))]
-    if late := int((learned >= test).sum()):
+    learned = np.repeat(fold == 0, np.diff(log.offsets))
+    if late := np.count_nonzero(learned & gather(log.time >= test, log.history)):
         what = "[fold] by date: %d of %d events of train users are not before test, %s: histories run on past it"
-        _LOG.info(what, late, len(learned), config.test)
+        _LOG.info(what, late, learned.sum(), config.test)
     return fold
 
 
 def _item_ids(
     log: EventLog, targets: dict[str, ItemTargets], all_items: bool, earlier: pa.Array | None
 ) -> tuple[np.ndarray, pa.Array]:
-    """Ids 1..V by code, 0 for codes without one, [all items] int64; what the log calls the items 1..V, texts."""
-    known = np.zeros(len(log.item), bool)
-    known[log.item.codes[log.history]] = True
+    """Ids 1..V by code, 0 for codes without one, [all items] int32; what the log calls the items 1..V, texts."""
+    known = _occur(log.item.codes[log.shown], log)
     for rows in targets.values():
         known[rows.item] = True
         if rows.catalogue is not None:
-            known[log.item.codes[rows.catalogue[log.item.codes]]] = True
+            known |= rows.catalogue & _occur(log.item.codes, log)
     if all_items:
         known[log.listed_items] = True
     texts = log.item.values.cast(pa.large_string())
@@ -154,7 +156,12 @@ def _item_ids(
             new.sum(),
         )
     names = pa.concat_arrays([earlier, texts.filter(pa.array(new))])
-    return np.where(new, len(earlier) + np.cumsum(new), kept), names
+    return np.where(new, len(earlier) + np.cumsum(new), kept).astype(np.int32), names
+
+
+def _occur(items: np.ndarray, log: EventLog) -> np.ndarray:
+    """[all items] bool: those whose code is there."""
+    return count_codes(items, len(log.item)) > 0
 
 
 def _user_ids(log: EventLog) -> tuple[np.ndarray, pa.Array]:
@@ -168,8 +175,8 @@ def _write_histories(writer: DatasetWriter, log: EventLog, item_ids, user_ids, f
         for start, end in user_chunks(log.offsets, _EVENTS, _USERS):
             chosen = log.history[log.offsets[start] : log.offsets[end]]
             offsets = log.offsets[start : end + 1] - log.offsets[start]
-            times = log.time[chosen] if log.config.events.time else None
-            items = item_ids[log.item.codes[chosen]]
+            times = gather(log.time, chosen) if log.config.events.time else None
+            items = gather(item_ids, gather(log.item.codes, chosen))
             writer.histories(user_ids[start:end], items, offsets, fold[start:end], times)
             bar.update(end - start)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pcl_ext.data.cache import NpyFolder, load
+from pcl_ext.data.coded import give_back
 from pcl_ext.data.parquet import Column, open_parquet, pieces, row_of
 from pcl_ext.data.writer import check_recorded, file_sha256
 from pcl_ext.progress import progress
@@ -42,6 +43,7 @@ def build_histories(path: Path, num_items: int, recorded: str | None, out: Path)
                 increasing &= bool((np.diff(users) > 0).all()) and (last is None or users[0] > last)
                 last = users[-1]
             bar.update(batch.num_rows)
+    give_back()
     if not increasing:
         _write_order(path, out)
     (out / "meta.json").write_text(json.dumps({"sha256": digest}))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 
 from pcl_ext.data._arrow import pa, pc
+from pcl_ext.data.coded import with_ids
 from pcl_ext.data.times import first_bad
 
 _LOG = logging.getLogger(__name__)
@@ -17,25 +17,28 @@ _SHOWN = 60  # characters of a cell in a message
 def empty_as_null(table: pa.Table, name: str, empty: list[str]) -> pa.Table:
     """A column of text with null for what is written as one of `empty`; any other column as it is."""
     column = table[name]
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    coded = pa.types.is_dictionary(column.type)
+    kind = column.type.value_type if coded else column.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return table
-    return _replace(table, name, _without(column.cast(kind), empty))
+    without = lambda text: _without(text, empty)  # noqa: E731
+    return _replace(table, name, with_ids(column, without) if coded else without(column))
 
 
 def integer_ids(table: pa.Table, name: str, empty: list[str], where: str) -> pa.Table:
-    """A column of text as int64 where every cell is an integer as `str` writes it, or one of `empty`, which is null.
+    """A coded column of text as int64 where every id is an integer as `str` writes it, or one of `empty`: null.
 
     So is a column of integers with ".0" each, as pandas writes one with gaps. Any other stays text, as 007 is not 7;
     where it begins with a number, this is logged.
     """
     column = table[name]
+    ids = column.chunk(0).dictionary
     filled = lambda text: _without(text, empty)  # noqa: E731
     for clean in (lambda text: text, filled, lambda text: _without_point(filled(text))):
-        if (numbers := _integers(column, clean)) is not None:
-            return _replace(table, name, numbers)
-    if _NUMBER.fullmatch(column[0].as_py()):
-        bad = column[first_bad(column, lambda part: _integers(part, filled) is not None)].as_py()
+        if (numbers := _integers(clean(ids))) is not None:
+            return _replace(table, name, with_ids(column, lambda _: numbers))
+    if _NUMBER.fullmatch(ids[0].as_py()):
+        bad = ids[first_bad(ids, lambda part: _integers(filled(part)) is not None)].as_py()
         what = "%s: the ids in %r stay text, %r is not written as an integer is"
         _LOG.info(what, where, name, bad[:_SHOWN])
     return table
@@ -43,27 +46,24 @@ def integer_ids(table: pa.Table, name: str, empty: list[str], where: str) -> pa.
 
 def refuse_line_breaks(column: pa.ChunkedArray, where: str) -> None:
     """ValueError for an id with a line break: most likely lines that a quote has swallowed."""
-    if pa.types.is_string(column.type) and pc.any(found := pc.match_substring(column, "\n")).as_py():
-        row = found.index(True).as_py()
+    coded = pa.types.is_dictionary(column.type)
+    texts = column.chunk(0).dictionary if coded else column
+    if pa.types.is_string(texts.type) and pc.any(found := pc.match_substring(texts, "\n")).as_py():
+        place = found.index(True)
+        row = (column.chunk(0).indices.index(place.cast(pa.int32())) if coded else place).as_py()
         raise ValueError(
             f"{where} must not hold line breaks, got {column[row].as_py()[:_SHOWN]!r} in row {row + 1:,}: most likely "
             'a quote that opens a cell and is not closed there; quote = "" reads quotes as any other character'
         )
 
 
-def _integers(column: pa.ChunkedArray, clean: Callable[[pa.Array], pa.Array]) -> pa.ChunkedArray | None:
-    """int64; None where a cell, cleaned, is not an integer as `str` writes it."""
-    chunks = []
-    for chunk in column.chunks:
-        text = clean(chunk)
-        try:
-            numbers = text.cast(pa.int64())
-        except pa.ArrowInvalid:
-            return None
-        if pc.any(pc.not_equal(numbers.cast(pa.string()), text)).as_py():
-            return None
-        chunks.append(numbers)
-    return pa.chunked_array(chunks, pa.int64())
+def _integers(text: pa.Array) -> pa.Array | None:
+    """int64; None where one is not an integer as `str` writes it."""
+    try:
+        numbers = text.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+    return None if pc.any(pc.not_equal(numbers.cast(pa.string()), text)).as_py() else numbers
 
 
 def _without(text: pa.Array | pa.ChunkedArray, empty: list[str]):

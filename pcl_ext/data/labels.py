@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pcl_ext.data._arrow import pa, pc
+from pcl_ext.data.coded import count_codes
 from pcl_ext.data.config import TaskConfig
 from pcl_ext.data.log import EventLog
 from pcl_ext.data.parquet import LARGEST
@@ -28,23 +29,22 @@ def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
     """One value per kept user: `reduce` over the user's events of the task; null where there is none to reduce."""
     label = f"task {task.name!r}"
     kept, _, _ = task_events(log, task)
-    user = log.row_of[log.user.codes]
     if task.reduce in ("any", "count"):
-        counts = np.bincount(user[kept], minlength=len(log.users))
+        counts = count_codes(log.user.codes[kept], len(log.user))[log.users]
         return pa.array(counts if task.reduce == "count" else (counts > 0).astype(np.int64))
     column = log.column(task.column, label)
     if task.reduce in ("first", "last"):
         return _at_end(log, kept, column, task.reduce)
     values = numbers(column, f"{label}: column {task.column!r} of reduce {task.reduce!r} (first and last take text)")
     kept &= np.isfinite(values)
-    return pa.array(_reduce(task.reduce, user[kept], values[kept], len(log.users)), from_pandas=True)
+    user = log.row_of[log.user.codes[kept]]
+    return pa.array(_reduce(task.reduce, user, values[kept], len(log.users)), from_pandas=True)
 
 
 def _at_end(log: EventLog, kept: np.ndarray, column: pa.ChunkedArray, end: str) -> pa.Array:
     """One value per kept user: that of the first or last kept event with one, numbers or text; null without any."""
     kept &= ~pc.is_null(column, nan_is_null=True).to_numpy()
-    chosen = np.flatnonzero(kept)
-    chosen = chosen[np.argsort(log.rank[chosen] * (1 if end == "first" else -1))]
+    chosen = log.ordered(kept)[:: 1 if end == "first" else -1]
     users, place = np.unique(log.row_of[log.user.codes[chosen]], return_index=True)
     event, nobody = np.zeros(len(log.users), np.int64), np.ones(len(log.users), bool)
     event[users], nobody[users] = chosen[place], False

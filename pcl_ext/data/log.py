@@ -9,19 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from pcl_ext.data._arrow import pa, pc
+from pcl_ext.data.coded import can_code, coded, count_codes, gather, give_back, plain
 from pcl_ext.data.conditions import Condition, holds
 from pcl_ext.data.config import EventsConfig, LogConfig, SubsetConfig
 from pcl_ext.data.split import hash_modulo
 from pcl_ext.data.times import TimeColumn
 
 _LOG = logging.getLogger(__name__)
-_ROWS = 1 << 20  # of a log that are sorted at a time
+_ROWS = 1 << 20  # of a log whose pairs are sorted at a time
 _KIND = {"int64": "integers", "string": "text"}
 
 
 @dataclass
 class Ids:
-    """Distinct ids in rising order (`values`, arrow int64 or string) and the code of each row (int64)."""
+    """Distinct ids in rising order (`values`, arrow int64 or string) and the code of each row (int32)."""
 
     values: pa.Array
     codes: np.ndarray
@@ -35,37 +36,43 @@ class Ids:
 
     def find(self, column: pa.ChunkedArray, where: str) -> np.ndarray:
         """Codes of the ids of another table, -1 where an id is not known here."""
-        values, column = _of_one_type(self.values, _plain_ids(column, where), where)
-        return pc.index_in(column, value_set=values).fill_null(-1).to_numpy().astype(np.int64)
+        column = _coded(column, where)
+        values, ids = _of_one_type(self.values, _plain_ids(column.dictionary, where), where)
+        return pc.index_in(ids, value_set=values).fill_null(-1).take(column.indices).to_numpy()
 
 
-def encode(columns: list[pa.ChunkedArray], names: list[str]) -> Ids:
-    """The ids of the columns, one after the other, as codes. Raises ValueError for nulls and other types."""
-    plain = [_plain_ids(column, name) for column, name in zip(columns, names, strict=True)]
-    if len(plain) == 2:
-        plain = _of_one_type(*plain, names[1])
-    encoded = pa.chunked_array([c for column in plain for c in column.chunks], plain[0].type).dictionary_encode()
-    encoded = encoded.combine_chunks()
-    order = pc.sort_indices(encoded.dictionary).to_numpy()
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return Ids(encoded.dictionary.take(pa.array(order)), rank[encoded.indices.to_numpy()])
+def encode(columns: list[pa.ChunkedArray], names: list[str]) -> tuple[pa.Array, list[np.ndarray]]:
+    """The ids of all columns in rising order (int64 or string), and the codes of each column, int32. Raises ValueError
+    for nulls and other types."""
+    columns = [_coded(column, name) for column, name in zip(columns, names, strict=True)]
+    ids = [_plain_ids(column.dictionary, name) for column, name in zip(columns, names, strict=True)]
+    if len(ids) == 2:
+        ids = _of_one_type(*ids, names[1])
+    joined = pa.concat_arrays(ids).dictionary_encode()
+    order = pc.sort_indices(joined.dictionary)
+    rank = np.empty(len(order), np.int32)
+    rank[order.to_numpy()] = np.arange(len(order))
+    codes = pa.array(rank).take(joined.indices)
+    starts = np.cumsum([0, *map(len, ids)]).tolist()
+    found = [codes[start:].take(column.indices).to_numpy() for start, column in zip(starts, columns, strict=False)]
+    return joined.dictionary.take(order), found
 
 
-def _plain_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """int64 or string. Whole floats are integers: so pandas keeps a column that once had gaps."""
+def _coded(column: pa.ChunkedArray, where: str) -> pa.DictionaryArray:
+    """Ids and a code of each row. A dictionary column is one that `coded` made."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        target = pa.int64()
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        target = pa.string()
-    else:
-        raise ValueError(f"{where} must hold integers or text, got {column.type}; `text` names columns to read as text")
+    if not can_code(kind):
+        raise ValueError(f"{where} must hold integers or text, got {kind}; `text` names columns to read as text")
     if column.null_count:
         raise ValueError(f"{where} must not be null, {column.null_count} of {len(column)} rows are")
-    column = column.cast(kind)
+    return (column if pa.types.is_dictionary(column.type) else coded(column)).chunk(0)
+
+
+def _plain_ids(ids: pa.Array, where: str) -> pa.Array:
+    """int64 or string. Whole floats are integers: so pandas keeps a column that once had gaps."""
+    kind = ids.type
     try:
-        ids = column.cast(target)
+        ids = ids.cast(pa.int64() if pa.types.is_integer(kind) or pa.types.is_floating(kind) else pa.string())
     except pa.ArrowException as error:
         raise ValueError(f"{where} must be whole numbers of at most 63 bits, or text: {error}") from error
     if pa.types.is_floating(kind):
@@ -75,7 +82,7 @@ def _plain_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     return ids
 
 
-def _of_one_type(ids: pa.Array | pa.ChunkedArray, others: pa.ChunkedArray, where: str) -> tuple:
+def _of_one_type(ids: pa.Array, others: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
     """Ids of [events] and of another table: both as text where one is integers and the other text."""
     if ids.type == others.type:
         return ids, others
@@ -94,37 +101,51 @@ class EventLog:
     """Events as codes, and which of them are histories.
 
     user, item  Ids; codes [E]          time   [E] int64, 0..E-1 where the log has no time column
-    rank        [E] position of an event among all, by user, then time, then place in the file
-    history     [H] events that make up the histories, by rank (all users back to back)
+    order       [E] all events, by user, then time, then place in the file
+    shown       [E] bool, events that make up the histories
+    history     [H] these events in that order (all users back to back)
     users       [N] codes of the users that are kept, rising; offsets [N + 1] their events in `history`
     held_out    [all items] bool, items that some task keeps out of all inputs
     listed_items  codes of the rows of [items]
     row_of      [all users] row of a code in `users`, -1 for users left out
     """
 
-    def __init__(self, config: LogConfig, events: pa.Table, items: pa.Table | None):
-        names = config.events
-        self._events = events = _without_empty(events, names)
-        self.config, self._items = config, items
-        self.user = encode([events[names.user]], ["[events] user"])
+    def __init__(self, config: LogConfig, events: dict[str, pa.ChunkedArray], items: pa.Table | None):
+        """Takes the columns out of `events` that nothing reads later, each as soon as it can."""
+        names, self.config, self._items, self._events = config.events, config, items, events
+        _leave_out_empty(events, names)
+        self.num_events = len(events[names.user])
+        values, codes = encode([events[names.user]], ["[events] user"])
+        self.user = Ids(values, codes[0])
         columns, labels = [events[names.item]], ["[events] item"]
         if items is not None:
             columns, labels = [*columns, items[config.items.item]], [*labels, "[items] item"]
-        self.item = encode(columns, labels)
-        self.num_events = len(events)
-        self.listed_items = self.item.codes[self.num_events :]  # of [items]
-        self.item.codes = self.item.codes[: self.num_events]
+        values, codes = encode(columns, labels)
+        self.item, self.listed_items = Ids(values, codes[0]), codes[1] if items is not None else np.empty(0, np.int32)
+        del columns
+        self._let_go({names.user, names.item} - {names.time})
         if len(np.unique(self.listed_items)) < len(self.listed_items):
             raise ValueError("[items] item must be unique, an id is there twice")
-        self._times, self.time = None, np.arange(self.num_events)
-        if names.time is not None:
+        if names.time is None:
+            self._times, self.time = None, np.arange(self.num_events)
+        else:
             self._times = TimeColumn(events[names.time], names.time_unit, names.time_format, "[events] time")
             self.time = self._times.values
+            self._let_go({names.time})
         order = np.lexsort((self.time, self.user.codes))
-        self.rank = np.empty(self.num_events, np.int64)
-        self.rank[order] = np.arange(self.num_events)
+        self.order = order.astype(np.int32) if len(order) < 2**31 else order
+        del order
         self.held_out = self._held_out()
-        self._select_histories(order)
+        self._select_histories()
+
+    def _let_go(self, names: set[str]) -> None:
+        for name in names - self.config.read_later:
+            del self._events[name]
+        give_back()
+
+    def ordered(self, kept: np.ndarray) -> np.ndarray:
+        """The events of a mask [E], by user, then time, then place in the file."""
+        return self.order if kept.all() else self.order[gather(kept, self.order)]
 
     def bound(self, value, where: str) -> int | None:
         """A date or raw time of the TOML file in the unit of `time`."""
@@ -144,9 +165,9 @@ class EventLog:
         return kept
 
     def column(self, name: str, where: str) -> pa.ChunkedArray:
-        if name not in self._events.column_names:
+        if name not in self._events:
             raise ValueError(f"{where}: [events] has no column {name!r}")
-        return self._events[name]
+        return plain(self._events[name])
 
     def subset(self, subset: SubsetConfig, label: str) -> np.ndarray:
         """[all items] bool: the items of a task's subset."""
@@ -161,9 +182,9 @@ class EventLog:
         return kept
 
     def _holds(self, condition: Condition, label: str) -> np.ndarray:
-        if condition.column in self._events.column_names:
+        if condition.column in self._events:
             return holds(condition, self._events[condition.column], label).to_numpy(zero_copy_only=False)
-        return self._item_holds(condition, label)[self.item.codes]
+        return gather(self._item_holds(condition, label), self.item.codes)
 
     def _item_holds(self, condition: Condition, label: str) -> np.ndarray:
         if self._items is None or condition.column not in self._items.column_names:
@@ -179,23 +200,25 @@ class EventLog:
                 held |= self.subset(task.items, f"task {task.name!r}: items")
         return held
 
-    def _select_histories(self, order: np.ndarray) -> None:
+    def _select_histories(self) -> None:
         events = self.config.events
         self.until = self.bound(events.until, "[events] until")
         kept = np.ones(self.num_events, bool)
         for part, why in (
             (self.mask(events.where, "[events] where"), "which do not satisfy [events] where"),
             (self.mask((), "[events] until", until=self.until), f"not before [events] until, {events.until}"),
-            (~self.held_out[self.item.codes], "of items that tasks keep out of all inputs"),
+            (gather(~self.held_out, self.item.codes), "of items that tasks keep out of all inputs"),
         ):
             _tell_left_out(int(kept.sum()), int((kept & part).sum()), why)
             kept &= part
-        chosen = order[kept[order]]
         if events.distinct:
-            first = first_of_pairs(self.user.codes[chosen], self.item.codes[chosen], len(self.item))
-            _tell_left_out(len(chosen), len(first), "which repeat an item of their user ([events] distinct)")
-            chosen = chosen[first]
-        counts = np.bincount(self.user.codes[chosen], minlength=len(self.user))
+            chosen = self.ordered(kept)
+            user, item = gather(self.user.codes, chosen), gather(self.item.codes, chosen)
+            first = first_of_pairs(user, item, len(self.item))
+            _tell_left_out(len(first), int(first.sum()), "which repeat an item of their user ([events] distinct)")
+            kept[chosen[~first]] = False
+            del chosen, user, item, first
+        counts = count_codes(self.user.codes[kept], len(self.user))
         long_enough = counts >= max(1, events.min_length)
         if not long_enough.any():
             raise ValueError(
@@ -208,7 +231,8 @@ class EventLog:
             _LOG.info(what, left_out, len(self.user), max(1, events.min_length))
         self.row_of = np.full(len(self.user), -1)
         self.row_of[self.users] = np.arange(len(self.users))
-        self.history = chosen[long_enough[self.user.codes[chosen]]]
+        self.shown = kept & gather(long_enough, self.user.codes)
+        self.history = self.ordered(self.shown)
         self.offsets = np.r_[0, np.cumsum(counts[self.users])]
 
 
@@ -217,33 +241,31 @@ def _tell_left_out(before: int, after: int, why: str) -> None:
         _LOG.info("left out: %d of %d events, %s", before - after, before, why)
 
 
-def _without_empty(events: pa.Table, names: EventsConfig) -> pa.Table:
-    """Events with a user, an item and a time. Raises ValueError where some have none and are not to be skipped."""
+def _leave_out_empty(events: dict[str, pa.ChunkedArray], names: EventsConfig) -> None:
+    """Events without a user, an item or a time leave `events`. Raises ValueError where they are not to be skipped."""
+    count = len(events[names.user])
     empty = {name: events[name].null_count for name in names.keys if events[name].null_count}
     if empty and not names.skip_empty:
-        counts = ", ".join(f"{name!r} in {count:,}" for name, count in empty.items())
-        raise ValueError(
-            f"[events]: empty cells among {len(events):,} rows: {counts}; skip_empty = true leaves them out"
-        )
-    count = len(events)
-    for name in empty:
-        events = events.filter(pc.is_valid(events[name]))
+        counts = ", ".join(f"{name!r} in {rows:,}" for name, rows in empty.items())
+        raise ValueError(f"[events]: empty cells among {count:,} rows: {counts}; skip_empty = true leaves them out")
     if empty:
-        text = " or ".join(map(repr, empty))
-        _tell_left_out(count, len(events), f"with an empty {text}")
-    if not len(events):
+        full = np.logical_and.reduce([events[name].is_valid().to_numpy() for name in empty])
+        for name, column in events.items():
+            column = column.filter(pa.array(full))
+            events[name] = coded(column) if name in names.ids and can_code(column.type) else column
+        _tell_left_out(count, int(full.sum()), f"with an empty {' or '.join(map(repr, empty))}")
+    if not len(events[names.user]):
         raise ValueError(f"[events]: {names.file} holds no events")
-    return events
 
 
 def first_of_pairs(a: np.ndarray, b: np.ndarray, width: int) -> np.ndarray:
-    """Positions, rising, of the first row of each (a, b); a never decreases, b is below `width`. Some rows at a time:
-    sorting all at once would take several times their memory."""
-    begin, found = 0, [np.empty(0, np.int64)]
+    """[n] bool: the first row of each (a, b); a never decreases, b is below `width`. Some rows at a time: sorting all
+    at once would take several times their memory."""
+    begin, first = 0, np.zeros(len(a), bool)
     while begin < len(a):
         last = a[min(begin + _ROWS, len(a)) - 1]
         part = slice(begin, np.searchsorted(a, last, "right"))
         keys = a[part].astype(np.int64) * width + b[part]
-        found.append(begin + np.sort(np.unique(keys, return_index=True)[1]))
+        first[begin + np.unique(keys, return_index=True)[1]] = True
         begin = part.stop
-    return np.concatenate(found)
+    return first

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pcl_ext.data.config import parse_config
 from pcl_ext.data.events import build
-from pcl_ext.data.tablefile import read_table
+from pcl_ext.data.tablefile import columns_of, read_table
 from pcl_ext.data.writer import source as describe
 
 AGES = [1, 18, 25, 35, 45, 50, 56]  # the lowest age of each group
@@ -71,4 +71,4 @@ def prepare(folder: str | Path, out: str | Path, *, rotate: int | None = None) -
     events = read_table(config.events, folder, "ratings.dat", {"user_id", "item_id", "rating", "time"})
     users = read_table(config.users, folder, "users.dat", {"user_id", "gender", "age", "occupation"})
     sources = [describe(folder / file) for file in ("ratings.dat", "users.dat")]
-    build(config, out, events, users, rotate=rotate, sources=sources)
+    build(config, out, columns_of(events), users, rotate=rotate, sources=sources)

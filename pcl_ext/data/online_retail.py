@@ -15,7 +15,7 @@ from pcl_ext.data._arrow import pa
 from pcl_ext.data.config import TableConfig, parse_config
 from pcl_ext.data.events import build
 from pcl_ext.data.split import hash_modulo
-from pcl_ext.data.tablefile import read_table
+from pcl_ext.data.tablefile import columns_of, read_table
 from pcl_ext.data.writer import source as describe
 
 CUT = dt.date(2011, 9, 10)
@@ -106,7 +106,7 @@ def prepare(folder: str | Path, out: str | Path, *, rotate: int | None = None) -
     config = parse_config(_CONFIG, folder)
     users = users.append_column("basket_third", _basket_thirds(events, users, items))
     sources = [describe(folder / file.file) for file in files.values()]
-    build(config, out, events, users, items, rotate=rotate, sources=sources)
+    build(config, out, columns_of(events), users, items, rotate=rotate, sources=sources)
 
 
 def _basket_thirds(events: pa.Table, users: pa.Table, items: pa.Table) -> pa.Array:

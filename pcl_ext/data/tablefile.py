@@ -7,11 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pcl_ext.data._arrow import csv, ds, pa, pc
+from pcl_ext.data.coded import Coder, can_code, coded, give_back
 from pcl_ext.data.config import TableConfig
 from pcl_ext.data.id_text import empty_as_null, integer_ids, refuse_line_breaks
 
 _SEPARATOR = "\x1f"
 _PARQUET = (".parquet", ".pq")
+_FEW = {  # batches of a Parquet file in memory at a time
+    "batch_readahead": 4,
+    "fragment_readahead": 1,
+    "fragment_scan_options": ds.ParquetFragmentScanOptions(pre_buffer=False),
+}
 _NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and keys; another text is missing where it is empty
 _ENCODING = ': give the `encoding` of the file, as "latin-1"'
 
@@ -19,7 +25,7 @@ _ENCODING = ': give the `encoding` of the file, as "latin-1"'
 def read_table(
     config: TableConfig, folder: Path, where: str, required: set[str], optional: Iterable[str] | None = None
 ) -> pa.Table:
-    """The `required` columns and those of `optional` that are there (None: all). NaN is null.
+    """The `required` columns and those of `optional` that are there (None: all). NaN is null; ids are coded.
 
     Raises FileNotFoundError, or ValueError naming the TOML table, the file and the column.
     """
@@ -34,13 +40,39 @@ def read_table(
     try:
         parts = _parts(path, files, where, required)
         _choose(parts.schema.names, path, where, set(config.text), ())
-        table = parts.to_table(columns=_choose(parts.schema.names, path, where, required, optional))
+        columns = _choose(parts.schema.names, path, where, required, optional)
+        scan = parts.scanner(columns=columns, **_FEW)
+        return _collect(scan.projected_schema, scan.to_batches(), config, f"{where}: {path}")
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: {path} is not a readable Parquet file: {error}") from error
-    table = _nan_as_null(_plain_text(table, config.text, f"{where}: {path}"))
+
+
+def _collect(schema: pa.Schema, batches: Iterable[pa.RecordBatch], config: TableConfig, where: str) -> pa.Table:
+    """The table of all batches, of which those read so far hold their ids as codes only."""
+    clean = lambda table: _clean(table, config, where)  # noqa: E731
+    kinds = {field.name: field.type for field in clean(schema.empty_table()).schema}
+    columns = {name: Coder(kind) if name in config.ids and can_code(kind) else [] for name, kind in kinds.items()}
+    for batch in batches:
+        table = clean(pa.Table.from_batches([batch]))
+        for name, column in columns.items():
+            for chunk in table[name].chunks:
+                column.append(chunk)
+    for name, column in columns.items():  # a coder goes before the next joins its codes
+        columns[name] = pa.chunked_array(column, kinds[name]) if isinstance(column, list) else column.column()
+    give_back()
+    return pa.table(columns)
+
+
+def _clean(table: pa.Table, config: TableConfig, where: str) -> pa.Table:
+    table = _nan_as_null(_plain_text(table, config.text, where))
     for name in config.keys:
         table = empty_as_null(table, name, [""])
     return table
+
+
+def columns_of(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    """Columns that can be let go one by one."""
+    return dict(zip(table.column_names, table.columns, strict=True))
 
 
 def _refuse_csv_keys(config: TableConfig, path: Path, where: str) -> None:
@@ -123,6 +155,9 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
     for name in table.column_names:
         if pa.types.is_binary(table[name].type):
             raise ValueError(f"{where}: {path}: column {name!r} is not {config.encoding} text{_ENCODING}")
+        if name in config.ids:
+            table = table.set_column(table.column_names.index(name), name, coded(table[name]))
+            give_back()
         if name in config.ids and name not in config.text:
             table = integer_ids(table, name, _NULLS, where)
         if name in {*config.ids, *config.keys}:

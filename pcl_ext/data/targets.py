@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pcl_ext.data.coded import gather
 from pcl_ext.data.config import TaskConfig
 from pcl_ext.data.examples import user_chunks
 from pcl_ext.data.log import EventLog, first_of_pairs
@@ -27,14 +28,13 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
     """Raises ValueError where no target is left."""
     label = f"task {task.name!r}"
     kept, start, catalogue = task_events(log, task)
-    chosen = np.flatnonzero(kept)
-    chosen = chosen[np.argsort(log.rank[chosen])]
+    chosen = log.ordered(kept)
     user, item = log.row_of[log.user.codes[chosen]], log.item.codes[chosen]
     if task.cut == "end":
         cut = log.offsets[user + 1] - log.offsets[user]
-        wanted = first_of_pairs(user, item, len(log.item)) if task.pick == "all" else np.arange(len(user))
+        wanted = first_of_pairs(user, item, len(log.item)) if task.pick == "all" else np.ones(len(user), bool)
     else:
-        cut = np.searchsorted(log.rank[log.history], log.rank[chosen]) - log.offsets[user]
+        cut = _shown_before(log, kept) - log.offsets[user]
         wanted = np.flatnonzero(cut > 0)
         if task.pick == "all":  # an item that is bought twice between two events of the history
             place = np.cumsum(np.diff(user[wanted], prepend=-1) | np.diff(cut[wanted], prepend=-1) != 0)
@@ -65,19 +65,27 @@ def task_events(log: EventLog, task: TaskConfig) -> tuple[np.ndarray, int | None
     """
     label = f"task {task.name!r}"
     start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
-    kept = log.mask(task.where, f"{label}: where", start, until) & (log.row_of[log.user.codes] >= 0)
+    kept = log.mask(task.where, f"{label}: where", start, until)
+    kept &= gather(log.row_of >= 0, log.user.codes)
     items = None
     if task.items is not None:
         items = log.subset(task.items, f"{label}: items")
-        kept &= items[log.item.codes]
+        kept &= gather(items, log.item.codes)
     if task.cut == "end" and start is not None:
         _check_window(log, task, start)
     return kept, start, items
 
 
+def _shown_before(log: EventLog, kept: np.ndarray) -> np.ndarray:
+    """How many events of the histories, all users back to back, come before each of the kept ones, in their order."""
+    shown = gather(log.shown, log.order)
+    before = np.cumsum(shown, dtype=log.order.dtype) - shown
+    return before[gather(kept, log.order)]
+
+
 def _check_window(log: EventLog, task: TaskConfig, start: int) -> None:
     """A task with `from` is about what comes after the histories: whatever they show has to lie before it."""
-    if seen := int((log.time[log.history] >= start).sum()):
+    if seen := np.count_nonzero(log.time[log.shown] >= start):
         ends = "have no end" if log.until is None else f"end at {log.config.events.until}"
         other = "leave `from` out where the label is to describe what is visible"
         if task.kind == "items":

@@ -67,7 +67,8 @@ class TimeColumn:
 
     def _check_dates(self, bound: int, where: str) -> None:
         """ValueError where a date is compared with times that are none."""
-        largest, second = int(np.abs(self.values).max(initial=0)), _PER_SECOND[self.unit]
+        edges = np.array([self.values.min(initial=0), self.values.max(initial=0)])
+        largest, second = int(np.abs(edges).max()), _PER_SECOND[self.unit]
         late, early = largest > 10**11 * second, largest < 10**8 * second < bound  # 5138, and 1973
         if late or early:
             text = f"is a date, but times reach {largest}, {'no date' if late else 'before 1973'} in {self.unit!r}"

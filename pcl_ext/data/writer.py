@@ -64,7 +64,7 @@ class DatasetWriter:
         ValueError names what is otherwise, and for anything but integers.
         """
         user_id, fold = _integers("user_id", user_id), _integers("fold", fold, 0, len(FOLDS) - 1)
-        items = _integers("items", items, 1, self.header["num_items"])
+        items = _integers("items", items, 1, self.header["num_items"], np.int32)
         offsets = _integers("offsets", offsets, 0, _INT32)
         if not len(user_id) == len(fold) == len(offsets) - 1:
             got = f"{len(user_id)}, {len(fold)} and {len(offsets)}"
@@ -74,7 +74,7 @@ class DatasetWriter:
             raise ValueError(f"offsets must start at 0, never decrease and end at len(items), {len(items)}; got {got}")
         columns = {
             "user_id": pa.array(user_id),
-            "items": _lists(offsets, items.astype(np.int32)),
+            "items": _lists(offsets, items),
             "fold": _FOLD.take(pa.array(fold)),
         }
         if times is not None:
@@ -170,14 +170,14 @@ def source(path: str | Path) -> dict[str, Any]:
     return {"file": Path(path).name, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
-def _integers(name: str, values, low: int = -(2**63), high: int = 2**63 - 1) -> np.ndarray:
-    """values [n] as int64, every one in low..high. ValueError for what a conversion would round or wrap around."""
+def _integers(name: str, values, low: int = -(2**63), high: int = 2**63 - 1, dtype=np.int64) -> np.ndarray:
+    """values [n] as `dtype`, every one in low..high. ValueError for what a conversion would round or wrap around."""
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
         raise ValueError(f"{name} must be integers [n], got {array.dtype} {list(array.shape)}")
     if array.size and not low <= int(array.min()) <= int(array.max()) <= high:
         raise ValueError(f"{name} must be in {low}..{high}, got {array.min()}..{array.max()}")
-    return array.astype(np.int64)
+    return array.astype(dtype, copy=False)
 
 
 def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:
