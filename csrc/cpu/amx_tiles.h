@@ -27,7 +27,7 @@ struct TileShapes {
 };
 static_assert(sizeof(TileShapes) == 64);
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // the latter in clang before 15
 // Not the compiler's intrinsics: gcc's take no template parameters, and do not say that they read memory.
 struct AmxTiles {
   static void configure() {
