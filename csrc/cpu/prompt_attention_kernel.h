@@ -176,6 +176,8 @@ struct Scores {
   void store(int r, int64_t c, V weight) const { S::store(data + r * stride + c, weight); }
 };
 
+constexpr int64_t kPause = 1024;  // columns whose weights are one sum: narrow vectors would add thousands one by one
+
 // The softmax of R rows, but for the factor `inverse`, up to column columns.end; 0 where nothing is seen. Row r sees
 // `wider` * r own keys more than `columns` say. Rows are taken side by side: the reductions of one take longer than the
 // arithmetic of a short one.
@@ -184,15 +186,21 @@ inline void softmax_rows(const Rows& rows, const Columns& columns, int64_t wider
                          typename S::A* inverse) {
   using V = typename S::V;
   const V lowest = S::fill(static_cast<typename S::A>(-__builtin_inf()));
-  // Calls step(row, column, mask) for every vector that any of the rows sees; mask(x, y) is y in lanes not seen.
-  const auto for_seen = [&](auto step) {
+  // Calls step(row, column, mask) for every vector that any of the rows sees; mask(x, y) is y in lanes not seen. Calls
+  // pause() at the same columns for all.
+  const auto for_seen = [&](auto step, auto pause) {
     const auto vectors = [&](int64_t begin, int64_t seen, int64_t more) {
       int64_t c = 0;
+      const auto maybe_pause = [&] {
+        if (c > 0 && c % kPause == 0) pause();
+      };
       for (; c + S::kLanes <= seen; c += S::kLanes) {
+        maybe_pause();
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) step(r, begin + c, [](V x, V) { return x; });
       }
       for (; c < seen + more * (R - 1); c += S::kLanes) {
+        maybe_pause();
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
           step(r, begin + c, [&](V x, V y) { return S::keep(seen - c + r * more) ? x : y; });
@@ -202,30 +210,39 @@ inline void softmax_rows(const Rows& rows, const Columns& columns, int64_t wider
     vectors(0, columns.shared, 0);
     vectors(columns.own_begin, columns.own, wider);
   };
-  V high[R], total[R];
+  V high[R], total[R], before[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     high[r] = lowest;
-    total[r] = V{};
+    total[r] = before[r] = V{};
   }
-  for_seen([&](int r, int64_t c, auto mask) {
-    const V x = mask(rows.load(r, c), lowest);
-    high[r] = x > high[r] ? x : high[r];
-  });
+  for_seen(
+      [&](int r, int64_t c, auto mask) {
+        const V x = mask(rows.load(r, c), lowest);
+        high[r] = x > high[r] ? x : high[r];
+      },
+      [] {});
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) high[r] = S::max(high[r]);
-  for_seen([&](int r, int64_t c, auto mask) {
-    const V e = mask(rows.weight(rows.load(r, c), high[r]), V{});
-    rows.store(r, c, e);
-    total[r] += e;
-  });
+  for_seen(
+      [&](int r, int64_t c, auto mask) {
+        const V e = mask(rows.weight(rows.load(r, c), high[r]), V{});
+        rows.store(r, c, e);
+        total[r] += e;
+      },
+      [&] {
+        for (int r = 0; r < R; ++r) {
+          before[r] += total[r];
+          total[r] = V{};
+        }
+      });
   for (int64_t c = columns.own_begin + S::round_up(columns.own + wider * (R - 1)); c < columns.end; c += S::kLanes) {
     for (int r = 0; r < R; ++r) rows.store(r, c, V{});
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     largest[r] = high[r][0];
-    inverse[r] = 1 / S::sum(total[r])[0];
+    inverse[r] = 1 / S::sum(before[r] + total[r])[0];
   }
 }
 
