@@ -301,8 +301,8 @@ class BagOfItems:
         if self.spec.kind == "classes":
             return F.cross_entropy(output, target)
         if self.spec.kind == "binary":
-            return F.binary_cross_entropy_with_logits(output[:, 0], target.float())
-        return F.mse_loss(output[:, 0], target.float())
+            return F.binary_cross_entropy_with_logits(output[:, 0], target.to(output.dtype))
+        return F.mse_loss(output[:, 0], target.to(output.dtype))
 
     def _fit(self, sets: tuple[Tensor, Tensor], rows: Tensor, target: Tensor, penalty: float) -> None:
         self.weight = [w.detach().clone().requires_grad_() for w in self.weight]

@@ -142,7 +142,7 @@ def test_the_core_needs_no_extra(tmp_path):
     save_pretrained(make_model("next", "ctr"), tmp_path / "run")
     script = f"""
 import sys
-for name in ("pyarrow", "jsonargparse", "tqdm", "torchmetrics", "matplotlib", "tensorboard"):
+for name in ("pyarrow", "jsonargparse", "tqdm", "torchmetrics", "matplotlib"):
     sys.modules[name] = None
 import pcl_ext, pcl_ext.export
 print(pcl_ext.Predictor({str(tmp_path / "run")!r}).predict([[1, 2], []], "ctr")["probability"].shape)

@@ -244,7 +244,7 @@ def test_refuses_to_save(file, tensors, metadata, message):
 
 def test_a_header_that_no_reader_takes_is_not_written(file, monkeypatch):
     most, before = tensor_file._MOST_HEADER, file.read_bytes()
-    for length, said in ((most, "invalid header length"), (most + 1, "header too large")):
+    for length, said in ((most, "(?i)invalid ?header ?length"), (most + 1, "(?i)header ?too ?large")):
         file.write_bytes(length.to_bytes(8, "little") + b"{}")
         with pytest.raises(StoreError, match=said):
             load_tensors(file)

@@ -76,7 +76,7 @@ def _plain_ids(ids: pa.Array, where: str) -> pa.Array:
     except pa.ArrowException as error:
         raise ValueError(f"{where} must be whole numbers of at most 63 bits, or text: {error}") from error
     if pa.types.is_floating(kind):
-        exact = 2 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1)
+        exact = 2 ** (np.finfo(f"f{kind.bit_width // 8}").nmant + 1)
         if (largest := pc.max(pc.abs(ids)).as_py() or 0) > exact:
             raise ValueError(f"{where} must be integers or text: {kind} is rounded beyond {exact:,}, got {largest:,}")
     return ids

@@ -32,6 +32,8 @@ def cuda_status() -> str:
     name, error = f"{CUDA.__file__}, {CUDA.compiler()}", CUDA.refusal()
     why = f" (CUDA error {error}, {CUDA.error_text(error)})" if error else ""
     if not torch.cuda.is_available():
+        if error == 35:  # CUDA's own text speaks of an old driver alone
+            why = " (CUDA error 35, the NVIDIA driver is missing or older than the kernels' CUDA)"
         return f"{name}, no CUDA device{why}"
     gpu, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if not _is_new_enough(torch.cuda.current_device()):

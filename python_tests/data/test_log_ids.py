@@ -112,9 +112,11 @@ def test_a_parquet_and_a_csv_are_compared_as_text_too(tmp_path, prepare, caplog)
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), "string_view", pa.dictionary(pa.int8(), pa.string())])
 def test_all_kinds_of_text_of_a_parquet(tmp_path, prepare, kind):
     if kind == "string_view":
-        if not hasattr(pa, kind):
-            pytest.skip("this pyarrow has no string_view")
-        kind = pa.string_view()
+        try:
+            kind = pa.string_view()
+            pa.array(["a"]).cast(kind)
+        except (AttributeError, pa.ArrowNotImplementedError):
+            pytest.skip("this pyarrow has no string_view, or does not cast to it")
     write_log(tmp_path, item_id=pa.array(["b", "a"]).cast(kind))
     assert histories(prepare(PARQUET + 'where = [["item_id", "!=", "c"]]\n')) == {"ann": ["b", "a"]}
 

@@ -63,7 +63,7 @@ def test_broken_is_loud(tmp_path):
 
 
 CUDA_TORCH = "import torch; torch.version.cuda = {cuda}; torch.backends.cuda.is_built = lambda: True\n"  # as of ROCm
-MODULE = "compiler = lambda: 'nvcc 99'; refusal = lambda: {}; error_text = lambda number: 'too old'"
+MODULE = "compiler = lambda: 'nvcc 99'; refusal = lambda: {}; error_text = lambda number: 'unknown'"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,8 @@ MODULE = "compiler = lambda: 'nvcc 99'; refusal = lambda: {}; error_text = lambd
         (None, "raise ImportError('not to be loaded')", "built, not loaded: this torch .* has no CUDA"),
         ("99.0", None, "not built: ops on CUDA tensors run on their PyTorch reference"),
         ("99.0", MODULE.format(0), r"_cuda.py, nvcc 99, no CUDA device$"),
-        ("99.0", MODULE.format(35), r"_cuda.py, nvcc 99, no CUDA device \(CUDA error 35, too old\)$"),
+        ("99.0", MODULE.format(35), r"no CUDA device \(CUDA error 35, the NVIDIA driver is missing or older than"),
+        ("99.0", MODULE.format(100), r"_cuda.py, nvcc 99, no CUDA device \(CUDA error 100, unknown\)$"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
