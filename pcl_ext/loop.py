@@ -57,7 +57,7 @@ class LoopConfig:
     Args:
         epochs: at most this many passes over the training users
         patience: stop after so many epochs without a better one on the valid users; the best epoch's weights are kept
-        batch_tokens: packed rows a step
+        batch_tokens: packed rows a step; fewer where a task has few labels (`LearnConfig.step_tokens`)
         epoch_tokens: packed rows an epoch at most; of a larger dataset each epoch takes another part, drawn by seed
         learning_rate: of AdamW
         weight_decay: of AdamW, for a run of 1,000 steps; longer ones have less, by the root of their length
@@ -87,6 +87,10 @@ class LoopConfig:
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+
+    def step_tokens(self, events: int) -> int:
+        """Packed rows a step, of an epoch of so many."""
+        return self.batch_tokens
 
 
 @dataclass(frozen=True)

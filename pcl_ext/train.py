@@ -25,6 +25,7 @@ from pcl_ext.store import hash_tensor
 _LOG = logging.getLogger(__name__)
 
 RARE_EPS = 2e-4
+LEAST_STEPS, LEAST_TOKENS = 20, 256  # of an epoch of a task, and of a step
 NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
 
 
@@ -85,6 +86,11 @@ class LearnConfig(TrainConfig):
         if not all(is_number(strength) and strength > 0 for strength in strengths):
             raise ValueError(f"ridge must be a list of strengths above 0, got {self.ridge!r}")
         object.__setattr__(self, "ridge", tuple(self.ridge))
+
+    def step_tokens(self, events: int) -> int:
+        """Fewer than `batch_tokens` where an epoch would have too few steps: patience counts epochs, and with a tenth
+        of the labels of online-retail a memory had not learned what it could when they ended."""
+        return min(self.batch_tokens, max(LEAST_TOKENS, -(-events // LEAST_STEPS)))
 
 
 def pretrain(
@@ -292,8 +298,9 @@ def epoch_batches(
 
     most  examples of a batch: where each has a score for every item of a large catalogue
     """
-    groups = plan(examples, max_tokens=config.batch_tokens, max_len=max_len, seed=config.seed + epoch)
-    groups = groups[: max(1, config.epoch_tokens // config.batch_tokens)]
+    tokens = config.step_tokens(int(examples.cut.clamp(1, max_len).sum()))
+    groups = plan(examples, max_tokens=tokens, max_len=max_len, seed=config.seed + epoch)
+    groups = groups[: max(1, config.epoch_tokens // tokens)]
     if most is not None:
         groups = [part for rows in groups for part in rows.chunk(-(-len(rows) // most))]
     return len(groups), (make_batch(dataset, examples, rows, max_len) for rows in groups[start:])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import BACKBONE
 
-from pcl_ext import infer, next_item
+from pcl_ext import infer, next_item, train
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import Dataset
 from pcl_ext.model import Backbone, BackboneConfig, UserModel
@@ -111,6 +111,16 @@ def test_an_epoch_is_bounded_and_starts_anywhere(dataset, start):
         assert torch.equal(got.index, want.index)
     other = epoch_batches(dataset, examples, config, 20, 4, 0)[1]
     assert not torch.equal(next(other).index, whole[0].index)
+
+
+def test_an_epoch_of_few_labels_has_twenty_steps(dataset, monkeypatch):
+    """Where patience counts epochs, they have to be worth something; pretraining has events enough."""
+    steps = [LearnConfig().step_tokens(events) for events in (1, 5_120, 30_001, 81_920, 10**9)]
+    assert steps == [256, 256, 1501, 4096, 4096]
+    assert LearnConfig(batch_tokens=100).step_tokens(30_000) == 100
+    assert PretrainConfig().step_tokens(30_000) == 4096
+    monkeypatch.setattr(train, "LEAST_TOKENS", 1)
+    assert epoch_batches(dataset, dataset.examples("click", "train"), LearnConfig(), 20, 0, 0)[0] >= 20
 
 
 def test_shift_stays_on_the_device_of_its_histories():
