@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pcl_ext.checkpoint import Checkpoint, Progress
 from pcl_ext.metrics import higher_is_better
+from pcl_ext.model.config import check_whole
 from pcl_ext.progress import progress as bar
 
 if TYPE_CHECKING:
@@ -29,18 +30,6 @@ _LOG = logging.getLogger(__name__)
 def is_number(value: object) -> bool:
     """Whether it is a finite number, and no truth value."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_whole(value: object, low: int) -> bool:
-    """Whether it is a whole number from `low` up, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def check_whole(config: object, **least: int) -> None:
-    """ValueError where a setting is no whole number from its least value up."""
-    for name, low in least.items():
-        if not is_whole(value := getattr(config, name), low):
-            raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
 
 
 def check_above_zero(config: object, *names: str) -> None:

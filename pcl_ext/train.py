@@ -15,8 +15,9 @@ from torch import Tensor
 from pcl_ext import infer
 from pcl_ext.data import Dataset, ExampleBatch, Examples, check_task, make_batch, plan
 from pcl_ext.item_start import start_items
-from pcl_ext.loop import LoopConfig, Problem, check_above_zero, check_whole, fit, is_number, is_whole
+from pcl_ext.loop import LoopConfig, Problem, check_above_zero, fit, is_number
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel
+from pcl_ext.model.config import check_whole, is_whole
 from pcl_ext.next_item import NextItemLoss
 from pcl_ext.row_adamw import RowAdamW
 from pcl_ext.sampled_items import SampledItemsLoss

@@ -12,10 +12,15 @@ READOUTS = ("last", "mean", "item_memory", "pooled", "earlier")
 CONTEXTS = ("none", "texts", "prompts")
 
 
-def _check_whole(owner: object, **minimum: int) -> None:
-    for name, low in minimum.items():
-        value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+def is_whole(value: object, low: int) -> bool:
+    """Whether it is a whole number from `low` up, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def check_whole(config: object, **least: int) -> None:
+    """ValueError where a setting is no whole number from its least value up."""
+    for name, low in least.items():
+        if not is_whole(value := getattr(config, name), low):
             raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
 
 
@@ -62,13 +67,13 @@ class BackboneConfig:
 
     def __post_init__(self):
         _check_one_of(self, kind=KINDS, positions=POSITIONS)
-        _check_whole(self, num_items=1, dim=1, num_heads=1, num_layers=1, max_len=1)
+        check_whole(self, num_items=1, dim=1, num_heads=1, num_layers=1, max_len=1)
         _check_share(self, "dropout")
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {self.dim} and {self.num_heads}")
         if self.ffn_dim is None:
             object.__setattr__(self, "ffn_dim", 4 * self.dim)
-        _check_whole(self, ffn_dim=1)
+        check_whole(self, ffn_dim=1)
         if self.rotary and self.dim // self.num_heads % 2:
             width = self.dim // self.num_heads
             raise ValueError(
@@ -132,10 +137,10 @@ class MemoryConfig:
     dropout: float = 0.8
 
     def __post_init__(self):
-        _check_whole(self, prompt_len=0, item_rows=2, pooled_units=1, earlier_units=1, low_rank=0, members=1)
+        check_whole(self, prompt_len=0, item_rows=2, pooled_units=1, earlier_units=1, low_rank=0, members=1)
         _check_share(self, "dropout", "item_dropout")
         if self.item_width is not None:
-            _check_whole(self, item_width=1)
+            check_whole(self, item_width=1)
         if self.tied not in (None, True, False):
             raise ValueError(f"tied must be true, false or null, got {self.tied!r}")
         if self.placement not in PLACEMENTS:
