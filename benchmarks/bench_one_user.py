@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pcl_ext import UserModel
 from pcl_ext.batch import PackedBatch
+from pcl_ext.model.backbone import PARTS
 
-PARTS = ("norm_attention", "qkv", "out", "norm_ffn", "ffn_in", "ffn_out")
 SHAPES = [(64, 2, 50), (64, 2, 200), (256, 4, 50)]  # D, H, events
 QUICK = [(32, 2, 9)]
 COLUMNS = ["what", "PyTorch / encode", "encode", "PyTorch"]
