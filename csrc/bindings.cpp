@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "attention_plan.h"
+#include "catalogue_cross_entropy.h"
 #include "embed.h"
 #include "feed_forward.h"
 #include "gather_histories.h"
@@ -188,6 +189,31 @@ void feed_forward_bwd(Rows grad_out, Rows x, Rows weight_in, Rows weight_out_t, 
                             matrix(grad_out), at(grad_x), choose(isa), threads);
 }
 
+// pointers: queries, table, bias, target, log_expected, seen, seen_first, older, older_offsets, older_user; results:
+// losses, grad_queries, grad_table, grad_bias.
+void catalogue_cross_entropy(nb::tuple pointers, nb::tuple results, int64_t rows, int64_t items, int64_t dim,
+                             double share, int isa, int threads) {
+  const auto floats = [](nb::tuple from, int i) { return at<float>(nb::cast<uintptr_t>(from[i])); };
+  const auto numbers = [&](int i) { return at<const int64_t>(nb::cast<uintptr_t>(pointers[i])); };
+  const pcl::CatalogueArgs args{floats(pointers, 0),
+                                floats(pointers, 1),
+                                floats(pointers, 2),
+                                numbers(3),
+                                floats(pointers, 4),
+                                numbers(5),
+                                numbers(6),
+                                numbers(7),
+                                numbers(8),
+                                numbers(9),
+                                rows,
+                                items,
+                                dim,
+                                static_cast<float>(share)};
+  const pcl::CatalogueResults to{floats(results, 0), floats(results, 1), floats(results, 2), floats(results, 3)};
+  const nb::gil_scoped_release release;
+  pcl::catalogue_cross_entropy_cpu(args, to, choose(isa), threads);
+}
+
 pcl::StoredHistories stored_histories(uintptr_t values, uintptr_t offsets, int64_t num_values, int64_t num_histories,
                                       int64_t value_bytes) {
   return {at<const char>(values), at<const int64_t>(offsets), num_values, num_histories, value_bytes};
@@ -236,6 +262,7 @@ NB_MODULE(_C, m) {
   m.def("linear_bwd", &linear_bwd);
   m.def("feed_forward_fwd", &feed_forward_fwd);
   m.def("feed_forward_bwd", &feed_forward_bwd);
+  m.def("catalogue_cross_entropy", &catalogue_cross_entropy);
   m.def("to_packed", &to_packed);
   m.def("to_padded", &to_padded);
   m.def("gather_offsets", &gather_offsets);

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from pcl_ext.batch import PackedBatch
 from pcl_ext.data import FOLDS, Dataset
 from pcl_ext.model import Backbone, Task
-from pcl_ext.model.softmax import catalogue_cross_entropy
+from pcl_ext.ops import catalogue_cross_entropy
 from pcl_ext.sampled_items import ItemSampler, candidates, places_in
 
 _USERS = 100_000  # of a dataset that are counted at a time

@@ -10,7 +10,7 @@ from pcl_ext.data import ExampleBatch, Examples
 from pcl_ext.model import Task, UserModel
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.layout import to_offsets
-from pcl_ext.model.softmax import catalogue_cross_entropy
+from pcl_ext.ops import catalogue_cross_entropy
 
 
 class ItemSampler:

@@ -265,13 +265,13 @@ class Learner(nn.Module):
         """Numbers of 32 bits that a task stores."""
         if name == "next":
             return numbers_in(self.model.backbone)
-        stored = {key: value for key, value in self.model.task(name).state_dict().items() if key != "text"}
-        return sum(value.numel() for value in stored.values()) + self.extra_parameters(name)
+        return numbers_in(self.model.task(name)) + self.extra_parameters(name)
 
 
 def numbers_in(module: nn.Module) -> int:
-    """How many numbers a module stores."""
-    return sum(value.numel() for value in module.state_dict().values())
+    """How many numbers a module stores; marks of true and false are none, nor is the text of a task."""
+    stored = {key: value for key, value in module.state_dict().items() if key != "text"}
+    return sum(value.numel() for value in stored.values() if value.is_floating_point())
 
 
 def score(spec, metrics: dict[str, float]) -> float:

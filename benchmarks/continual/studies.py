@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.continual import records
 from benchmarks.continual.__main__ import add_options, asked
 from benchmarks.continual.picture import write_growth
-from benchmarks.continual.settings import EQ1, GRID, READOUTS
+from benchmarks.continual.settings import EQ1, GRID
 from benchmarks.continual.trial import Trial, make_learner, measure_one, prepare_process, pretrained, teach
 from benchmarks.continual.unseen import WAYS, held_out, learn_unseen
 from pcl_ext import store
@@ -36,6 +36,7 @@ WIDTHS = (64, 128, 256)
 SHARES = (0.1, 0.3, 1.0)
 PERMUTATIONS = 6
 CHOICE = "none: the first point of the grid, and what the study varies"
+READERS = ("copy", "mtl", "mmoe", "ewc", "hat", "conure", "l2p", "dualprompt", "coda")
 COMPARED = ("probe", "pooled-probe", "copy", "mtl", "dualprompt", "pcl-eq1", "pcl")
 
 
@@ -75,8 +76,9 @@ def off(base: Trial) -> Iterator[Variant]:
 
 
 def readout(base: Trial) -> Iterator[Variant]:
-    """What baselines' heads read: as published, the newest state alone; and more, up to what PCL reads."""
-    for method, name in (*(("mtl", name) for name in READOUTS), ("dualprompt", "last"), ("coda", "last")):
+    """What baselines' heads read: the newest state alone, as published, or means of states too; beside PCL as it is."""
+    yield from _methods("readout", base, ("pcl",))
+    for name, method in product(("last", "pooled"), READERS):
         setting = replace(GRID[method][0], readout=name)
         yield _variant("readout", f"{method}-{name}", replace(base, method=method, setting=setting))
 

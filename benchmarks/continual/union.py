@@ -47,8 +47,9 @@ class Union:
 
     def batches(self, config: LoopConfig, max_len: int, epoch: int) -> tuple[int, Iterator[UnionBatch]]:
         """(steps of an epoch, its batches), as `epoch_batches` has them of one task."""
-        groups = plan(self.inputs, max_tokens=config.batch_tokens, max_len=max_len, seed=config.seed + epoch)
-        groups = groups[: max(1, config.epoch_tokens // config.batch_tokens)]
+        tokens = config.step_tokens(int(self.inputs.cut.clamp(1, max_len).sum()))
+        groups = plan(self.inputs, max_tokens=tokens, max_len=max_len, seed=config.seed + epoch)
+        groups = groups[: max(1, config.epoch_tokens // tokens)]
         return len(groups), (self._batch(rows, max_len) for rows in groups)
 
     def _batch(self, rows: Tensor, max_len: int) -> UnionBatch:

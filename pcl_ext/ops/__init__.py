@@ -3,6 +3,7 @@
 from pcl_ext.ops import reference
 from pcl_ext.ops._native import has_fused, native_build, native_status
 from pcl_ext.ops.attention_plan import AttentionPlan, attention_plan
+from pcl_ext.ops.catalogue_cross_entropy import catalogue_cross_entropy
 from pcl_ext.ops.embed import embed
 from pcl_ext.ops.feed_forward import feed_forward
 from pcl_ext.ops.gather_histories import gather_histories
@@ -16,6 +17,7 @@ from pcl_ext.ops.to_padded import to_padded
 __all__ = [
     "AttentionPlan",
     "attention_plan",
+    "catalogue_cross_entropy",
     "embed",
     "feed_forward",
     "gather_histories",

@@ -151,3 +151,22 @@ def plan_batches(cost: Tensor, capacity: int, num_bins: int) -> Tensor | None:
         heapq.heapreplace(bins, (load + c, b))
         where.append(b)
     return torch.tensor(where, dtype=torch.int64, device=cost.device)
+
+
+def catalogue_cross_entropy(queries, table, bias, target, seen=None, log_expected=None, older=None) -> Tensor:
+    """queries [T, D], table [C, D], bias [C], target [T] -> scalar; see ops.catalogue_cross_entropy."""
+    wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    plain = (queries @ table.T.to(queries.dtype)).to(wide) + bias
+    if not len(target):
+        return plain.sum()
+    own = torch.zeros_like(plain, dtype=torch.bool).scatter(1, target[:, None], True)
+    scores = plain if log_expected is None else torch.where(own, plain, plain - log_expected)
+    hidden = torch.zeros_like(own)
+    for row in range(len(target)):
+        held = [] if seen is None else [seen[0][seen[1][row] : row + 1]]
+        if older is not None:
+            columns, offsets, users = older
+            held.append(columns[offsets[users[row]] : offsets[users[row] + 1]])
+        for columns in held:
+            hidden[row, columns[columns >= 0]] = True
+    return F.cross_entropy(scores.masked_fill(hidden, -torch.inf), target)

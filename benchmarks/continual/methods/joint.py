@@ -183,7 +183,7 @@ class Mmoe(Joint):
         newest = torch.zeros_like(states.newest)
         filled = states.offsets.diff() > 0
         newest[filled] = mixed[newest_rows(states.offsets)]
-        return replace(states, newest=newest, pieces=[replace(piece, states=[*piece.states[:-1], mixed])])
+        return replace(states, newest=newest, pieces=[replace(piece, states=[*piece.states[:-1], mixed], totals={})])
 
     def extra_parameters(self, name: str) -> float:
         shared = [*self.experts.down.parameters(), self.experts.up, *self.experts.gates[name].parameters()]

@@ -16,6 +16,7 @@ from pcl_ext.model import UserModel
 
 S_MAX = 50.0
 EMBEDDING = 32
+STEEPNESS = 6.0  # of how the need to retain a task falls with its similarity
 
 
 class Relations(nn.Module):
@@ -44,8 +45,8 @@ class Relations(nn.Module):
 
 
 class Teracon(Learner):
-    """Retention is one earlier task a step, drawn by its similarity: its expectation is the mean over all of them with
-    these weights."""
+    """Retention is one earlier task a step, drawn by `need`: its expectation is the mean over all of them with these
+    weights."""
 
     adapts = True
     previous: tuple[UserModel, Relations] | None = None
@@ -81,16 +82,18 @@ class Teracon(Learner):
     def loss(self, batch: ExampleBatch, name: str) -> Tensor:
         return self.task_loss(batch, name) + self.world.setting.strength * self.retention(batch, name)
 
-    def similarity(self, name: str, other: str) -> Tensor:
-        """Cosine of two tasks' gates, 0..1."""
-        own, others = (torch.cat(list(self.gates(task).values())).detach() for task in (name, other))
-        return F.cosine_similarity(own, others, dim=0)
+    @torch.no_grad()
+    def need(self, name: str, other: str) -> Tensor:
+        """How much of an earlier task has to be retained while `name` is learned, 0..1: 1 - sigmoid(6 cosine of their
+        gates), a mean over the gated places. Learning a similar task retains it by itself."""
+        own, others = self.gates(name), self.gates(other)
+        cosines = torch.stack([F.cosine_similarity(own[unit], others[unit], dim=0) for unit in own])
+        return 1 - torch.sigmoid(STEEPNESS * cosines).mean()
 
     def retention(self, batch: ExampleBatch, name: str) -> Tensor:
         """Squared distance of an earlier task's outputs to the previous model's, both as open as `s` says."""
         earlier = [other for other in self.model.task_names if other != name]
-        similar = torch.stack([self.similarity(name, other) for other in earlier])
-        other = earlier[int(similar.clamp_min(1e-6).multinomial(1))]
+        other = earlier[int(torch.stack([self.need(name, other) for other in earlier]).multinomial(1))]
         task, (backbone, relations) = self.model.task(other), self.previous
         with torch.no_grad():
             view = View(backbone, gated(backbone, relations(other, self.s)))

@@ -1,4 +1,4 @@
-"""Cross-entropy over a catalogue without ever holding [rows, items]."""
+"""catalogue_cross_entropy on PyTorch's operations, a block of scores at a time: where no kernel fits."""
 
 from __future__ import annotations
 
@@ -11,53 +11,33 @@ _CHUNK = 1 << 21  # scores held at a time: 8 MB
 _FEW_ROWS = 64  # fewer at a time, and passing over the table costs more than computing scores twice
 
 
-def catalogue_cross_entropy(
-    queries: Tensor,
-    table: Tensor,
-    bias: Tensor,
-    target: Tensor,
-    seen: tuple[Tensor, Tensor] | None = None,
-    log_expected: Tensor | None = None,
-    older: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Mean of logsumexp(s) - s[target] with scores s = queries @ table.T + bias, chunk by chunk.
-
-    queries [T, D], table [C, D], bias [C], target [T] int64 columns -> scalar. Gradients of queries, table and bias
-    are taken on the way forward, so nothing of size T x C outlives its chunk; 0 for T = 0. Float32 accumulation; under
-    autocast the products are in its dtype.
-
-    seen  (columns [T] int64, first [T] int64): row r does not choose among columns[first[r] : r + 1], what its history
-          holds already; its target is not one of them. A column of -1 is none
-    log_expected  [C], where the columns are a sample: log of how often each was expected to be drawn, by how often it
-          was (logQ correction; Bengio and Senecal, 2008). It is taken off every score but the target's, which is there
-          for certain; infinity for a column that is there as a target alone
-    older  (columns [O], offsets [B + 1], users [T]), int64, users never decreasing: nor do the rows of user u choose
-          among columns[offsets[u] : offsets[u + 1]], what was seen before the first of them
-    """
+def catalogue_cross_entropy(queries, table, bias, target, seen, log_expected, older) -> Tensor:
+    """See ops.catalogue_cross_entropy."""
     return _CatalogueCrossEntropy.apply(queries, table, bias, target, seen, log_expected, older)
 
 
 class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected, older):
+    def forward(ctx, queries, table, bias, target, seen, log_expected, older):
         autocast = torch.is_autocast_enabled(queries.device.type)
         dtype = torch.get_autocast_dtype(queries.device.type) if autocast else queries.dtype
         with torch.autocast(queries.device.type, enabled=False):
             given = (bias, target, seen, log_expected, older)
-            loss, grads = _loss_and_gradients(queries.to(dtype), table.to(dtype), *given)
+            loss, grads = _in_blocks(queries.to(dtype), table.to(dtype), *given, ctx.needs_input_grad)
         ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, (queries, table, bias))))
         return loss
 
     @staticmethod
     @once_only
     def backward(ctx, saved, grad_loss: Tensor):
-        return *(grad_loss * grad for grad in saved), None, None, None, None
+        return *(grad_loss * g if want else None for g, want in zip(saved, ctx.needs_input_grad)), *(None,) * 4
 
 
-def _loss_and_gradients(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected, older):
+def _in_blocks(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected, older, wanted):
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=wide, device=queries.device)
-    grads = tuple(torch.zeros(like.shape, dtype=wide, device=queries.device) for like in (queries, table, bias))
+    shapes = [x.shape if want else (0,) for x, want in zip((queries, table, bias), wanted)]
+    grads = [torch.zeros(shape, dtype=wide, device=queries.device) for shape in shapes]
     rows, columns = _block_shape(len(table))
     for start in range(0, len(queries), rows):
         block = _Block(queries[start : start + rows], table, bias, target[start : start + rows], log_expected, wide)
@@ -67,7 +47,7 @@ def _loss_and_gradients(queries: Tensor, table: Tensor, bias: Tensor, target: Te
             block.older = _Older(*older, start, len(block.target))
         total -= block.add_gradients(grads[0][start : start + rows], grads[1], grads[2], columns)
     share = 1.0 / max(len(queries), 1)
-    return total * share, tuple(grad.mul_(share) for grad in grads)
+    return total * share, [grad.mul_(share) for grad in grads]
 
 
 def _block_shape(items: int) -> tuple[int, int]:
@@ -103,7 +83,10 @@ class _Block:
         return scores, at
 
     def add_gradients(self, grad_queries: Tensor, grad_table: Tensor, grad_bias: Tensor, columns: int) -> Tensor:
-        """The sum of the rows' log probabilities of their targets; adds what it gives the gradients of minus that."""
+        """The sum of the rows' log probabilities of their targets; adds what it gives the gradients of minus that.
+
+        A gradient without rows is not wanted.
+        """
         total, runs = 0.0, [(i, min(i + columns, len(self.table))) for i in range(0, len(self.table), columns)]
         # more than one run: scores are computed twice, the first time to be summed
         normal = None
@@ -119,10 +102,13 @@ class _Block:
                 total = total - mass.log().sum()
                 scores /= mass
             scores[at] -= 1.0
-            grad_bias[first:last] += scores.sum(0)
+            if len(grad_bias):
+                grad_bias[first:last] += scores.sum(0)
             scores = scores.to(self.queries.dtype)
-            grad_queries += scores @ self.table[first:last]
-            grad_table[first:last] += scores.T @ self.queries
+            if len(grad_queries):
+                grad_queries += scores @ self.table[first:last]
+            if len(grad_table):
+                grad_table[first:last] += scores.T @ self.queries
         return total
 
 
