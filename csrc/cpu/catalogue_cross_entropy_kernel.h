@@ -13,6 +13,8 @@ namespace {
 template <class S>
 constexpr int64_t kPanel = 64 / (S::kLanes * S::kTileVecs) * (S::kLanes * S::kTileVecs);
 
+constexpr int64_t kSumRows = 16;  // a sum over rows is one of sums over so many
+
 template <class S>
 void pack_panel(const CatalogueArgs& args, const CatalogueWork& work, int64_t panel) {
   const int64_t first = panel * kPanel<S>, dim = args.dim;
@@ -65,16 +67,17 @@ float softmax_row(const CatalogueArgs& args, int64_t r, const CatalogueWork& wor
   }
   const float others = S::max(high)[0], largest = others > own ? others : own;
   scores[target] = own;
-  V total[3] = {};
-  for (int64_t c = 0; c < width; c += 3 * S::kLanes) {
-#pragma GCC unroll 3
-    for (int i = 0; i < 3 && c + i * S::kLanes < width; ++i) {
-      const V e = exp_v<S>(S::load(scores + c + i * S::kLanes) - largest);
-      S::store(scores + c + i * S::kLanes, e);
-      total[i] += e;
+  V total{};
+  for (int64_t first = 0; first < width; first += kPanel<S>) {
+    V some{};
+    for (int64_t c = first; c < first + kPanel<S>; c += S::kLanes) {
+      const V e = exp_v<S>(S::load(scores + c) - largest);
+      S::store(scores + c, e);
+      some += e;
     }
+    total += some;
   }
-  const float sum = S::sum(total[0] + total[1] + total[2])[0];
+  const float sum = S::sum(total)[0];
   scores[target] -= sum;
   *loss = __builtin_logf(sum) - (own - largest);
   return args.share / sum;
@@ -110,9 +113,13 @@ void catalogue_columns(const CatalogueArgs& args, const CatalogueResults& result
     multiply<S>({1, row, dim, 1, add}, &pair, 1, count, dim, results.grad_table + first * dim);
   }
   for (int64_t c = 0; results.grad_bias && c < count; c += S::kLanes) {
-    V sums[4] = {};
-    for (int64_t r = 0; r < rows; ++r) sums[r % 4] += work.factors[r] * S::load(weights + r * row + c);
-    const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    V sum{};
+    for (int64_t begin = 0; begin < rows; begin += kSumRows) {
+      const int64_t end = rows - begin < kSumRows ? rows : begin + kSumRows;
+      V some{};
+      for (int64_t r = begin; r < end; ++r) some += work.factors[r] * S::load(weights + r * row + c);
+      sum += some;
+    }
     for (int64_t i = 0; i < S::kLanes && c + i < count; ++i) {
       float* to = results.grad_bias + first + c + i;
       *to = add ? *to + sum[i] : sum[i];
