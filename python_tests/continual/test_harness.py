@@ -16,6 +16,7 @@ import benchmarks.continual
 import pcl_ext
 from benchmarks.continual import records, schedule, studies
 from benchmarks.continual.__main__ import folds_of, main
+from benchmarks.continual.intervals import weighted
 from benchmarks.continual.learner import batches_of
 from benchmarks.continual.methods import CONTINUAL, LEARNERS, MULTI_TASK, NAMES
 from benchmarks.continual.page import write_page
@@ -290,6 +291,14 @@ def test_the_same_trial_gives_the_same_bits(plan, comparison):
     (first, outputs), (second, again) = conduct(trial, comparison), conduct(trial, comparison)
     assert first["test"] == second["test"]
     assert all(np.array_equal(outputs[name], again[name]) for name in outputs)
+
+
+def test_the_bootstrap_draws_from_what_was_reported(plan, comparison):
+    answer, outputs = conduct(plan.trial("fine", "tiny", 0, 0), comparison)
+    for task, value in answer["test"][-1]["values"].items():
+        parts = (outputs[f"{task}/{part}"] for part in ("value", "label"))
+        ones = np.ones((1, len(outputs[f"{task}/user"])))
+        assert weighted(answer["metric"][task], *parts, ones)[0] == pytest.approx(value)
 
 
 @pytest.mark.parametrize(("name", "metric", "mixed"), [("segment", "accuracy", "loss"), ("next", "mrr@5", "metric")])

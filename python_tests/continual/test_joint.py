@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from benchmarks.continual.methods import LEARNERS
+from benchmarks.continual.methods.joint import EXPERTS, Experts
 from benchmarks.continual.union import Union
 from pcl_ext.data import make_batch
-from pcl_ext.train import LearnConfig, PretrainConfig
+from pcl_ext.train import LearnConfig, PretrainConfig, epoch_batches
 
 
 @pytest.mark.parametrize("method", ["mtl", "mtl-scratch", "mmoe", "mmoe-scratch"])
@@ -58,9 +59,11 @@ def test_joint_training_reads_shared_states_as_each_task_alone_would(method, lea
     made.eval()
     examples, max_len = made.world.train_examples("segment"), made.model.backbone.config.max_len
     batch = make_batch(made.world.dataset, examples, torch.arange(16), max_len)
-    task, states = made.model.task("segment"), made.states(batch.history)
-    shared = task(made.own("segment", states), made.model.backbone.table)
-    torch.testing.assert_close(shared, made.output(batch.history, "segment"))
+    states = made.states(batch.history)
+    for name in ("segment", "next"):  # both read the same states
+        made.own(name, states).mean(-1)
+        shared = made.model.task(name)(made.own(name, states), made.model.backbone.table)
+        torch.testing.assert_close(shared, made.output(batch.history, name))
 
 
 @pytest.mark.parametrize("method", ["mtl", "mmoe"])
@@ -108,6 +111,27 @@ def test_an_epoch_of_joint_training_is_no_longer_than_one_of_a_task(learner):
     capped, batches = union.batches(LearnConfig(batch_tokens=100, epoch_tokens=300), 20, 0)
     assert (capped, len(list(batches))) == (3, 3)
     assert whole > 3
+
+
+def test_an_epoch_of_joint_training_has_the_steps_of_learn_task(learner):
+    """Where labels are few, smaller and more ones."""
+    dataset, config = learner("mtl").world.dataset, LearnConfig()
+    examples = dataset.examples("segment", "train")
+    steps, batches = Union(dataset, {"segment": examples}).batches(config, 20, 0)
+    alone, own = epoch_batches(dataset, examples, config, 20, 0, 0)
+    assert steps == alone > 1
+    assert [batch.history.items.numel() for batch in batches] == [batch.history.items.numel() for batch in own]
+
+
+def test_mmoe_mixes_its_experts_row_by_row():
+    experts = Experts(4)
+    experts.gates["t"] = torch.nn.Linear(4, EXPERTS)
+    torch.nn.init.normal_(experts.up)
+    x = torch.randn(3, 4)
+    weights = experts.gates["t"](x).softmax(1)
+    parts = [torch.nn.functional.gelu(experts.down(x)[:, 4 * e : 4 * e + 4]) @ experts.up[e] for e in range(EXPERTS)]
+    want = x + sum(weights[:, e, None] * part for e, part in enumerate(parts))
+    torch.testing.assert_close(experts(x, "t"), want)
 
 
 def test_mmoe_starts_as_the_shared_bottom(learner, outputs):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.continual.methods.coda import apart
+from pcl_ext.data import make_batch
 
 
 def test_l2p_takes_the_prompts_whose_keys_match_best(learner):
@@ -21,6 +22,22 @@ def test_l2p_takes_the_prompts_whose_keys_match_best(learner):
         made.keys -= 0.01 * made.keys.grad
         made.prompts(query, "segment")
     assert (1 - made.match.values).mean().item() < before
+
+
+@pytest.mark.parametrize("method", ["l2p", "coda"])
+def test_a_history_has_the_prompts_of_its_own_query(method, learner):
+    made = learner(method)
+    made.start_task("segment")
+    made.begin("segment")
+    made.eval()
+    examples = made.world.train_examples("segment")
+
+    def newest(rows):
+        history = make_batch(made.world.dataset, examples, torch.tensor(rows), 20).history
+        return made.encode(history, "segment").newest
+
+    with torch.no_grad():
+        torch.testing.assert_close(newest([0, 1, 2]), torch.cat([newest([0]), newest([1]), newest([2])]))
 
 
 def test_dualprompt_shares_general_prompts_and_freezes_expert_ones(learner):

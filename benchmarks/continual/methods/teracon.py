@@ -88,7 +88,7 @@ class Teracon(Learner):
         gates), a mean over the gated places. Learning a similar task retains it by itself."""
         own, others = self.gates(name), self.gates(other)
         cosines = torch.stack([F.cosine_similarity(own[unit], others[unit], dim=0) for unit in own])
-        return 1 - torch.sigmoid(STEEPNESS * cosines).mean()
+        return torch.sigmoid(-STEEPNESS * cosines).mean()
 
     def retention(self, batch: ExampleBatch, name: str) -> Tensor:
         """Squared distance of an earlier task's outputs to the previous model's, both as open as `s` says."""
