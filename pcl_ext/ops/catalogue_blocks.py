@@ -19,18 +19,22 @@ def catalogue_cross_entropy(queries, table, bias, target, seen, log_expected, ol
 class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries, table, bias, target, seen, log_expected, older):
-        autocast = torch.is_autocast_enabled(queries.device.type)
-        dtype = torch.get_autocast_dtype(queries.device.type) if autocast else queries.dtype
-        with torch.autocast(queries.device.type, enabled=False):
+        kind, dtype = queries.device.type, queries.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
             given = (bias, target, seen, log_expected, older)
             loss, grads = _in_blocks(queries.to(dtype), table.to(dtype), *given, ctx.needs_input_grad)
-        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, (queries, table, bias))))
+        # as wide as they were added up: in float16 a mean's gradients are 0 before the loss's scale meets them
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = queries.dtype, table.dtype, bias.dtype
         return loss
 
     @staticmethod
     @once_only
     def backward(ctx, saved, grad_loss: Tensor):
-        return *(grad_loss * g if want else None for g, want in zip(saved, ctx.needs_input_grad)), *(None,) * 4
+        asked = zip(saved, ctx.dtypes, ctx.needs_input_grad)
+        return *((grad_loss * g).to(dtype) if want else None for g, dtype, want in asked), *(None,) * 4
 
 
 def _in_blocks(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, seen, log_expected, older, wanted):
@@ -53,7 +57,7 @@ def _in_blocks(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, see
 def _block_shape(items: int) -> tuple[int, int]:
     """Rows and columns whose scores are held at a time: all columns, or where those leave few rows some of both."""
     if _CHUNK >= _FEW_ROWS * items:
-        return _CHUNK // items, items
+        return _CHUNK // max(items, 1), items
     return 16 * _FEW_ROWS, max(1, _CHUNK // (16 * _FEW_ROWS))
 
 

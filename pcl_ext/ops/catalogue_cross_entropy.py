@@ -4,15 +4,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import catalogue_blocks, catalogue_cross_entropy_op, reference
-from pcl_ext.ops._check import (
-    FLOATS,
-    check_like,
-    check_offset_values,
-    check_range,
-    check_shape,
-    check_tensor,
-    reads_values,
-)
+from pcl_ext.ops._check import FLOATS, check_like, check_shape, check_tensor, reads_values
 from pcl_ext.ops._native import use_fused
 from pcl_ext.ops.linear_op import PAYS
 
@@ -34,26 +26,31 @@ def catalogue_cross_entropy(
 
     queries [T, D], table [C, D], bias [C], target [T] int64 columns -> scalar; 0 for T = 0. The gradients that are
     wanted of queries, table and bias are taken on the way forward, so nothing of size T x C outlives its block.
-    Float32 accumulation; under autocast the products are in its dtype. Float32 on the CPU has a kernel, others take
-    PyTorch's operations block by block. Raises TypeError or ValueError naming what is wrong; values are looked at on
-    the CPU alone.
+    Float32 accumulation; under autocast the products are in its dtype, but those of float64 and of impl="fused" in
+    their own. Float32 on the CPU has a kernel, others take PyTorch's operations block by block. Raises TypeError or
+    ValueError naming what is wrong; values are looked at on the CPU alone.
 
     seen  (columns [T] int64, first [T] int64): row r does not choose among columns[first[r] : r + 1], what its history
           holds already; its target is not one of them. A column of -1 is none
     log_expected  [C], where the columns are a sample: log of how often each was expected to be drawn, by how often it
           was (logQ correction; Bengio and Senecal, 2008). It is taken off every score but the target's, which is there
-          for certain; infinity for a column that is there as a target alone
+          for certain; infinity for a column that is there as a target alone. It gets no gradient
     older  (columns [O], offsets [B + 1], users [T]), int64, users never decreasing: nor do the rows of user u choose
           among columns[offsets[u] : offsets[u + 1]], what was seen before the first of them
     """
     _check(queries, table, bias, target, seen, log_expected, older)
+    if not torch.is_grad_enabled():  # gradients are taken on the way forward: none is wanted now
+        queries, table, bias = queries.detach(), table.detach(), bias.detach()
     inputs = (queries, table, bias, target, seen, log_expected, older)
     if impl == "reference":
+        _check_values(*inputs)
         return reference.catalogue_cross_entropy(*inputs)
+    _check_constant(log_expected)
     fused = use_fused(impl, queries, cpu=(torch.float32,))
     if fused and (impl == "fused" or _pays(queries, table, bias, log_expected)):
-        histories = (*(seen or (None,) * 2), *(older or (None,) * 3))
-        return catalogue_cross_entropy_op.OP(queries, table, bias, target, log_expected, *histories, (False,) * 3)[0]
+        given = (queries, table, bias, target, log_expected, *_histories(seen, older))
+        return catalogue_cross_entropy_op.OP(*given, (False,) * 3)[0]
+    _check_values(*inputs)
     return catalogue_blocks.catalogue_cross_entropy(*inputs)
 
 
@@ -67,44 +64,49 @@ def _pays(queries, table, bias, log_expected) -> bool:
 def _check(queries, table, bias, target, seen, log_expected, older) -> None:
     check_tensor("queries", queries, 2, FLOATS)
     check_tensor("table", table, 2, FLOATS)
-    check_shape("table", table, (len(table), queries.shape[1]), "[C, D]")
+    # .shape[0]: len() would fix the size in an exported program
+    items = table.shape[0]
+    check_shape("table", table, (items, queries.shape[1]), "[C, D]")
     columns = {"bias": bias} | ({} if log_expected is None else {"log_expected": log_expected})
     for name, value in columns.items():
         check_tensor(name, value, 1, FLOATS)
-        check_shape(name, value, (len(table),), "[C]")
+        check_shape(name, value, (items,), "[C]")
     rows = {"target": target}
     if seen is not None:
-        rows |= {"the columns of seen": seen[0], "first of seen": seen[1]}
+        rows |= _parts("seen", seen, "columns", "first")
     if older is not None:
-        rows["users of older"] = older[2]
-        for name, value in {"the columns of older": older[0], "offsets of older": older[1]}.items():
+        held = _parts("older", older, "columns", "offsets", "users")
+        rows["users of older"] = held.pop("users of older")
+        for name, value in held.items():
             check_tensor(name, value, 1, (torch.int64,))
-            columns[name] = value
+        columns |= held
     for name, value in rows.items():
         check_tensor(name, value, 1, (torch.int64,))
-        check_shape(name, value, (len(queries),), "[T]")
+        check_shape(name, value, (queries.shape[0],), "[T]")
     for name, value in {"table": table, **columns, **rows}.items():
         check_like(name, value, "queries", queries, dtype=False)
+
+
+def _parts(name: str, value, *parts: str) -> dict[str, Tensor]:
+    """The tensors of seen or older by name."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple ({', '.join(parts)}), got {type(value).__name__}")
+    if len(value) != len(parts):
+        raise ValueError(f"{name} must be a tuple ({', '.join(parts)}), got {len(value)} entries")
+    return {f"{part} of {name}": x for part, x in zip(parts, value)}
+
+
+def _check_constant(log_expected) -> None:
+    if log_expected is not None and log_expected.requires_grad and torch.is_grad_enabled():
+        raise ValueError("log_expected asks for a gradient, and gets none: detach it, or take impl='reference'")
+
+
+def _check_values(queries, table, bias, target, seen, log_expected, older) -> None:
+    """The kernel looks at values itself; PyTorch's operations do not."""
     if reads_values(queries):
-        _check_values(len(table), target, seen, older)
+        catalogue_cross_entropy_op.check_values(len(table), target, *_histories(seen, older))
 
 
-def _check_values(items: int, target, seen, older) -> None:
-    check_range("target", target, 0, items - 1)
-    if seen is not None:
-        columns, first = seen
-        check_range("the columns of seen", columns, -1, items - 1)
-        check_range("first of seen", first, 0, len(first) - 1)
-        late = (first > torch.arange(len(first))).nonzero()
-        if len(late):
-            row = int(late[0])
-            raise ValueError(f"first of seen must be at most the row's own number, got {int(first[row])} in row {row}")
-    if older is not None:
-        columns, offsets, users = older
-        check_range("the columns of older", columns, -1, items - 1)
-        if not len(offsets):
-            raise ValueError("offsets of older must hold at least one entry, the 0 it starts with, got none")
-        check_offset_values("offsets of older", offsets, len(columns), "the number of its columns")
-        check_range("users of older", users, 0, len(offsets) - 2)
-        if bool((users[1:] < users[:-1]).any()):
-            raise ValueError("users of older must never decrease")
+def _histories(seen, older) -> tuple:
+    """Their five tensors, None where there are none."""
+    return *(seen or (None,) * 2), *(older or (None,) * 3)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcl_ext.ops._check import check_offset_values, check_range
 from pcl_ext.ops._native import BEST_ISA, C, address, below_autograd, check_int64, define, once_only
 
 _WIDTH = 16  # the kernel reads whole vectors of this many numbers
@@ -11,14 +12,42 @@ _WIDTH = 16  # the kernel reads whole vectors of this many numbers
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def check_values(items: int, target, seen, first, older, offsets, users) -> None:
+    """The rules on values, for a catalogue of so many items. CPU only."""
+    check_range("target", target, 0, items - 1)
+    if seen is not None:
+        check_range("columns of seen", seen, -1, items - 1)
+        check_range("first of seen", first, 0, len(first) - 1)
+        late = (first > torch.arange(len(first), device=first.device)).nonzero()
+        if len(late):
+            row = int(late[0])
+            raise ValueError(f"first of seen must be at most the row's own number, got {int(first[row])} in row {row}")
+    if older is not None:
+        check_range("columns of older", older, -1, items - 1)
+        if not len(offsets):
+            raise ValueError("offsets of older must hold at least one entry, the 0 it starts with, got none")
+        check_offset_values("offsets of older", offsets, len(older), "the number of its columns")
+        check_range("users of older", users, 0, len(offsets) - 2)
+        if bool((users[1:] < users[:-1]).any()):
+            raise ValueError("users of older must never decrease")
+
+
+def _whole_vectors(x: Tensor) -> Tensor:
+    """x [n, D], contiguous, with zeros after it up to a multiple of the width."""
+    missing = -x.shape[1] % _WIDTH
+    return (F.pad(x, (0, missing)) if missing else x).contiguous()
+
+
 def forward(
     queries, table, bias, target, log_expected, seen, first, older, offsets, users, wanted, *, isa=BEST_ISA
 ) -> Results:
     """loss (), and its gradients of queries, table and bias, each empty where not wanted."""
+    # here, not in the public function: compiled and exported programs come straight to the kernel
+    check_values(len(table), target, seen, first, older, offsets, users)
     rows, dim = queries.shape
     if rows == 0:
         return _nothing(queries, table, bias, wanted)
-    queries, table = (F.pad(x, (0, -dim % _WIDTH)).contiguous() for x in (queries, table))
+    queries, table = _whole_vectors(queries), _whole_vectors(table)
     pointers = (queries, table, bias, target, log_expected, seen, first, older, offsets, users)
     pointers = [None if x is None else x.contiguous() for x in pointers]
     losses = queries.new_empty(rows)

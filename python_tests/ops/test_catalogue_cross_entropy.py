@@ -1,9 +1,12 @@
 """The loss over a catalogue: PyTorch's operations in blocks against PyTorch's own, the kernel against its twin."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import assert_as_right_as
+from torch.utils.checkpoint import checkpoint
 
 from pcl_ext import ops
 from pcl_ext.ops import _native, catalogue_blocks, catalogue_cross_entropy_op
@@ -276,6 +279,160 @@ def test_under_torch_compile():
     got, queries.grad = queries.grad, None
     loss_of(**case).backward()
     assert torch.equal(got, queries.grad)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(target=torch.full((30,), 200)), "target must lie in 0..199"),
+        (dict(seen=(torch.full((30,), 200), torch.zeros(30).long())), "columns of seen must lie in -1..199"),
+        (dict(older=(torch.tensor([200]), torch.tensor([0, 1]), torch.zeros(30).long())), "columns of older must lie"),
+    ],
+    ids=["target", "seen", "older"],
+)
+def test_compiled_programs_look_at_values(change, message):
+    case = whole_case(30, 200, 32, masks=False)
+    compiled = torch.compile(lambda c: loss_of(**c, impl="fused"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=message):
+        compiled(case | change)
+
+
+@pytest.mark.needs_ext
+def test_exported_for_any_number_of_rows():
+    class Loss(torch.nn.Module):
+        def forward(self, queries, table, bias, target):
+            return loss_of(queries, table, bias, target, impl="fused")
+
+    rows = {0: torch.export.Dim("rows")}
+    case = whole_case(30, 200, 32, masks=False)
+    program = torch.export.export(Loss(), tuple(case.values()), dynamic_shapes=(rows, None, None, rows)).module()
+    fewer = case | {name: case[name][:7] for name in ("queries", "target")}
+    torch.testing.assert_close(program(*fewer.values()), loss_of(**fewer, impl="fused"), rtol=0, atol=0)
+
+
+@pytest.mark.needs_ext
+@pytest.mark.filterwarnings("ignore:.*batching rule.*:UserWarning")
+def test_vmap_over_models_keeps_every_gradient():
+    case = whole_case(6, 20, 16, masks=False)
+    names, target = ("queries", "table", "bias"), torch.stack([case["target"], case["target"].flip(0)])
+
+    def gradients(impl):
+        leaves = [torch.stack([case[n], case[n] + 1]).requires_grad_() for n in names]
+        losses = torch.vmap(lambda *args: loss_of(*args, impl=impl))
+        if impl == "reference":
+            losses = lambda *models: torch.stack([loss_of(*one, impl=impl) for one in zip(*models)])  # noqa: E731
+        return torch.autograd.grad((losses(*leaves, target) ** 2).sum(), leaves)
+
+    torch.testing.assert_close(gradients("fused"), gradients("reference"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.needs_ext
+def test_the_op_is_an_ordinary_one():
+    case = whole_case(60, 20, 16)
+    leaves = [case[name].requires_grad_() for name in ("queries", "table", "bias")]
+    rest = (case["target"], case["log_expected"], *case["seen"], *case["older"])
+    for wanted in ([False] * 3, [True, False, True]):
+        torch.library.opcheck(catalogue_cross_entropy_op.OP, (*leaves, *rest, wanted))
+
+
+@pytest.mark.needs_ext
+def test_no_gradient_is_taken_where_none_is_recorded(monkeypatch):
+    case, asked, kernel = whole_case(30, 200, 32), [], _native.C.catalogue_cross_entropy
+    for name in ("queries", "table", "bias"):
+        case[name].requires_grad_()
+    module = SimpleNamespace(catalogue_cross_entropy=lambda *args: (asked.append(args[1][1:]), kernel(*args)))
+    monkeypatch.setattr(catalogue_cross_entropy_op, "C", module)
+    with torch.no_grad():
+        loss_of(**case, impl="fused")
+    assert asked == [(0, 0, 0)]
+
+
+def test_blocks_take_no_gradient_where_none_is_recorded(monkeypatch):
+    asked, in_blocks = [], catalogue_blocks._in_blocks
+    monkeypatch.setattr(catalogue_blocks, "_in_blocks", lambda *args: (asked.append(args[-1][:3]), in_blocks(*args))[1])
+    with torch.no_grad():
+        loss_of(*inputs(5, 7))
+    assert asked == [(False,) * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_in_a_checkpoint(dtype, reentrant):
+    case = to(whole_case(60, 200, 32), dtype)
+    want = with_grads(case, "auto")
+    for name in ("queries", "table", "bias"):
+        case[name].requires_grad_()
+    checkpoint(
+        lambda q, t, b: loss_of(**case | dict(queries=q, table=t, bias=b)),
+        *list(case.values())[:3],
+        use_reentrant=reentrant,
+    ).backward()
+    for name in ("queries", "table", "bias"):
+        torch.testing.assert_close(case[name].grad, want[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_tensors_that_are_still_to_be_negated(impl):
+    case = whole_case(30, 200, 32)
+    negated = case | {n: torch.complex(0 * case[n], -case[n]).conj().imag for n in ("queries", "table", "bias")}
+    assert negated["queries"].is_neg()
+    torch.testing.assert_close(with_grads(negated, impl), with_grads(case, impl), rtol=0, atol=0)
+
+
+def test_the_scale_of_a_loss_reaches_gradients_in_float16():
+    """65,536 is no float16, and a mean's gradients alone are too small for it."""
+    case = to(whole_case(2000, 300, 8, masks=False), torch.float16)
+    exact = to(case, torch.float64)
+    found, want = (torch.autograd.grad(65536 * loss_of(**c), c["queries"])[0] for c in map(asking, (case, exact)))
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), want, rtol=0.01, atol=0.01)
+
+
+def asking(case):
+    """case, whose queries ask for a gradient."""
+    return case | {"queries": case["queries"].detach().requires_grad_()}
+
+
+def test_float64_stays_itself_under_autocast():
+    case = to(whole_case(30, 200, 32), torch.float64)
+    want = with_grads(case, "auto")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(with_grads(case, "auto"), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("items", [0, 4])
+def test_no_rows_of_any_catalogue(dtype, items):
+    case = to(dict(queries=torch.zeros(0, 5), table=torch.zeros(items, 5), bias=torch.zeros(items)), dtype)
+    found = with_grads(case | dict(target=torch.zeros(0).long()), "auto")
+    assert not any(x.any() for x in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_log_expected_that_asks_for_a_gradient_is_refused(dtype):
+    case = to(whole_case(30, 200, 32), dtype)
+    case["log_expected"].requires_grad_()
+    with pytest.raises(ValueError, match="log_expected asks for a gradient, and gets none: detach it"):
+        loss_of(**case)
+    assert torch.autograd.grad(loss_of(**case, impl="reference"), case["log_expected"])[0].any()
+    with torch.no_grad():
+        loss_of(**case)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(seen=torch.zeros(2, 3).long()), TypeError, r"seen must be a tuple \(columns, first\), got Tensor"),
+        (dict(seen=(torch.zeros(3).long(),)), ValueError, r"seen must be a tuple \(columns, first\), got 1 entries"),
+        (dict(older=(1, 2)), ValueError, r"older must be a tuple \(columns, offsets, users\), got 2 entries"),
+        (dict(target=torch.zeros(3).int()), TypeError, "target must be int64, got int32"),
+    ],
+)
+def test_errors_of_kind(change, error, message):
+    case = dict(queries=torch.zeros(3, 4), table=torch.zeros(9, 4), bias=torch.zeros(9), target=torch.tensor([0, 1, 2]))
+    with pytest.raises(error, match=message):
+        loss_of(**(case | change))
 
 
 @pytest.mark.parametrize(
