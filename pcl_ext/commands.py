@@ -63,14 +63,29 @@ def _show_dataset(dataset: Dataset) -> None:
     print(f"{dataset.path}: {dataset.num_users:,} users, {dataset.num_items:,} items")
     for name, facts in dataset.describe()["tasks"].items():
         ranked = f" of {facts['catalogue']:,} items" if "catalogue" in facts else ""
-        print(f"  {name}: {facts['kind']}{ranked}, {facts['metric']}, {facts['rows']:,} rows")
+        count = f"{facts['classes']} " if "classes" in facts else ""
+        print(f"  {name}: {count}{facts['kind']}{ranked}, {facts['metric']}, {facts['rows']:,} rows")
 
 
 def pretrain(args) -> int:
-    backbone = vars(args.backbone) | {"max_len": args.max_len}
-    run.pretrain(Dataset(args.dataset), args.out, backbone, args.pretrain)
+    dataset, backbone = Dataset(args.dataset), vars(args.backbone) | {"max_len": args.max_len}
+    if not (args.out / "manifest.json").exists():
+        _tell_unread(dataset, args.max_len)
+    run.pretrain(dataset, args.out, backbone, args.pretrain)
     print(_matrix(args.out).to_text())
     return 0
+
+
+def _tell_unread(dataset: Dataset, max_len: int) -> None:
+    """Say on stderr how many events lie before the newest `max_len` of their user: no task of the run reads them,
+    pretraining does."""
+    lengths = dataset.offsets[1:] - dataset.offsets[:-1]
+    unread = int((lengths - max_len).clip(min=0).sum())
+    if unread and max_len > 0:  # a wrong max_len is refused later
+        users = f"{int((lengths > max_len).sum()):,} of {len(lengths):,} users have more than {max_len:,} events"
+        what = f"{unread:,} of {int(lengths.sum()):,} events are older and no task reads them"
+        what += "; --max-len takes more, in more time"
+        print(f"pcl pretrain: {users}: {what}", file=sys.stderr)
 
 
 def learn(args) -> int:

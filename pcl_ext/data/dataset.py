@@ -202,10 +202,10 @@ def fold_index(fold: str) -> int:
 
 
 def _describe_task(table: TaskTable) -> dict[str, Any]:
-    columns = 0 if table.spec.catalogue is None else len(table.spec.catalogue)
-    return {"kind": table.spec.kind, "metric": table.spec.metric, "rows": len(table)} | (
-        {"catalogue": columns} if columns else {}
-    )
+    spec = table.spec
+    sizes = {"catalogue": 0 if spec.catalogue is None else len(spec.catalogue), "classes": spec.num_classes}
+    facts = {"kind": spec.kind, "metric": spec.metric, "rows": len(table)}
+    return facts | {name: size for name, size in sizes.items() if size}
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def build(
     1..V are in the order of the log's ids, which items.parquet keeps, after those that `earlier` names; so are user
     ids, with users.parquet, where the log's are text."""
     check_out(out)
+    if not config.events.time:
+        _LOG.info("[events] time is left out: events keep the order of the file")
     _LOG.info("sorting %s events", f"{len(events[config.events.user]):,}")
     log = EventLog(config, events, items)
     fold = _folds(log, rotate)

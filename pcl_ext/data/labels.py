@@ -15,6 +15,8 @@ from pcl_ext.data.parquet import LARGEST
 from pcl_ext.data.targets import task_events
 
 _LOG = logging.getLogger(__name__)
+_FEW = 10  # train users of a class that is said to be rare
+_WORDS = {"", "-", "?", "na", "n/a", "nan", "none", "null", "unknown"}  # lower case; they often mean that it is missing
 
 
 class Labels(NamedTuple):
@@ -95,6 +97,10 @@ def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels
     user = np.flatnonzero(~np.isnan(target))
     if not len(user):
         raise ValueError(f"{label}: no user has a value")
+    if values.null_count:
+        _LOG.info("%s: users left out, without a value: %d of %d", label, values.null_count, len(values))
+    if task.kind == "classes":
+        _tell_rare(target[user][train[user]].astype(np.int64), names, label)
     if (largest := np.abs(target[user]).max()) > LARGEST:
         raise ValueError(f"{label}: targets must be at most {LARGEST:g} in size, got {largest:g}; take a larger unit")
     return Labels(user, target[user].astype(np.float32 if task.kind == "regression" else np.int64), names)
@@ -136,7 +142,7 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
         wanted = _cast(positive, values, f"{label}: positive")
         _tell_missing(wanted, values, f"{label}: positive")
         hit = pc.is_in(values, value_set=wanted).to_numpy(zero_copy_only=False)
-        return np.where(null, np.nan, hit), ["other", ", ".join(str(value) for value in positive)]
+        return np.where(null, np.nan, hit), ["other", ", ".join(map(_shown, positive))]
     if task.labels is not None:
         order = _cast(task.labels, values, f"{label}: labels")
         _tell_missing(order, values, f"{label}: labels")
@@ -145,6 +151,7 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
             _check_whole(values, label)
         order = pc.unique(values).drop_null()
         order = order.take(pc.array_sort_indices(order))
+        _tell_missing_words(values, order, label)
     if task.kind == "binary" and len(order) != 2:
         found = ", ".join(str(value) for value in order.to_pylist()[:5])
         raise ValueError(f"{label}: binary needs 2 values or threshold or positive, got {len(order)}: {found}")
@@ -156,7 +163,12 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
         _LOG.info(
             "%s: users left out, with a value that is not among its labels: %d, with %s", label, others.sum(), found
         )
-    return np.where(null | np.isnan(target), np.nan, target), [str(value) for value in order.to_pylist()]
+    return np.where(null | np.isnan(target), np.nan, target), [_shown(value) for value in order.to_pylist()]
+
+
+def _shown(value) -> str:
+    """A class's name. Whole floats are integers that lost their type to a missing value: 18, not 18.0."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _check_whole(values: pa.Array, label: str) -> None:
@@ -174,6 +186,25 @@ def _tell_missing(wanted: pa.Array, values: pa.Array, where: str) -> None:
     if missing := wanted.filter(pc.invert(pc.is_in(wanted, value_set=pc.unique(values)))).to_pylist():
         known = ", ".join(repr(value) for value in pc.unique(values.drop_null()).to_pylist()[:10])
         _LOG.info("%s: no user has %s; there are %s", where, ", ".join(map(repr, missing)), known)
+
+
+def _tell_missing_words(values: pa.Array, classes: pa.Array, label: str) -> None:
+    """Log the classes whose name is a word for a missing value: a text column keeps it as a text."""
+    if pa.types.is_string(classes.type) or pa.types.is_large_string(classes.type):
+        for word in classes.to_pylist():
+            if word.lower() in _WORDS:
+                users = pc.sum(pc.equal(values, word)).as_py()
+                _LOG.info('%s: "%s" is a class, of %d users; ignore = ["%s"] leaves them out', label, word, users, word)
+
+
+def _tell_rare(target: np.ndarray, names: list[str], label: str) -> None:
+    """Log how many classes few train users have (targets [m] of these): a column of names is soon taken for one of
+    classes, and accuracy says nothing of a rare class."""
+    counts = np.bincount(target, minlength=len(names))
+    if rare := int((counts < _FEW).sum()):
+        least = int(counts.argmin())
+        what = "%s: classes with fewer than %d train users: %d of %d; %r has %d"
+        _LOG.info(what, label, _FEW, rare, len(names), names[least], counts[least])
 
 
 def _cast(wanted: list, values: pa.Array, where: str) -> pa.Array:

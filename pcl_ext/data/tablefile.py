@@ -18,6 +18,7 @@ _FEW = {  # batches of a Parquet file in memory at a time
     "fragment_readahead": 1,
     "fragment_scan_options": ds.ParquetFragmentScanOptions(pre_buffer=False),
 }
+_KEYS = {"user_id": "user", "item_id": "item"}  # by the name of the column that they have by default
 _NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and keys; another text is missing where it is empty
 _ENCODING = ': give the `encoding` of the file, as "latin-1"'
 
@@ -119,7 +120,8 @@ def files_of(path: Path) -> list[Path]:
 
 def _choose(names: list[str], path: Path, where: str, required: set[str], optional) -> list[str]:
     if missing := sorted(required - set(names)):
-        hint = "; `delimiter` says what is between the cells" if len(names) == 1 else ""
+        hint = f"; `{_KEYS[missing[0]]}` says which column it is" if missing[0] in _KEYS else ""
+        hint = "; `delimiter` says what is between the cells" if len(names) == 1 else hint
         raise ValueError(f"{where}: {path} has no column {missing[0]!r}; it has {', '.join(names)}{hint}")
     chosen = [name for name in names if optional is None or name in required or name in optional]
     if twice := sorted(name for name in chosen if chosen.count(name) > 1):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,7 @@ def test_prepare_synthetic(pcl, refused, tmp_path):
     assert (status, err) == (0, [])
     assert out[0] == f"{tmp_path / 'new'}: 40 users, 500 items"
     assert [line.split(":")[0].strip() for line in out[1:]] == ["next", "click", "loyal", "range", "segment", "spend"]
+    assert "  segment: 4 classes, accuracy, 40 rows" in out
     assert Dataset(tmp_path / "new").info["synthetic"]["seed"] == 3
     assert "must be a new or an empty folder" in refused("prepare", "synthetic", "--out", tmp_path / "new")
 
@@ -54,6 +56,17 @@ def test_pretrain_takes_its_settings_from_the_file(made, pcl, refused):
     assert (status, err, out[0].split()[:2]) == (0, [], ["after", "next"])
     line = refused("pretrain", made.data, "--out", made.run, "--config", file, "--backbone.dim", 32)
     assert "was made with backbone.dim = 16, this call has 32; choose another run folder" in line
+
+
+def test_pretrain_says_which_events_it_does_not_read(made, pcl, tmp_path):
+    lengths = np.diff(Dataset(made.data).offsets)
+    epochs = ["--pretrain.epochs", 1, "--backbone.dim", 8, "--backbone.num_layers", 1]
+    _, _, err = pcl("pretrain", made.data, "--out", tmp_path / "short", "--max-len", 3, *epochs)
+    users = f"{(lengths > 3).sum()} of {len(lengths)} users have more than 3 events"
+    events = f"{np.maximum(lengths - 3, 0).sum():,} of {lengths.sum():,} events are older and no task reads them"
+    assert err[0] == f"pcl pretrain: {users}: {events}; --max-len takes more, in more time"
+    _, _, err = pcl("pretrain", made.data, "--out", tmp_path / "long", "--max-len", lengths.max(), *epochs)
+    assert not [line for line in err if "no task reads" in line]
 
 
 def test_learn_takes_its_settings_from_the_file_and_the_line(made):

@@ -114,6 +114,23 @@ def test_nan_in_a_parquet_is_no_value(tmp_path, prepare, keys):
     assert {user for user, *_ in rows(prepare(toml), "t")} == {"ann", "bob"}
 
 
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        ('kind = "classes"', ("25", "31")),
+        ('kind = "classes"\nlabels = [31, 25]', ("31", "25")),
+        ('kind = "binary"\npositive = 31.0', ("other", "31")),
+        ('kind = "binary"\nlabels = [25, 31]', ("25", "31")),
+    ],
+    ids=str,
+)
+def test_integers_that_a_gap_made_floats_are_named_as_integers(tmp_path, prepare, keys, names):
+    ages = pa.array([31.0, 25.0, None, 31.0])
+    pq.write_table(pa.table({"user_id": ["bob", "ann", "cat", "dan"], "age": ages}), tmp_path / "users.parquet")
+    toml = task(keys + '\ncolumn = "age"').replace("users.csv", "users.parquet")
+    assert prepare(toml).task("t").spec.labels == names
+
+
 def test_nan_satisfies_no_condition(tmp_path, prepare):
     ratings = [5.0, float("nan"), 4.0]
     table = {"user_id": ["ann"] * 3, "item_id": ["a", "b", "c"], "time": [1, 2, 3], "rating": ratings}

@@ -99,3 +99,36 @@ def test_of_two_writers_the_later_one_is_told(tmp_path):
     with pytest.raises(FileExistsError, match="out must be a new or an empty folder, got .*out"):
         write(lambda folder: write(None))
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_word_for_a_missing_value_that_is_a_class_is_said(said, tmp_path):
+    users = {"user_id": ["ann", "bob", "cat"], "job": ["NA", "cook", "NA"]}
+    pq.write_table(pa.table(users), tmp_path / "users.parquet")
+    toml = task('kind = "classes"\ncolumn = "job"\n').replace("users.csv", "users.parquet")
+    line = 'task \'t\': "NA" is a class, of 2 users; ignore = ["NA"] leaves them out'
+    assert line in said(toml)
+    assert line not in said(toml + 'labels = ["NA", "cook"]\n')  # whoever names it means it
+
+
+def test_a_log_without_a_time_is_said_to_keep_its_order(said):
+    line = "[events] time is left out: events keep the order of the file"
+    assert line in said(BASE.replace('time = "time"\n', ""))
+    assert line not in said(BASE)
+
+
+def test_a_log_that_calls_its_items_otherwise_hears_of_the_key(prepare):
+    text = "has no column 'item_id'; it has user_id, movie, time; `item` says which column it is"
+    with pytest.raises(ValueError, match=text):
+        prepare(BASE, "user_id,movie,time\nann,x,1\n")
+
+
+def test_users_without_a_value_and_rare_classes_are_said(said):
+    users = [f"u{i}" for i in range(60)]
+    log = "user_id,item_id,time\n" + "".join(f"{user},a,1\n" for user in users)
+    jobs = ["", "judge"] + ["cook", "nurse"] * 29
+    table = "user_id,job\n" + "".join(f"{user},{job}\n" for user, job in zip(users, jobs, strict=True))
+    lines = said(task('kind = "classes"\ncolumn = "job"\n'), log, table)
+    assert "task 't': users left out, without a value: 1 of 60" in lines
+    assert "task 't': classes with fewer than 10 train users: 1 of 3; 'judge' has 1" in lines
+    lines = said(task('kind = "classes"\ncolumn = "job"\nlabels = ["cook", "nurse"]\n'), log, table)
+    assert not [line for line in lines if "than 10 train users" in line]
