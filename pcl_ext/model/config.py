@@ -108,7 +108,8 @@ class MemoryConfig:
             pooling of the first states), earlier (attention over the readouts of closed tasks, asked by the user's
             state; needs placement none); null is last for an items task that is tied, last and item_memory for one
             with a table of its own, last, mean and item_memory for labels
-        item_width: width of the item memory; null is 16 for labels and D for items
+        item_width: width of the item memory; null is 16 for labels, or twice the number of classes if that is more, and
+            D for items
         item_rows: rows of the item memory at most; with more items than that, an item is the sum of two hashed rows
         item_dropout: share of the events that item memory and pooled leave out at random while the task learns
         pooled_units: width of pooled

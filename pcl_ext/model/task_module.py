@@ -12,7 +12,7 @@ from pcl_ext.model.backbone import Backbone, NamedModules, freeze
 from pcl_ext.model.catalogue import Catalogue
 from pcl_ext.model.config import MemoryConfig
 from pcl_ext.model.encoded import Encoded
-from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead, task_loss
+from pcl_ext.model.heads import ItemsHead, LabelHead, RepeatScores, TiedItemsHead, task_loss, wide
 from pcl_ext.model.layout import LayerPrefix
 from pcl_ext.model.members import OWN, Member, fold, folded_width
 from pcl_ext.model.memories import (
@@ -105,7 +105,7 @@ class Task(nn.Module):
 
     def _item_width(self) -> int:
         if self.spec.kind != "items":
-            return 16
+            return max(16, 2 * self.spec.num_outputs(self.shape.num_items))  # fewer could not tell many classes apart
         return COLD_WIDTH if self.cold else self.shape.dim
 
     def _width(self, name: str, width: int, closed: bool) -> int:
@@ -262,7 +262,8 @@ class Task(nn.Module):
         Adam's eps and weight decay are absolute: so the task learns the same whatever unit its targets are given in.
         """
         if self.spec.kind == "regression":
-            output, target = output.float() / self.head.unit[1], target.float() / self.head.unit[1]
+            output, deviation = wide(output), self.head.unit[1]
+            output, target = output / deviation, target.to(output.dtype) / deviation
         return task_loss(self.spec, output, target, target_row)
 
     def queries(self, encoded: Encoded) -> Tensor:

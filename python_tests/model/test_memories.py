@@ -11,6 +11,7 @@ from model_cases import LENGTHS, SPECS, V, add, histories, pack
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.model.memories.item_memory import ItemMemory, hashed_rows
 from pcl_ext.store import from_pretrained, save_pretrained
+from pcl_ext.task import TaskSpec
 
 KINDS = {
     "hashed": {"readout": ("item_memory",), "item_rows": 7},
@@ -308,3 +309,12 @@ def test_memory_and_head_parameters_are_all_of_a_task(model, kind):
     task = add(model, "click", "none", **KINDS[kind])
     parts = [*task.memory_parameters(), *task.head_parameters()]
     assert sorted(map(id, parts)) == sorted(map(id, task.parameters()))
+
+
+@pytest.mark.parametrize(("classes", "width"), [(3, 16), (8, 16), (21, 42)])
+def test_an_item_memory_can_tell_many_classes_apart(classes, width):
+    task = make_model().add_task(TaskSpec("occupation", "classes", num_classes=classes), MemoryConfig())
+    assert task.memories["item_memory"].table.shape == (V + 1, width)
+    task.fit_head(torch.zeros(4, len(task.fixed)), torch.tensor([0, 1, 2, 0]))
+    task.close()
+    assert task.memories["item_memory"].table.shape == (V + 1, classes)
