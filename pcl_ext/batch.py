@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pcl_ext import ops
+from pcl_ext.ops._check import check_count, check_tensor
 
 
 @dataclass(frozen=True, eq=False)  # two of them are equal where they are one
@@ -58,8 +59,11 @@ class PackedBatch:
         """items [T], offsets [B + 1] int64, best on the CPU, where values are checked: offsets of a GPU are fetched,
         items of a GPU are taken as they are.
 
-        Raises ValueError where the offsets do not fit the items, or an item is no id: these begin at 1.
+        Raises ValueError where the offsets do not fit the items, or an item is no id: these begin at 1. TypeError where
+        they are no tensors: `torch.from_numpy` makes one of an array.
         """
+        check_tensor("items", items)
+        check_tensor("offsets", offsets)
         if items.dim() != 1 or items.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"items must be [T] int32 or int64, got {list(items.shape)} {items.dtype}")
         host = offsets.cpu()
@@ -80,8 +84,7 @@ class PackedBatch:
 
         Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are read.
         """
-        if max_len < 1:
-            raise ValueError(f"max_len must be at least 1, got {max_len}")
+        num_items, max_len = check_count("num_items", num_items), check_count("max_len", max_len, 1)
         ids, lengths = _flat(list(histories))
         user, known = torch.repeat_interleave(lengths), (ids >= 1) & (ids <= num_items)
         ids, user = ids[known], user[known]
@@ -96,8 +99,9 @@ class PackedBatch:
     def from_padded(cls, padded: Tensor) -> PackedBatch:
         """Histories as the rows of padded [B, L] int32 or int64, oldest first; 0 is padding, on whichever side.
 
-        All ids are read: cut to the newest `max_len` of the backbone before. Raises ValueError as `from_packed` does.
+        All ids are read: cut to the newest `max_len` of the backbone before. Raises as `from_packed` does.
         """
+        check_tensor("padded", padded)
         if padded.dim() != 2 or padded.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"padded must be [B, L] int32 or int64, got {list(padded.shape)} {padded.dtype}")
         known = padded != 0
@@ -107,8 +111,7 @@ class PackedBatch:
     def from_stored(cls, values, offsets, rows, cut, max_len: int) -> PackedBatch:
         """The first cut [b] int64 events of the histories rows [b] int64 of a stored CSR, as `ops.gather_histories`
         takes them: the newest max_len are read."""
-        if max_len < 1:
-            raise ValueError(f"max_len must be at least 1, got {max_len}")
+        max_len = check_count("max_len", max_len, 1)
         read = ops.gather_histories(values, offsets, rows, max_len, cut)
         before = torch.as_tensor(cut, device="cpu") - max_len
         older, most = None, int(before.max()) if len(before) else 0

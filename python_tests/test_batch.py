@@ -75,6 +75,22 @@ def test_what_is_no_padded_block_is_named(padded, message):
         PackedBatch.from_padded(padded)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PackedBatch.from_padded(np.ones((2, 3), np.int64)), "padded must be a Tensor, got ndarray"),
+        (lambda: PackedBatch.from_padded([[1, 2]]), "padded must be a Tensor, got list"),
+        (lambda: PackedBatch.from_packed([1, 2], torch.tensor([0, 2])), "items must be a Tensor, got list"),
+        (lambda: PackedBatch.from_packed(torch.tensor([1]), np.array([0, 1])), "offsets must be a Tensor, got ndarray"),
+        (lambda: PackedBatch.from_lists([[1]], num_items=5, max_len=2.0), "max_len must be an int, got float"),
+        (lambda: PackedBatch.from_lists([[1]], num_items=None, max_len=2), "num_items must be an int, got NoneType"),
+    ],
+)
+def test_arguments_of_another_type_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_no_history_at_all():
     batch = PackedBatch.from_lists([], num_items=5, max_len=2)
     assert (len(batch), batch.max_seqlen, batch.items.numel()) == (0, 0, 0)

@@ -16,9 +16,17 @@ from pcl_ext.model.config import BackboneConfig
 from pcl_ext.model.conv_layer import ConvLayer
 from pcl_ext.model.dropout import Dropout
 from pcl_ext.model.layout import LayerPrefix, Layout
+from pcl_ext.model.plain_part import does_more
 from pcl_ext.ops import direct
 
-PARTS = ("norm_attention", "qkv", "out", "norm_ffn", "ffn_in", "ffn_out")  # of a Layer: each a weight and a bias
+PARTS = {  # of a Layer: each a weight and a bias
+    "norm_attention": nn.LayerNorm,
+    "qkv": nn.Linear,
+    "out": nn.Linear,
+    "norm_ffn": nn.LayerNorm,
+    "ffn_in": nn.Linear,
+    "ffn_out": nn.Linear,
+}
 
 
 class Layer(nn.Module):
@@ -35,13 +43,17 @@ class Layer(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.dropout = Dropout(config.dropout)
-        self.shapes = [tuple(tensor.shape) for part in self._weights() for tensor in part]
+        self.shapes = [tuple(tensor.shape) for name in PARTS for tensor in self._modules[name].parameters()]
 
-    def _weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of each of PARTS. `part.weight` is looked for in many places, which a small request feels."""
+    def _weights(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Weight and bias of each of PARTS; None where a part does more than they say, and so has to be called.
+
+        `part.weight` is looked for in many places, which a small request feels."""
         pairs, compiling = [], torch.compiler.is_compiling()
-        for name in PARTS:
+        for name, kind in PARTS.items():
             part = self._modules[name]
+            if does_more(part, kind):
+                return None
             own = part._parameters or part._buffers
             if compiling or "weight" not in own or "bias" not in own:  # a parametrisation computes them, for one
                 pairs.append((part.weight, part.bias))
@@ -57,7 +69,8 @@ class Layer(nn.Module):
         before  keys and values [M, H, d] of the prefix
         """
         weights = self._weights()
-        run = direct if direct.takes(x, chain.from_iterable(weights), self.shapes, before or ()) else ops
+        plain = weights and direct.takes(x, chain.from_iterable(weights), self.shapes, before or ())
+        run = direct if plain else ops
         if read == "every":
             q, k, v = self._project(run, x, weights, 0, 3)
         else:
@@ -75,19 +88,23 @@ class Layer(nn.Module):
             attended = run.prompt_attention(q, k, v, layout.offsets, *layout.prefixed(before), plan=layout.plan)
         return self._finish(run, x, attended.flatten(1), weights), (k, v)
 
-    def _project(self, run: ModuleType, x: Tensor, weights: list, first: int, last: int) -> tuple[Tensor, ...]:
+    def _project(self, run: ModuleType, x: Tensor, weights: list | None, first: int, last: int) -> tuple[Tensor, ...]:
         """x [T, D] -> the queries (0), keys (1) and values (2) of its rows from first up to last, [T, H, d] each."""
-        norm, (weight, bias), dim = weights[0], weights[1], x.shape[1]
-        if last - first < 3:
-            weight, bias = weight[first * dim : last * dim], bias[first * dim : last * dim]
-        rows = run.linear(x, weight, bias, norm=norm, eps=self._modules["norm_attention"].eps)
+        dim = x.shape[1]
+        if weights is None:
+            rows = self.qkv(self.norm_attention(x))[:, first * dim : last * dim]
+        else:
+            norm, (weight, bias) = weights[:2]
+            if last - first < 3:
+                weight, bias = weight[first * dim : last * dim], bias[first * dim : last * dim]
+            rows = run.linear(x, weight, bias, norm=norm, eps=self._modules["norm_attention"].eps)
         if last - first == 1:
             return (rows.view(rows.shape[0], *self.heads),)
         return rows.view(rows.shape[0], last - first, *self.heads).unbind(1)
 
-    def _finish(self, run: ModuleType, x: Tensor, attended: Tensor, weights: list) -> Tensor:
+    def _finish(self, run: ModuleType, x: Tensor, attended: Tensor, weights: list | None) -> Tensor:
         """x [T, D] and what its rows found [T, D] -> the layer's output [T, D]."""
-        if self.training and self.dropout.p:
+        if weights is None or (self.training and self.dropout.p):
             x = x + self.dropout(self.out(attended))
             return x + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.norm_ffn(x)))))
         _, _, out, norm, ffn_in, ffn_out = weights

@@ -9,6 +9,7 @@ from pcl_ext import ops
 from pcl_ext.model.config import BackboneConfig
 from pcl_ext.model.dropout import Dropout
 from pcl_ext.model.layout import Layout
+from pcl_ext.model.plain_part import does_more
 
 KERNEL = 3
 DILATIONS = (1, 2, 4, 8)  # of one block after another, again and again
@@ -29,6 +30,7 @@ class ConvLayer(nn.Module):
         self.conv_out = nn.Conv1d(dim, dim, KERNEL, dilation=2 * dilation)
         self.norm_out = nn.LayerNorm(dim)
         self.dropout = Dropout(config.dropout)
+        self.dilations = (dilation, 2 * dilation)
 
     def forward(
         self, x: Tensor, layout: Layout, before: tuple[Tensor, Tensor] | None, read: str
@@ -38,16 +40,23 @@ class ConvLayer(nn.Module):
         before  the same [M, D] of the prefix
         """
         before_in, before_out = before or (None, None)
-        hidden = torch.relu(self.norm_in(_convolve(self.conv_in, x, before_in, layout)))
+        hidden = torch.relu(self.norm_in(_convolve(self.conv_in, self.dilations[0], x, before_in, layout)))
         kept = (x, hidden)
         if read == "none":
             return x[:0], kept
         rows = layout.newest if read == "newest" else None
-        branch = torch.relu(self.norm_out(_convolve(self.conv_out, hidden, before_out, layout, rows)))
+        branch = _convolve(self.conv_out, self.dilations[1], hidden, before_out, layout, rows)
+        branch = torch.relu(self.norm_out(branch))
         return (x if rows is None else x.index_select(0, rows)) + self.dropout(branch), kept
 
 
-def _convolve(conv: nn.Conv1d, x: Tensor, before: Tensor | None, layout: Layout, rows: Tensor | None = None) -> Tensor:
+def _convolve(
+    conv: nn.Conv1d, step: int, x: Tensor, before: Tensor | None, layout: Layout, rows: Tensor | None = None
+) -> Tensor:
     """The convolution at every row, or at rows [m]: one product of what each sees with the kernel as a matrix."""
-    seen = layout.look_back(KERNEL, conv.dilation[0], rows).take(x, before)
+    seen = layout.look_back(KERNEL, step, rows).take(x, before)
+    if does_more(conv, nn.Conv1d):  # it is given what each row sees, `step` apart again
+        spread = seen.new_zeros(len(seen), x.shape[1], (KERNEL - 1) * step + 1)
+        spread[:, :, ::step] = seen.unflatten(1, (KERNEL, -1)).transpose(1, 2)
+        return conv(spread)[:, :, 0]
     return ops.linear(seen, conv.weight.transpose(1, 2).flatten(1), conv.bias)

@@ -116,7 +116,7 @@ class LabelHead(nn.Module):
 
 
 def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> Tensor:
-    """Mean loss over targets.
+    """Mean loss over targets, in float32, or in float64 where the output is of it.
 
     output [b, C] (items, classes) or [b] (binary logits, regression values); target [m]: the column, the class, 0 / 1
     or the value; target_row [m]: the row of the output each belongs to. Without targets it is 0. A column below 0,
@@ -126,18 +126,24 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     """
     _check_targets(spec, output, target, target_row)
     if not len(target):
-        return output[:0].float().sum()
+        return wide(output[:0]).sum()
     target_row = target_row.long()
     if spec.kind == "items":
         own = output[target_row, target.long()]
         _check_unseen(spec, output, own, target, target_row)
-        losses = _logsumexp(output)[target_row] - own.float()
+        losses = _logsumexp(output)[target_row] - wide(own)
         return losses.masked_fill(target < 0, torch.nan).mean()
     if spec.kind == "classes":
-        return F.cross_entropy(output[target_row].float(), target.long())
+        return F.cross_entropy(wide(output[target_row]), target.long())
+    output = wide(output[target_row])
     if spec.kind == "binary":
-        return F.binary_cross_entropy_with_logits(output[target_row].float(), target.float())
-    return F.mse_loss(output[target_row].float(), target.float())
+        return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))
+    return F.mse_loss(output, target.to(output.dtype))
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is of it: what losses are summed in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check_unseen(spec: TaskSpec, output: Tensor, own: Tensor, target: Tensor, target_row: Tensor) -> None:
@@ -160,10 +166,10 @@ def _can_be_read(tensor: Tensor) -> bool:
 
 
 def _logsumexp(output: Tensor) -> Tensor:
-    """[b, C] -> [b] float32. More columns than a cache holds are summed in parts; a gradient takes them at once."""
+    """[b, C] -> [b], as `wide`. More columns than a cache holds are summed in parts; a gradient takes them at once."""
     if output.requires_grad or output.shape[1] <= _CACHED:
-        return torch.logsumexp(output.float(), dim=1)
-    return torch.stack([torch.logsumexp(part.float(), 1) for part in output.split(_CACHED, 1)]).logsumexp(0)
+        return torch.logsumexp(wide(output), dim=1)
+    return torch.stack([torch.logsumexp(wide(part), 1) for part in output.split(_CACHED, 1)]).logsumexp(0)
 
 
 def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> None:

@@ -129,7 +129,21 @@ def define(
         LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"pcl_ext::{name}", fake, lib=LIBRARY)
     if autograd is not None:
-        LIBRARY.impl(name, autograd.apply, "Autograd")
+        LIBRARY.impl(name, _outside_transforms(autograd.apply), "Autograd")
+
+
+def _outside_transforms(apply):
+    """apply of an autograd.Function, which torch.func.grad and its kin cannot see through: that raises here."""
+
+    def wrapper(*args):
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "torch.func.grad, jacrev, vjp and jvp cannot differentiate the kernels of pcl_ext: take "
+                "impl='reference', which runs on PyTorch's operations, or torch.autograd.grad"
+            )
+        return apply(*args)
+
+    return wrapper
 
 
 def check_floats(*tensors: Tensor | None, mixed: bool = False) -> None:

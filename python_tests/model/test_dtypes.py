@@ -5,6 +5,7 @@ import torch
 from model_cases import SPECS, V, add, histories, pack
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
+from pcl_ext.model.heads import task_loss
 
 DTYPES = [torch.float64, torch.bfloat16, torch.float16]
 KINDS = {
@@ -77,3 +78,19 @@ def default_dtype():
     before = torch.get_default_dtype()
     yield torch.set_default_dtype
     torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_loss_in_float64_is_of_float64(name):
+    """Not rounded to float32 on the way, nor are its gradients."""
+    model = make_model(torch.float64)
+    task = add(model, name)
+    with torch.no_grad():
+        output = model(pack(histories()), name)
+    target = torch.tensor([1, 0]) if name in ("rank", "age") else torch.tensor([1.0, 0.0])
+    rows = torch.tensor([0, 4])
+    output = output.clamp_min(-9.0).requires_grad_()
+    for loss in (task.loss, lambda *args: task_loss(task.spec, *args)):
+        assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, target, rows), output)
+        assert loss(output[:1], target[:0], rows[:0]).dtype == torch.float64
+        assert loss(output.detach().bfloat16(), target, rows).dtype == torch.float32

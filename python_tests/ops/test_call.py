@@ -156,3 +156,15 @@ def test_numbers_still_to_be_negated_or_conjugated(name):
 def test_a_tangent_is_not_dropped_in_silence(name):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
         CALLS[name](forward_ad.make_dual(torch.randn(8, 8), torch.randn(8, 8)))
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("kind", ["grad", "jvp"])
+def test_a_functional_derivative_says_what_to_do(name, kind):
+    rows = torch.randn(8, 8)
+    derivatives = {
+        "grad": lambda: torch.func.grad(lambda x: CALLS[name](x).sum())(rows),
+        "jvp": lambda: torch.func.jvp(CALLS[name], (rows,), (rows,)),
+    }
+    with pytest.raises(RuntimeError, match="torch.func.grad, .* cannot differentiate the kernels .*'reference'"):
+        derivatives[kind]()

@@ -1,9 +1,14 @@
 """DistributedDataParallel around a task: every parameter has its part in every step, and the gradients are its own."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pcl_ext import Backbone, BackboneConfig, MemoryConfig, PackedBatch, TaskSpec, UserModel, task_loss
@@ -75,3 +80,19 @@ def test_every_parameter_of_a_task_takes_part(kind, settings, earlier):
         for (name, parameter), own in zip(twin.named_parameters(), module.parameters()):
             torch.testing.assert_close(own.grad, parameter.grad, rtol=0, atol=0, msg=name)
     parallel(batch, TARGETS[kind])
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("kind", ["transformer", "nextitnet"])
+def test_single_parts_of_a_layer_may_be_sharded(kind):
+    """Their weights are whole only while they are called."""
+    backbone = Backbone(BackboneConfig(V, dim=16, max_len=MAX_LEN, dropout=0.0, kind=kind))
+    twin, batch = deepcopy(backbone), PackedBatch.from_lists([[1, 2, 5], [], [9] * 12], num_items=V, max_len=MAX_LEN)
+    for part in backbone.layers[0].children():
+        if list(part.parameters()):
+            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    for module in (backbone, twin):
+        module(batch)[-1].square().sum().backward()
+    for sharded, parameter in zip(backbone.parameters(), twin.parameters()):
+        own = sharded.grad.full_tensor() if isinstance(sharded, DTensor) else sharded.grad
+        torch.testing.assert_close(own, parameter.grad, rtol=1e-4, atol=1e-5)

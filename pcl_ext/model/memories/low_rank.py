@@ -58,4 +58,9 @@ def _with_weights(layer: Layer, weights: dict[str, Tensor]) -> Layer:
         part = changed._modules[name] = copy(layer._modules[name])
         part._parameters = {key: value for key, value in part._parameters.items() if key != "weight"}
         part._buffers = part._buffers | {"weight": weight}
+        if part.weight is not weight:
+            raise TypeError(
+                f"low_rank changes the weight of the top layer's {name!r}, which a {type(part).__name__} computes "
+                "itself: merge what does so into the weight first"
+            )
     return changed
