@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from stores import HISTORIES, RECORD, SPECS, add, files, flip, hashes, make_model, path_of
+from torch import nn
 
 from pcl_ext.model import MemoryConfig
 from pcl_ext.store import StoreError, from_pretrained, load_tensors, lock, read_manifest, save_pretrained, verify
@@ -134,6 +135,22 @@ def test_a_record_that_is_no_json_is_not_saved(run, record):
     with pytest.raises(StoreError, match="record must be JSON"):
         save_pretrained(from_pretrained(run), run, record)
     assert (run / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["adapter", "parametrisation", "mask"])
+def test_a_backbone_with_more_than_its_weights_is_not_saved(tmp_path, change):
+    model = make_model("next")
+    layer = model.backbone.layers[0]
+    linear = next(name for name, part in layer.named_children() if isinstance(part, nn.Linear))
+    if change == "adapter":
+        setattr(layer, linear, nn.Sequential(getattr(layer, linear), nn.Linear(4, 4)))
+    elif change == "mask":
+        layer.register_buffer("mask", torch.ones(3))
+    else:
+        nn.utils.parametrizations.weight_norm(getattr(layer, linear))
+    with pytest.raises(StoreError, match=r"must have the tensors of its configuration.*layers\.0\..*merge"):
+        save_pretrained(model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_leftovers_go_and_the_files_of_others_stay(run):

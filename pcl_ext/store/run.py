@@ -41,9 +41,9 @@ def save_pretrained(model: UserModel, path: str | Path, record: Mapping[str, Any
     record  JSON values kept with them; None keeps the record that is there, but for what it says of tasks that were
             removed from the model, or learned anew
     StoreError, with what was saved before untouched: a tensor that is not finite, or of another floating dtype than
-    the backbone's item table, a run of another backbone that has tasks, a run with a task that is neither closed in
-    the model nor was removed from it, say one learned since it was loaded, a damaged file in the way, a second process
-    saving to the same run. OSError where the disk refuses.
+    the backbone's item table, a backbone with adapters or parametrisations, a run of another backbone that has tasks, a
+    run with a task that is neither closed in the model nor was removed from it, say one learned since it was loaded, a
+    damaged file in the way, a second process saving to the same run. OSError where the disk refuses.
     """
     path = Path(path)
     if still_open := [name for name, task in model.tasks.items() if not task.closed]:
@@ -168,6 +168,7 @@ def lock(path: str | Path) -> Iterator[None]:
 
 def _backbone_entry(model: UserModel) -> dict[str, Any]:
     state = _checked(model.backbone.state_dict(), "the backbone", model.backbone.table.dtype)
+    _check_plain(state, model.backbone.config)
     entry = {"config": _json(model.backbone.config.to_json()), "tensors": describe(state), "state": state}
     entry["hash"] = backbone_hash(entry["config"], entry["tensors"])
     entry["metadata"] = _metadata(entry, entry["hash"])
@@ -202,6 +203,20 @@ def _checked(state: Mapping[str, Any], whose: str, dtype: torch.dtype) -> dict[s
                 "dtype: call model.float() and save again; nothing was saved"
             )
     return dict(state)
+
+
+def _check_plain(state: Mapping[str, Any], config: BackboneConfig) -> None:
+    """The backbone has the tensors that one of its configuration has, and can be loaded again."""
+    with torch.device("meta"):
+        plain = Backbone(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    odd = set(shapes.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in plain.items()}
+    if names := sorted({name for name, _ in odd}):
+        raise StoreError(
+            f"the backbone must have the tensors of its configuration, it differs in {', '.join(names[:4])}"
+            f"{' and others' if len(names) > 4 else ''}: a run holds no adapters, masks or parametrisations; merge "
+            "them into the weights and save again; nothing was saved"
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:
