@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -31,6 +31,9 @@ class Older:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Older:
         moved = (x.to(device, non_blocking=non_blocking) for x in (self.items, self.offsets))
         return Older(*moved, self.on_host)
+
+    def pin_memory(self) -> Older:
+        return replace(self, items=self.items.pin_memory(), offsets=self.offsets.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +148,12 @@ class PackedBatch:
         older = None if self.older is None else self.older.to(device, non_blocking=non_blocking)
         plan = self.plan.to(device, non_blocking=non_blocking)
         return PackedBatch(items, offsets, self.max_seqlen, plan, self.on_host, self.dropped, older)
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory, as a DataLoader with `pin_memory=True` asks of it."""
+        older = None if self.older is None else self.older.pin_memory()
+        items, offsets = self.items.pin_memory(), self.offsets.pin_memory()
+        return replace(self, items=items, offsets=offsets, plan=self.plan.pin_memory(), older=older)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

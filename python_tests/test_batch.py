@@ -5,8 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils import pin_memory as torch_pin
 
 from pcl_ext import PackedBatch
+from pcl_ext.data import ExampleBatch
 
 
 def test_the_newest_known_ids_are_kept():
@@ -33,6 +35,23 @@ def test_what_is_older_comes_along():
         assert part.older.on_host.tolist() == [2, 0, 1]
     assert batch.to("meta").older.items.is_meta
     assert PackedBatch.from_lists([[1, 2], [9, 3, 4]], num_items=5, max_len=2).older is None
+
+
+def test_a_loader_pins_every_tensor(monkeypatch):
+    """Without a GPU torch pins nothing: what is asked of it is looked at."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    batch = PackedBatch.from_lists([[4, 1, 9, 2, 3], [5], [3, 2, 1]], num_items=5, max_len=2)
+    other = ExampleBatch(batch, torch.ones(3), torch.arange(3), torch.arange(3))
+    moved = torch_pin.pin_memory(other)
+    asked = {id(x) for x in pinned}
+    for part in (batch, batch.older, batch.plan, other):
+        values = part._asdict() if isinstance(part, tuple) else vars(part)
+        named = {name for name, x in values.items() if isinstance(x, torch.Tensor) and id(x) in asked}
+        assert named == {name for name, x in values.items() if isinstance(x, torch.Tensor)} - {"on_host"}
+    assert moved.history.items.tolist() == batch.items.tolist()
+    assert moved.history.older.items.tolist() == batch.older.items.tolist()
+    assert moved.history.plan.total == batch.plan.total
 
 
 @pytest.mark.parametrize("max_len", [1, 2, 3, 4])

@@ -28,10 +28,10 @@ class ExampleBatch(NamedTuple):
     target_row: Tensor
     index: Tensor
 
-    def to(self, device: torch.device | str) -> ExampleBatch:
-        """On a device, but for `index`."""
-        history = self.history.to(device)
-        return ExampleBatch(history, self.target.to(device), self.target_row.to(device), self.index)
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ExampleBatch:
+        """On a device, but for `index`; non_blocking as in `torch.Tensor.to`."""
+        moved = (x.to(device, non_blocking=non_blocking) for x in self[:3])
+        return ExampleBatch(*moved, self.index)
 
 
 def plan(examples: Examples, *, max_tokens: int, max_len: int, seed: int | None) -> list[Tensor]:

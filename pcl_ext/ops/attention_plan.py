@@ -1,6 +1,6 @@
 """attention_plan: check offsets and prefixes once, build the work list of a batch once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class AttentionPlan:
         numbers = (self.batch, self.num_prefixes, self.total, self.prefix_total)
         work = work.to(device, non_blocking=non_blocking)
         return AttentionPlan(*moved, self.index_left_out, work, *numbers)
+
+    def pin_memory(self) -> "AttentionPlan":
+        """The same plan in page-locked memory."""
+        pinned = {name: x.pin_memory() for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **pinned)
 
 
 def attention_plan(
