@@ -79,6 +79,11 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(other), f"{page.name}: {target}"
 
 
+def test_every_page_is_in_the_site():
+    listed = set(re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} == listed
+
+
 def paths_of_the_map():
     """Paths of CONTRIBUTING's map of the tree; two blanks go one folder down."""
     (tree,) = [text for _, text, _ in blocks(CONTRIBUTING, "text") if "pcl_ext/" in text]
