@@ -144,7 +144,9 @@ def fit(
         with average.in_place():
             if _end_epoch(progress, problem.validate(), problem):
                 best = {name: p.detach().clone() for name, p in trained.items()}
+        _say_epoch(progress, problem.label)
         keeper.save(progress, best, average.values, now=True)
+    _say_kept(progress, problem)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best[name])
@@ -239,13 +241,31 @@ def _is_better(progress: Progress, score: Score, problem: Problem) -> bool:
 
 
 def _bar(batches: Iterator[Any], steps: int, progress: Progress, label: str) -> Iterator[Any]:
-    """The batches of an epoch behind a progress bar; where stderr is no terminal, an epoch has a line in the log."""
+    """The batches of an epoch behind a progress bar, which says how the last one ended."""
     text = f"{label} epoch {progress.epoch}"
     if progress.curve:
-        text += "  " + "  ".join(f"{name} {value:.4f}" for name, value in progress.curve[-1]["valid"].items())
-    if not sys.stderr.isatty():
-        _LOG.info("%s", text)
+        text += "  " + _metrics(progress.curve[-1]["valid"])
     with bar(text, steps, " steps", progress.step) as steps_done:
         for batch in batches:
             yield batch
             steps_done.update()
+
+
+def _say_epoch(progress: Progress, label: str) -> None:
+    """In the log, where stderr is no terminal with a bar that says it."""
+    if not sys.stderr.isatty():
+        last = progress.curve[-1]
+        best = "  best so far" if last["best"] else ""
+        _LOG.info("%s epoch %d  loss %.4f  %s%s", label, last["epoch"], last["loss"], _metrics(last["valid"]), best)
+
+
+def _say_kept(progress: Progress, problem: Problem) -> None:
+    """In the log: which epoch's weights the model has now."""
+    kept = next((entry for entry in reversed(progress.curve) if entry["best"]), None)
+    which = f"epoch {kept['epoch']} of 0 to {len(progress.curve) - 1}" if kept else "the start, which no epoch beat,"
+    value = (kept["valid"] if kept else progress.start)[problem.metric]
+    _LOG.info("%s: %s is kept, %s %.4f on the valid users", problem.label, which, problem.metric, value)
+
+
+def _metrics(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())

@@ -1,5 +1,6 @@
 """The training loop on one weight: when it stops, what it keeps, and how each step is taken."""
 
+import logging
 import math
 from unittest import mock
 
@@ -41,12 +42,17 @@ def score(value: float, loss: float = 1.0) -> Score:
 
 @pytest.mark.parametrize("metric", ["auc", "rmse"])
 @pytest.mark.parametrize("better", [False, True])
-def test_a_start_is_kept_where_training_does_not_beat_it(better, metric):
+def test_a_start_is_kept_where_training_does_not_beat_it(better, metric, caplog):
+    caplog.set_level(logging.INFO, "pcl_ext")
     scores = [score(0.5), score(0.4), score(0.6 if better else 0.5), score(0.3)]
     curve, seen, weight = one_weight(scores, metric, keep_start=True)
     assert seen == [1, 0, -1, -2]
     assert [entry["best"] for entry in curve] == [False, better, False]
     assert weight == (-1 if better else 1)
+    value = 0.6 if better else 0.5
+    which = "epoch 1 of 0 to 2" if better else "the start, which no epoch beat,"
+    said = f"t: {which} is kept, {metric} {value if metric == 'auc' else 1 - value:.4f} on the valid users"
+    assert caplog.messages[-1] == said
 
 
 def test_the_average_over_epochs_is_judged_and_kept():

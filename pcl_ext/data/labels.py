@@ -10,11 +10,13 @@ import numpy as np
 from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.coded import count_codes
 from pcl_ext.data.config import TaskConfig
+from pcl_ext.data.examples import user_chunks
 from pcl_ext.data.log import EventLog
 from pcl_ext.data.parquet import LARGEST
 from pcl_ext.data.targets import task_events
 
 _LOG = logging.getLogger(__name__)
+_EVENTS = 1 << 20  # whose values are sorted at a time
 _FEW = 10  # train users of a class that is said to be rare
 _WORDS = {"", "-", "?", "na", "n/a", "nan", "none", "null", "unknown"}  # lower case; they often mean that it is missing
 
@@ -39,8 +41,9 @@ def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
         return _at_end(log, kept, column, task.reduce)
     values = numbers(column, f"{label}: column {task.column!r} of reduce {task.reduce!r} (first and last take text)")
     kept &= np.isfinite(values)
-    user = log.row_of[log.user.codes[kept]]
-    return pa.array(_reduce(task.reduce, user, values[kept], len(log.users)), from_pandas=True)
+    chosen = log.ordered(kept)
+    user, values = log.row_of[log.user.codes[chosen]], values[chosen]
+    return pa.array(_reduce(task.reduce, user, values, len(log.users)), from_pandas=True)
 
 
 def _at_end(log: EventLog, kept: np.ndarray, column: pa.ChunkedArray, end: str) -> pa.Array:
@@ -54,11 +57,14 @@ def _at_end(log: EventLog, kept: np.ndarray, column: pa.ChunkedArray, end: str) 
 
 
 def _reduce(how: str, user: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """[count] float64, NaN for users without a value."""
-    order = np.lexsort((values, user))
-    user, values = user[order], values[order]
+    """[count] float64, NaN for users without a value; `user` never decreases. Changes `values`: some users at a time
+    are sorted, since sorting all at once would take several times their memory."""
     sizes = np.bincount(user, minlength=count)
-    starts = np.cumsum(sizes) - sizes
+    offsets = np.r_[0, np.cumsum(sizes)]
+    for begin, end in user_chunks(offsets, _EVENTS):
+        part = slice(offsets[begin], offsets[end])
+        values[part] = values[part][np.lexsort((values[part], user[part]))]
+    starts = offsets[:-1]
     result = np.full(count, np.nan)
     some = sizes > 0
     first, last = starts[some], starts[some] + sizes[some] - 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pcl_ext.data._arrow import csv, ds, pa, pc
-from pcl_ext.data.coded import Coder, can_code, coded, give_back
+from pcl_ext.data.coded import Coder, can_code, give_back
 from pcl_ext.data.config import TableConfig
 from pcl_ext.data.id_text import empty_as_null, integer_ids, refuse_line_breaks
 
@@ -18,6 +18,7 @@ _FEW = {  # batches of a Parquet file in memory at a time
     "fragment_readahead": 1,
     "fragment_scan_options": ds.ParquetFragmentScanOptions(pre_buffer=False),
 }
+_BLOCK = 1 << 23  # bytes of a CSV that are read at a time
 _KEYS = {"user_id": "user", "item_id": "item"}  # by the name of the column that they have by default
 _NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and keys; another text is missing where it is empty
 _ENCODING = ': give the `encoding` of the file, as "latin-1"'
@@ -43,16 +44,18 @@ def read_table(
         _choose(parts.schema.names, path, where, set(config.text), ())
         columns = _choose(parts.schema.names, path, where, required, optional)
         scan = parts.scanner(columns=columns, **_FEW)
-        return _collect(scan.projected_schema, scan.to_batches(), config, f"{where}: {path}")
+        clean = lambda table: _clean(table, config, f"{where}: {path}")  # noqa: E731
+        return _collect(scan.projected_schema, scan.to_batches(), config.ids, clean)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: {path} is not a readable Parquet file: {error}") from error
 
 
-def _collect(schema: pa.Schema, batches: Iterable[pa.RecordBatch], config: TableConfig, where: str) -> pa.Table:
-    """The table of all batches, of which those read so far hold their ids as codes only."""
-    clean = lambda table: _clean(table, config, where)  # noqa: E731
+def _collect(
+    schema: pa.Schema, batches: Iterable[pa.RecordBatch], ids: list[str], clean: Callable[[pa.Table], pa.Table]
+) -> pa.Table:
+    """The table of all batches, cleaned, of which those read so far hold their ids as codes only."""
     kinds = {field.name: field.type for field in clean(schema.empty_table()).schema}
-    columns = {name: Coder(kind) if name in config.ids and can_code(kind) else [] for name, kind in kinds.items()}
+    columns = {name: Coder(kind) if name in ids and can_code(kind) else [] for name, kind in kinds.items()}
     for batch in batches:
         table = clean(pa.Table.from_batches([batch]))
         for name, column in columns.items():
@@ -137,7 +140,7 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
             delimiter, quote, encoding = _SEPARATOR, "", "utf-8"
         parse = csv.ParseOptions(delimiter=delimiter, quote_char=quote or False, newlines_in_values=bool(quote))
         options = {
-            "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding),
+            "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding, block_size=_BLOCK),
             "parse_options": parse,
         }
         convert = csv.ConvertOptions(
@@ -151,21 +154,38 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
             names = reader.schema.names
         _choose(names, path, where, set(config.text), ())
         convert.include_columns = _choose(names, path, where, required, optional)
-        table = csv.read_csv(source(), convert_options=convert, **options)
+        table = _collect_csv(source, config, options | {"convert_options": convert})
     except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
         raise ValueError(f"{where}: {path} is not readable as CSV: {error}{_hint(error, config)}") from error
     for name in table.column_names:
         if pa.types.is_binary(table[name].type):
             raise ValueError(f"{where}: {path}: column {name!r} is not {config.encoding} text{_ENCODING}")
-        if name in config.ids:
-            table = table.set_column(table.column_names.index(name), name, coded(table[name]))
-            give_back()
         if name in config.ids and name not in config.text:
             table = integer_ids(table, name, _NULLS, where)
         if name in {*config.ids, *config.keys}:
             refuse_line_breaks(table[name], f"{where}: {path}: column {name!r}")
-        table = empty_as_null(table, name, _NULLS if name in config.keys else [""])
+        if name in config.ids:
+            table = empty_as_null(table, name, _NULLS if name in config.keys else [""])
     return table
+
+
+def _collect_csv(source: Callable, config: TableConfig, options: dict) -> pa.Table:
+    """All columns that `options` ask for, ids coded as they are written, of other text null for what is empty."""
+
+    def clean(table: pa.Table) -> pa.Table:
+        for name in set(table.column_names) - set(config.ids):
+            table = empty_as_null(table, name, _NULLS if name in config.keys else [""])
+        return table
+
+    try:
+        with csv.open_csv(source(), **options) as reader:
+            return _collect(reader.schema, reader, config.ids, clean)
+    except pa.ArrowInvalid as error:
+        if "conversion error" not in str(error):
+            raise
+    # A column is of another kind than its first block: Arrow finds the one that fits where it reads all.
+    table = csv.read_csv(source(), **options)
+    return _collect(table.schema, table.to_batches(), config.ids, clean)
 
 
 def _hint(error: Exception, config: TableConfig) -> str:

@@ -81,9 +81,14 @@ def test_learn_takes_its_settings_from_the_file_and_the_line(made):
 
 def test_a_log_has_a_line_an_epoch(made, pcl, copy):
     _, _, err = pcl("learn", copy, "loyal", "--data", made.data, "--learn.epochs", 2)
-    epochs = [line.split() for line in err if " epoch " in line]
-    assert [words[:3] for words in epochs] == [["loyal", "epoch", "0"], ["loyal", "epoch", "1"]]
-    assert "auc" in epochs[1]
+    curve = record_of(copy)["curves"]["loyal"]
+    kept = max(entry["epoch"] for entry in curve if entry["best"])
+    for line, entry in zip(err, curve):
+        values = "  ".join(f"{name} {value:.4f}" for name, value in entry["valid"].items())
+        best = "  best so far" if entry["best"] else ""
+        assert line == f"loyal epoch {entry['epoch']}  loss {entry['loss']:.4f}  {values}{best}"
+    auc = curve[kept]["valid"]["auc"]
+    assert err[2:] == [f"loyal: epoch {kept} of 0 to 1 is kept, auc {auc:.4f} on the valid users"]
 
 
 def test_learn_leaves_a_known_task_alone(made, pcl):
@@ -96,7 +101,8 @@ def test_learn_leaves_a_known_task_alone(made, pcl):
 
 def test_learn_says_what_it_compared(made, pcl, copy):
     status, out, err = pcl("learn", copy, "--data", made.data, "--learn.epochs", 1)  # all that is left: loyal
-    assert (status, err) == (0, ["loyal epoch 0"])
+    assert status == 0
+    assert [line.split("  ")[0].split(",")[0] for line in err] == ["loyal epoch 0", "loyal: epoch 0 of 0 to 0 is kept"]
     assert [line.split(":")[0] for line in out[:5]] == ["click", "loyal", "range", "segment", "spend"]
     assert out[1].endswith("outputs of 5 earlier tasks unchanged, bit for bit")
     assert list(record_of(copy)["outputs"]) == ["next", *TASKS, "loyal"]
@@ -326,7 +332,9 @@ def test_demo_on_a_folder(made, pcl, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "DEMO_PRETRAIN", PretrainConfig(epochs=1))
     monkeypatch.setattr(commands, "DEMO_LEARN", LearnConfig(epochs=1))
     status, out, err = pcl("demo", "--data", made.data, "--out", tmp_path / "demo")
-    assert (status, err) == (0, [f"{name} epoch 0" for name in ("next", "click", "loyal", "range", "segment", "spend")])
+    names = ("next", "click", "loyal", "range", "segment", "spend")
+    assert (status, [line.split("  ")[0] for line in err[::2]]) == (0, [f"{name} epoch 0" for name in names])
+    assert [line.split(":")[0] for line in err[1::2]] == list(names)
     assert "forgetting 0 (bitwise: all outputs of 6 tasks compared)" in out
     assert out[-1] == f"report: {tmp_path / 'demo' / 'run' / 'report' / 'report.html'}"
     assert (tmp_path / "demo" / "run" / "report" / "report.html").is_file()
