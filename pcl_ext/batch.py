@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pcl_ext import ops
 from pcl_ext.ops._check import check_count, check_tensor
 
+Ids = Sequence[int] | np.ndarray | Tensor  # of one history
+
 
 @dataclass(frozen=True, eq=False)  # two of them are equal where they are one
 class Older:
@@ -82,7 +84,7 @@ class PackedBatch:
         return cls(items, offsets, longest, plan.to(offsets.device), lengths, dropped, older)
 
     @classmethod
-    def from_lists(cls, histories: Sequence[Sequence[int]], *, num_items: int, max_len: int) -> PackedBatch:
+    def from_lists(cls, histories: Sequence[Ids], *, num_items: int, max_len: int) -> PackedBatch:
         """Histories as lists of item ids, oldest first, of any length.
 
         Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are read.
@@ -160,7 +162,7 @@ def _offsets(lengths: Tensor) -> Tensor:
     return nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def _flat(histories: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _flat(histories: list[Ids]) -> tuple[Tensor, Tensor]:
     """All ids back to back and how many each history has, [sum] and [B] int64."""
     if all(type(history) is list for history in histories):
         ids = list(chain.from_iterable(histories))
@@ -171,11 +173,11 @@ def _flat(histories: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return torch.cat(parts), _lengths(parts)
 
 
-def _lengths(histories: list[Sequence[int]] | list[Tensor]) -> Tensor:
+def _lengths(histories: Sequence[Ids]) -> Tensor:
     return torch.tensor([len(history) for history in histories], dtype=torch.int64)
 
 
-def _as_ids(history: Sequence[int], row: int) -> Tensor:
+def _as_ids(history: Ids, row: int) -> Tensor:
     try:
         if len(history) == 0:
             return torch.empty(0, dtype=torch.int64)

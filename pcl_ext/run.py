@@ -44,7 +44,7 @@ class ForgettingError(RuntimeError):
 
 
 def pretrain(
-    dataset: Dataset, out: Path, backbone: dict[str, Any] | None = None, config: PretrainConfig | None = None
+    dataset: Dataset, out: str | Path, backbone: dict[str, Any] | None = None, config: PretrainConfig | None = None
 ) -> UserModel:
     """Pretrain a backbone on the dataset's train users into a new run folder; row 1 of the result matrix.
 
@@ -116,7 +116,7 @@ def _warn_of_train_targets(dataset: Dataset, spec: TaskSpec, target: np.ndarray)
 
 
 def learn(
-    run: Path,
+    run: str | Path,
     dataset: Dataset,
     name: str,
     config: LearnConfig | None = None,
@@ -260,7 +260,7 @@ def compare_outputs(record: Record, scores: dict[str, infer.Score]) -> dict[str,
     return states
 
 
-def verify_unchanged(run: Path, dataset: Dataset | None = None) -> dict[str, Any]:
+def verify_unchanged(run: str | Path, dataset: Dataset | None = None) -> dict[str, Any]:
     """Prove that a run is whole and has forgotten nothing.
 
     Checks every tensor against its hash; then, with the dataset (by default the one the run was made from, where it

@@ -117,7 +117,11 @@ class Backbone(nn.Module):
 
     Learned positions count from the history's end (newest event 0), as prompts do (Eq. 1); rotary ones from its first
     row, after those of its prefix, and only their differences matter.
+
+    trained_items  [V + 1] bool, which items it was trained on
     """
+
+    trained_items: Tensor
 
     def __init__(self, config: BackboneConfig):
         super().__init__()

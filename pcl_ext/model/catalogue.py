@@ -18,6 +18,9 @@ class Catalogue(nn.Module):
     column_of  [V + 1] int64, the column of each id; -1 for what is not listed
     """
 
+    items: Tensor
+    column_of: Tensor
+
     def __init__(self, spec: TaskSpec, num_items: int):
         super().__init__()
         self.name = spec.name

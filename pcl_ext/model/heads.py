@@ -86,6 +86,8 @@ class LabelHead(nn.Module):
     unit [2]: mean and standard deviation of a regression target, measured on the training data; 1 for a constant.
     """
 
+    unit: Tensor
+
     def __init__(self, num_features: int, columns: int):
         super().__init__()
         self.register_buffer("unit", torch.tensor([0.0, 1.0]))

@@ -39,7 +39,12 @@ class Task(nn.Module):
     earlier     closed tasks whose readouts this one reads, where its configuration says so
     closed      builds the shapes of a task that is closed, to be filled from a file
     depends_on  names of the tasks that it was made from: these, or those its contextual prompt attended to
+    fixed       [F] bool, which features are standardised: (feature - shift) * scale, [F] each
     """
+
+    fixed: Tensor
+    shift: Tensor
+    scale: Tensor
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pcl_ext.batch import PackedBatch
+from pcl_ext.batch import Ids, PackedBatch
 from pcl_ext.model.answers import answer, as_rows, check_k
 from pcl_ext.model.backbone import Backbone, NamedModules, freeze, is_frozen
 from pcl_ext.model.config import BackboneConfig, MemoryConfig
@@ -241,7 +241,7 @@ class UserModel(nn.Module):
         return {name: vectors[name] for name in names}
 
     @torch.no_grad()
-    def predict(self, histories: Sequence[Sequence[int]], task: str, k: int = 10) -> list[dict]:
+    def predict(self, histories: Sequence[Ids], task: str, k: int = 10) -> list[dict]:
         """Predictions for plain lists of item ids, oldest first: new users and empty histories included.
 
         items: {"items": [k ids], "scores": [k]}, equal scores by the lowest id; classes: {"class", "probabilities"},

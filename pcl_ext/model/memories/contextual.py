@@ -21,6 +21,9 @@ class ContextualPrompt(nn.Module):
     texts [k, TEXT_DIM], the task's own last; prompts [j, P, D], the stored prompts of the first j tasks, j > 0.
     """
 
+    texts: Tensor
+    prompts: Tensor | None
+
     def __init__(self, texts: Tensor, prompts: Tensor | None, length: int, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
