@@ -45,7 +45,8 @@ class LoopConfig:
 
     Args:
         epochs: at most this many passes over the training users
-        patience: stop after so many epochs without a better one on the valid users; the best epoch's weights are kept
+        patience: stop after so many epochs without a better one on the valid users; the best epoch's weights are kept.
+            A label is learned for half of `epochs` at least
         batch_tokens: packed rows a step; fewer where a task has few labels (`LearnConfig.step_tokens`)
         epoch_tokens: packed rows an epoch at most; of a larger dataset each epoch takes another part, drawn by seed
         learning_rate: of AdamW
@@ -94,6 +95,7 @@ class Problem:
     average       what is validated and kept is the average over the epochs so far, the e-th with weight e
     ties_by_loss  an epoch whose metric is within one standard error, its own, of the best so far is a tie: it replaces
                   the kept one where its loss is less or that one is no tie any more
+    least_epochs  so many are not ended by patience
     """
 
     label: str
@@ -105,6 +107,7 @@ class Problem:
     keep_start: bool = False
     average: bool = False
     ties_by_loss: bool = False
+    least_epochs: int = 0
 
 
 def fit(
@@ -128,7 +131,9 @@ def fit(
         model.eval()
         progress.start = problem.validate().metrics
         best = {name: p.detach().clone() for name, p in trained.items()}
-    while progress.epoch < config.epochs and progress.stale_epochs() < config.patience:
+    while progress.epoch < config.epochs and (
+        progress.epoch < problem.least_epochs or progress.stale_epochs() < config.patience
+    ):
         steps, batches = problem.batches(progress.epoch, progress.step)
         model.train()
         for batch in _bar(batches, steps, progress, problem.label):

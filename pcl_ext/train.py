@@ -161,7 +161,8 @@ def learn_task(
     What is validated after each epoch, and kept, is the average of the task's weights over the epochs so far, the e-th
     with weight e. For an items task the reported metric of the valid users picks the epoch; for labels, an epoch whose
     metric is within one standard error of the best so far replaces the one kept so far where its loss is less, or where
-    that one's metric is no longer within it.
+    that one's metric is no longer within it, and half of `config.epochs` are learned at least: of 50 valid users an
+    early epoch may look good by chance.
     Where it raises, the model is left without the task; with a checkpoint, the same call goes on from there. ValueError
     where the task's table breaks a promise (`data.check_task`), say holds targets that the model sees.
     """
@@ -207,6 +208,7 @@ def _learn(
         closed = {earlier: model.task(earlier).state_dict() for earlier in read}
         identity["made_of"] = {n: {key: hash_tensor(value) for key, value in t.items()} for n, t in closed.items()}
     batches, loss = _task_steps(model, dataset, task, train, config)
+    is_label = task.spec.kind != "items"
     problem = Problem(
         name,
         batches,
@@ -216,7 +218,8 @@ def _learn(
         identity,
         keep_start=ridge,
         average=True,
-        ties_by_loss=task.spec.kind != "items",
+        ties_by_loss=is_label,
+        least_epochs=config.epochs // 2 if is_label else 0,
     )
     groups = task_rates(task, config, config.ridge_rate if ridge else 1.0)
     optimizer = adamw(groups, config, config.epochs * batches(0, 0)[0])

@@ -87,6 +87,14 @@ def test_patience_counts_the_epochs_since_the_best():
     assert weight == -2
 
 
+def test_patience_does_not_end_the_first_epochs():
+    scores = [score(value) for value in (0.4, 0.3, 0.3, 0.3, 0.6, 0.5, 0.5, 0.5)]
+    curve, _, weight = one_weight(scores, config=LoopConfig(epochs=8, patience=2), least_epochs=5)
+    assert (len(curve), weight) == (7, -4)
+    curve, _, weight = one_weight(scores, config=LoopConfig(epochs=8, patience=2), least_epochs=4)
+    assert (len(curve), weight) == (4, 0)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_loss_is_taken_in_the_precision_that_is_asked_for(precision):
     layer, dtypes = torch.nn.Linear(1, 1), []

@@ -210,7 +210,9 @@ class Learner(nn.Module):
         optimizer = adamw([*groups, *self.groups()], learn, steps)
         ready = [task.spec.name for task, factor in factors.items() if factor < 1]  # their start has learned something
         start, score = (lambda: self.epoch_score(ready)) if ready else None, lambda: self.epoch_score(names)
-        train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, start))
+        labels = any(self.model.task(name).spec.kind != "items" for name in names)
+        least = config.epochs // 2 if labels else 0  # as `learn_task` has it
+        train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, start, least))
 
     @torch.no_grad()
     def fit_head(self, name: str, most: int = 20_000) -> None:

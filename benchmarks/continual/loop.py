@@ -22,6 +22,7 @@ class Run:
     """batches: epoch -> (steps, batches); loss of a batch; score of the valid users, the larger the better.
 
     start  the score of the weights as they are, where they may be kept: those that no epoch beats
+    least_epochs  so many are not ended by patience
     """
 
     batches: Callable[[int], tuple[int, Any]]
@@ -30,6 +31,7 @@ class Run:
     epochs: int
     patience: int
     start: Callable[[], float] | None = None
+    least_epochs: int = 0
 
 
 def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> None:
@@ -65,7 +67,7 @@ def train(learner: Learner, optimizer: torch.optim.Optimizer, run: Run) -> None:
             if score > best:
                 best, best_epoch = score, epoch
                 kept = [p.detach().clone() for p in trained]
-        if epoch - best_epoch >= run.patience:
+        if epoch + 1 >= run.least_epochs and epoch - best_epoch >= run.patience:
             break
     with torch.no_grad():
         for parameter, value in zip(trained, kept, strict=True):

@@ -1,6 +1,7 @@
 """The property that defines each method."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -362,6 +363,18 @@ def test_training_ends_after_so_many_epochs_without_a_better_one(learner):
     run = Run(lambda epoch: (1, [epoch]), lambda epoch: seen.append(epoch) or weight.sum(), lambda: next(scores), 5, 2)
     train(learner("fine"), torch.optim.SGD([weight], 0.1), run)
     assert seen == [0, 1, 2, 3]
+    scores, seen[:] = iter([1.0, 2.0, 2.0, 1.0, 3.0]), []
+    train(learner("fine"), torch.optim.SGD([weight], 0.1), replace(run, least_epochs=5))
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_labels_are_taught_for_half_of_the_epochs_at_least(learner, monkeypatch):
+    runs = []
+    monkeypatch.setattr("benchmarks.continual.learner.train", lambda learner, optimizer, run: runs.append(run))
+    for name in ("range", "segment"):
+        made = learner("fine")
+        made.learn(name)
+    assert [run.least_epochs for run in runs] == [0, runs[1].epochs // 2]
 
 
 @pytest.mark.parametrize(("method", "kept"), [("single", 2.0), ("fine", 5 / 3)])
