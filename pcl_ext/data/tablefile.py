@@ -18,7 +18,7 @@ _FEW = {  # batches of a Parquet file in memory at a time
     "fragment_readahead": 1,
     "fragment_scan_options": ds.ParquetFragmentScanOptions(pre_buffer=False),
 }
-_BLOCK = 1 << 23  # bytes of a CSV that are read at a time
+_BLOCK = 1 << 22  # bytes of a CSV that are read at a time; the first block says what the columns hold
 _KEYS = {"user_id": "user", "item_id": "item"}  # by the name of the column that they have by default
 _NULLS = ["", "NA", "NaN", "nan", "null"]  # of numbers and keys; another text is missing where it is empty
 _ENCODING = ': give the `encoding` of the file, as "latin-1"'
@@ -140,7 +140,7 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
             delimiter, quote, encoding = _SEPARATOR, "", "utf-8"
         parse = csv.ParseOptions(delimiter=delimiter, quote_char=quote or False, newlines_in_values=bool(quote))
         options = {
-            "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding, block_size=_BLOCK),
+            "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding),
             "parse_options": parse,
         }
         convert = csv.ConvertOptions(
@@ -154,6 +154,7 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
             names = reader.schema.names
         _choose(names, path, where, set(config.text), ())
         convert.include_columns = _choose(names, path, where, required, optional)
+        options["read_options"].block_size = _BLOCK
         table = _collect_csv(source, config, options | {"convert_options": convert})
     except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
         raise ValueError(f"{where}: {path} is not readable as CSV: {error}{_hint(error, config)}") from error

@@ -3,6 +3,8 @@
 import pytest
 from shop_log import BASE, LOG, USERS, histories, rows, task
 
+from pcl_ext.data import tablefile
+
 HEAD = "user_id,item_id,time\n"
 OPEN = HEAD + 'a,"mug,1\na,vase,2\nb,"tea,3\nb,cup,4\n'
 
@@ -17,6 +19,34 @@ def test_a_quote_that_nothing_closes_is_told_by_the_id_that_swallows_lines(prepa
         ValueError, match='(?s)not readable as CSV: .* quote = "" where a quote is a character as others'
     ):
         prepare(BASE, OPEN.replace('"tea', "tea"))
+
+
+@pytest.mark.parametrize("block", [48, 1 << 22], ids=str)
+@pytest.mark.parametrize("values", [["3", "4", "5", "2.5"], ["", "", "", "4"], ["1.5", "2", "", "4"]], ids=str)
+def test_a_file_in_many_blocks_has_the_columns_of_one_in_a_single_block(prepare, monkeypatch, block, values):
+    """Whatever its first block has them be; ids are coded block by block, of which the last makes all of them text."""
+    monkeypatch.setattr(tablefile, "_BLOCK", block)
+    lines = [f"{user},{item},2024-01-0{9 - user},{values[user]}\n" for item in (7, 8, 9) for user in range(4)]
+    log = "user_id,item_id,time,rating\n" + "".join(lines) + "007,7,2024-01-03,1\n"
+    keys = 'source = "events"\nkind = "regression"\nreduce = "last"\ncolumn = "rating"\n'
+    users = "user_id,age\n0,1\n"
+    dataset = prepare(task(keys), log, users)
+    assert histories(dataset) == {"0": ["7", "8", "9"], "007": ["7"]} | {str(u): ["7", "8", "9"] for u in (1, 2, 3)}
+    want = {str(user): float(value) for user, value in enumerate(values) if value} | {"007": 1.0}
+    assert {name: target for name, target, _ in rows(dataset, "t")} == want
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [("3,7,x,1", "must be numbers where most are, got 'x' in row 5 of 5"), ("3,7", "Expected 4 columns, got 2: 3,7")],
+    ids=str,
+)
+def test_a_mistake_in_a_later_block_is_told_as_one_in_the_first(prepare, monkeypatch, bad, words):
+    log = "user_id,item_id,time,rating\n" + "ann,7,10,1\n" * 4 + bad
+    for block in (48, 1 << 22):
+        monkeypatch.setattr(tablefile, "_BLOCK", block)
+        with pytest.raises(ValueError, match=words):
+            prepare(BASE, log)
 
 
 def test_another_quote(prepare):

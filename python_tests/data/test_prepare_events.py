@@ -13,7 +13,7 @@ import pytest
 from pyarrow import csv
 from shop_log import BASE, LOG, histories, originals, rows, task
 
-from pcl_ext.data import Dataset, fold_of, prepare_events, targets
+from pcl_ext.data import Dataset, fold_of, labels, prepare_events, targets
 from pcl_ext.data.split import stable_hash
 
 
@@ -114,6 +114,14 @@ def test_what_is_visible_does_not_depend_on_how_many_users_are_looked_at(prepare
     monkeypatch.setattr(targets, "_EVENTS", events)
     want = [("ann", "w", 2), ("ann", "x", 1), ("bob", "w", 2), ("bob", "x", 1)]
     assert rows(prepare(task(ITEMS + 'cut = "before"')), "t") == want
+
+
+@pytest.mark.parametrize("events", [1, 4, 7])
+@pytest.mark.parametrize(("reduce", "want"), [("median", [3.5, 3.5, 5]), ("sum", [13, 7, 5]), ("max", [5, 4, 5])])
+def test_a_reduce_does_not_depend_on_how_many_users_are_looked_at(prepare, monkeypatch, events, reduce, want):
+    monkeypatch.setattr(labels, "_EVENTS", events)
+    keys = f'source = "events"\nkind = "regression"\nreduce = "{reduce}"\ncolumn = "rating"'
+    assert [target for _, target, _ in rows(prepare(task(keys)), "t")] == want
 
 
 @pytest.mark.parametrize("cut", ["end", "before"])
