@@ -46,7 +46,7 @@ class LoopConfig:
     Args:
         epochs: at most this many passes over the training users
         patience: stop after so many epochs without a better one on the valid users; the best epoch's weights are kept.
-            A label is learned for half of `epochs` at least
+            A label is learned for half of `epochs` at least, rounded up
         batch_tokens: packed rows a step; fewer where a task has few labels (`LearnConfig.step_tokens`)
         epoch_tokens: packed rows an epoch at most; of a larger dataset each epoch takes another part, drawn by seed
         learning_rate: of AdamW
@@ -151,10 +151,10 @@ def fit(
                 best = {name: p.detach().clone() for name, p in trained.items()}
         _say_epoch(progress, problem.label)
         keeper.save(progress, best, average.values, now=True)
-    _say_kept(progress, problem)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best[name])
+    _say_kept(progress, problem)
     return progress.curve
 
 
@@ -267,7 +267,7 @@ def _say_epoch(progress: Progress, label: str) -> None:
 def _say_kept(progress: Progress, problem: Problem) -> None:
     """In the log: which epoch's weights the model has now."""
     kept = next((entry for entry in reversed(progress.curve) if entry["best"]), None)
-    which = f"epoch {kept['epoch']} of 0 to {len(progress.curve) - 1}" if kept else "the start, which no epoch beat,"
+    which = f"epoch {kept['epoch']} (of {len(progress.curve)}, from 0)" if kept else "the start, which no epoch beat,"
     value = (kept["valid"] if kept else progress.start)[problem.metric]
     _LOG.info("%s: %s is kept, %s %.4f on the valid users", problem.label, which, problem.metric, value)
 

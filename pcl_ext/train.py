@@ -88,6 +88,11 @@ class LearnConfig(TrainConfig):
             raise ValueError(f"ridge must be a list of strengths above 0, got {self.ridge!r}")
         object.__setattr__(self, "ridge", tuple(self.ridge))
 
+    @property
+    def least_epochs(self) -> int:
+        """Half of `epochs`: so many a label is learned whatever the valid users say, as few of them say little."""
+        return -(-self.epochs // 2)
+
     def step_tokens(self, events: int) -> int:
         """Fewer than `batch_tokens` where an epoch would have too few steps: patience counts epochs, and with a tenth
         of the labels of online-retail a memory had not learned what it could when they ended."""
@@ -219,7 +224,7 @@ def _learn(
         keep_start=ridge,
         average=True,
         ties_by_loss=is_label,
-        least_epochs=config.epochs // 2 if is_label else 0,
+        least_epochs=config.least_epochs if is_label else 0,
     )
     groups = task_rates(task, config, config.ridge_rate if ridge else 1.0)
     optimizer = adamw(groups, config, config.epochs * batches(0, 0)[0])

@@ -50,7 +50,7 @@ def test_a_start_is_kept_where_training_does_not_beat_it(better, metric, caplog)
     assert [entry["best"] for entry in curve] == [False, better, False]
     assert weight == (-1 if better else 1)
     value = 0.6 if better else 0.5
-    which = "epoch 1 of 0 to 2" if better else "the start, which no epoch beat,"
+    which = "epoch 1 (of 3, from 0)" if better else "the start, which no epoch beat,"
     said = f"t: {which} is kept, {metric} {value if metric == 'auc' else 1 - value:.4f} on the valid users"
     assert caplog.messages[-1] == said
 

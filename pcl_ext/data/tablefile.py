@@ -140,7 +140,7 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
             delimiter, quote, encoding = _SEPARATOR, "", "utf-8"
         parse = csv.ParseOptions(delimiter=delimiter, quote_char=quote or False, newlines_in_values=bool(quote))
         options = {
-            "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding),
+            "read_options": csv.ReadOptions(column_names=config.columns, encoding=encoding, block_size=_BLOCK),
             "parse_options": parse,
         }
         convert = csv.ConvertOptions(
@@ -154,7 +154,6 @@ def _read_csv(config: TableConfig, path: Path, where: str, required: set[str], o
             names = reader.schema.names
         _choose(names, path, where, set(config.text), ())
         convert.include_columns = _choose(names, path, where, required, optional)
-        options["read_options"].block_size = _BLOCK
         table = _collect_csv(source, config, options | {"convert_options": convert})
     except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
         raise ValueError(f"{where}: {path} is not readable as CSV: {error}{_hint(error, config)}") from error
@@ -193,7 +192,8 @@ def _hint(error: Exception, config: TableConfig) -> str:
     """What mends a CSV that cannot be read."""
     if isinstance(error, UnicodeError) or "UTF8" in str(error):
         return _ENCODING
-    return '; quote = "" where a quote is a character as others' if config.quote and config.quote in str(error) else ""
+    quoted = config.quote and (config.quote in str(error) or "straddl" in str(error))  # a cell longer than a block
+    return '; quote = "" where a quote is a character as others' if quoted else ""
 
 
 def _nan_as_null(table: pa.Table) -> pa.Table:

@@ -60,9 +60,9 @@ class AttentionPlan:
         return AttentionPlan(*moved, self.index_left_out, work, *numbers)
 
     def pin_memory(self) -> "AttentionPlan":
-        """The same plan in page-locked memory."""
-        pinned = {name: x.pin_memory() for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **pinned)
+        """The same plan in page-locked memory, but for its work list: on CUDA that is another."""
+        names = ("offsets", "prefix_offsets", "prefix_index")
+        return replace(self, **{n: x.pin_memory() for n in names if (x := getattr(self, n)) is not None})
 
 
 def attention_plan(

@@ -214,8 +214,8 @@ def _check_plain(state: Mapping[str, Any], config: BackboneConfig) -> None:
     if names := sorted({name for name, _ in odd}):
         raise StoreError(
             f"the backbone must have the tensors of its configuration, it differs in {', '.join(names[:4])}"
-            f"{' and others' if len(names) > 4 else ''}: a run holds no adapters, masks or parametrisations; merge "
-            "them into the weights and save again; nothing was saved"
+            f"{' and others' if len(names) > 4 else ''}: a run holds no adapters, masks, parametrisations or "
+            "wrappers; merge them into the weights, compile layers in place, and save again; nothing was saved"
         )
 
 

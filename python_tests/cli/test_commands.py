@@ -88,7 +88,7 @@ def test_a_log_has_a_line_an_epoch(made, pcl, copy):
         best = "  best so far" if entry["best"] else ""
         assert line == f"loyal epoch {entry['epoch']}  loss {entry['loss']:.4f}  {values}{best}"
     auc = curve[kept]["valid"]["auc"]
-    assert err[2:] == [f"loyal: epoch {kept} of 0 to 1 is kept, auc {auc:.4f} on the valid users"]
+    assert err[2:] == [f"loyal: epoch {kept} (of 2, from 0) is kept, auc {auc:.4f} on the valid users"]
 
 
 def test_learn_leaves_a_known_task_alone(made, pcl):
@@ -102,7 +102,7 @@ def test_learn_leaves_a_known_task_alone(made, pcl):
 def test_learn_says_what_it_compared(made, pcl, copy):
     status, out, err = pcl("learn", copy, "--data", made.data, "--learn.epochs", 1)  # all that is left: loyal
     assert status == 0
-    assert [line.split("  ")[0].split(",")[0] for line in err] == ["loyal epoch 0", "loyal: epoch 0 of 0 to 0 is kept"]
+    assert [line.split("  ")[0].split(",")[0] for line in err] == ["loyal epoch 0", "loyal: epoch 0 (of 1"]
     assert [line.split(":")[0] for line in out[:5]] == ["click", "loyal", "range", "segment", "spend"]
     assert out[1].endswith("outputs of 5 earlier tasks unchanged, bit for bit")
     assert list(record_of(copy)["outputs"]) == ["next", *TASKS, "loyal"]

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from pcl_ext.data import Dataset, prepare_events
+from pcl_ext.data.split import stable_hash
 
 CONFIG = Path(__file__).parents[2] / "benchmarks/continual/ml-100k.toml"
 JOBS = ["artist", "none", "writer"]
@@ -32,4 +34,8 @@ def test_histories_and_tasks(tmp_path):
     given = [line.split("\t") for line in ratings]
     means = [np.mean([int(rating) for user, _, rating, _ in given if int(user) == u]) for u in users]
     np.testing.assert_allclose(dataset.task("mean_rating").target, means, rtol=1e-6)
-    assert 0 < len(dataset.task("liked").target)
+    held = {movie for movie in range(1, 31) if stable_hash(f"ml-100k:item:{movie}") % 5 == 0}
+    names = pq.read_table(tmp_path / "out/items.parquet")["original_id"].to_pylist()
+    liked = dataset.task("liked")
+    got = {(users[row], int(names[item - 1])) for row, item in zip(liked.user, liked.target, strict=True)}
+    assert got == {(int(u), int(m)) for u, m, rating, _ in given if int(rating) >= 4 and int(m) in held} != set()
