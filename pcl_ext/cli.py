@@ -152,7 +152,7 @@ def _learn(parser) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="dataset folder")
     parser.add_argument("--placement", choices=PLACEMENTS, default="tail", help="where the tasks' prompts go")
-    parser.add_argument("--prompt-len", type=int, default=20, help="rows of a prompt")
+    parser.add_argument("--prompt-len", type=int, default=MemoryConfig.prompt_len, help="rows of a prompt")
     parser.add_argument("--config", action="config", help="file with any of the settings below (YAML or JSON)")
     skip = {"placement", "prompt_len"}
     parser.add_class_arguments(MemoryConfig, "memory", skip=skip, instantiate=False)
