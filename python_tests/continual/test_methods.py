@@ -1,7 +1,6 @@
 """The property that defines each method."""
 
 import copy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from learners import one_batch
 
 from benchmarks.continual.learner import World, batches_of, trainable_copy
-from benchmarks.continual.loop import Run, train
 from benchmarks.continual.methods import LEARNERS, ewc
 from benchmarks.continual.methods.lwf import distillation
 from benchmarks.continual.methods.piggyback import Binary
@@ -323,20 +321,6 @@ def test_pcl_is_the_packages_own_training(learner):
         assert torch.equal(got, want), name
 
 
-@pytest.mark.parametrize(("name", "most"), [("segment", None), ("range", None), ("segment", 20)])
-def test_baselines_have_the_steps_losses_and_epochs_of_learn_task(name, most, learner, monkeypatch):
-    """With the same memory the same weights come out, also where few histories are scored together."""
-    if most is not None:
-        monkeypatch.setattr("benchmarks.continual.learner.MOST_SCORES", most)
-        monkeypatch.setattr("pcl_ext.infer.MOST_SCORES", most)
-    made, plain = learner("probe", readout="pcl"), learner("probe", readout="pcl")
-    made.learn(name)
-    learn_task(plain.model, plain.world.dataset, name, plain.world.learn_config(), plain.memory(name))
-    want = plain.model.task(name).state_dict()
-    for key, got in made.model.task(name).state_dict().items():
-        torch.testing.assert_close(got, want[key], msg=key)
-
-
 def test_flags_are_no_parameters(learner):
     made = learner("copy")
     assert made.parameters_of("next") == sum(p.numel() for p in made.start().parameters())
@@ -356,39 +340,6 @@ def test_a_trainable_copy_gives_the_same_states(learner):
     assert len(list(twin.parameters()))
     for got, want in zip(twin(batch.history), copy.deepcopy(backbone)(batch.history)):
         torch.testing.assert_close(got, want)
-
-
-def test_training_ends_after_so_many_epochs_without_a_better_one(learner):
-    weight, scores, seen = torch.nn.Parameter(torch.zeros(1)), iter([1.0, 2.0, 2.0, 1.0, 3.0]), []
-    run = Run(lambda epoch: (1, [epoch]), lambda epoch: seen.append(epoch) or weight.sum(), lambda: next(scores), 5, 2)
-    train(learner("fine"), torch.optim.SGD([weight], 0.1), run)
-    assert seen == [0, 1, 2, 3]
-    scores, seen[:] = iter([1.0, 2.0, 2.0, 1.0, 3.0]), []
-    train(learner("fine"), torch.optim.SGD([weight], 0.1), replace(run, least_epochs=5))
-    assert seen == [0, 1, 2, 3, 4]
-
-
-def test_labels_are_taught_for_half_of_the_epochs_at_least(learner, monkeypatch):
-    runs = []
-    monkeypatch.setattr("benchmarks.continual.learner.train", lambda learner, optimizer, run: runs.append(run))
-    for name in ("range", "segment"):
-        made = learner("fine")
-        made.learn(name)
-    assert [run.least_epochs for run in runs] == [0, -(-runs[1].epochs // 2)]
-
-
-@pytest.mark.parametrize(("method", "kept"), [("single", 2.0), ("fine", 5 / 3)])
-def test_weights_are_averaged_over_epochs_but_from_scratch(method, kept, learner):
-    weight, scores = torch.nn.Parameter(torch.zeros(1)), iter(range(2))
-
-    def loss(epoch):
-        with torch.no_grad():
-            weight.fill_(epoch + 1)
-        return 0 * weight.sum()
-
-    run = Run(lambda epoch: (1, [epoch]), loss, lambda: next(scores), epochs=2, patience=2)
-    train(learner(method), torch.optim.SGD([weight], 0.1), run)
-    assert weight.item() == pytest.approx(kept)
 
 
 def test_a_large_catalogue_is_scored_a_few_histories_at_a_time(learner, monkeypatch):
