@@ -68,12 +68,22 @@ def _show_dataset(dataset: Dataset) -> None:
 
 
 def pretrain(args) -> int:
+    _check_device(args.device)
     dataset, backbone = Dataset(args.dataset), vars(args.backbone) | {"max_len": args.max_len}
     if not (args.out / "manifest.json").exists():
         _tell_unread(dataset, args.max_len)
-    run.pretrain(dataset, args.out, backbone, args.pretrain)
+    run.pretrain(dataset, args.out, backbone, args.pretrain, device=args.device)
     print(_matrix(args.out).to_text())
     return 0
+
+
+def _check_device(name: str) -> None:
+    """ValueError for a device that is not there."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"--device {name} cannot be used here: {why}") from error
 
 
 def _tell_unread(dataset: Dataset, max_len: int) -> None:
@@ -89,15 +99,21 @@ def _tell_unread(dataset: Dataset, max_len: int) -> None:
 
 
 def learn(args) -> int:
+    _check_device(args.device)
     dataset = Dataset(args.data)
     memory = MemoryConfig(**vars(args.memory), placement=args.placement, prompt_len=args.prompt_len)
-    learn_all(args.run, dataset, args.tasks or dataset.task_names[1:], args.learn, memory)
+    learn_all(args.run, dataset, args.tasks or dataset.task_names[1:], args.learn, memory, args.device)
     print(_matrix(args.run).to_text())
     return 0
 
 
 def learn_all(
-    folder: Path, dataset: Dataset, tasks: list[str], config: LearnConfig | None, memory: MemoryConfig | None
+    folder: Path,
+    dataset: Dataset,
+    tasks: list[str],
+    config: LearnConfig | None,
+    memory: MemoryConfig | None,
+    device: str = "cpu",
 ) -> None:
     unknown = [name for name in tasks if name not in dataset.task_names]
     if unknown:
@@ -105,7 +121,7 @@ def learn_all(
         raise ValueError(f"TASK must be one of {there}, got {', '.join(unknown)}")
     known = {task["name"] for task in store.read_manifest(folder)["tasks"]}
     for name in tasks:
-        record = Record.from_json(run.learn(folder, dataset, name, config, memory))
+        record = Record.from_json(run.learn(folder, dataset, name, config, memory, device=device))
         if name not in record.outputs:
             print(f"{name}: known to the model, which this run did not teach it: no result", flush=True)
             continue

@@ -35,7 +35,7 @@ class NextItemLoss:
         self.sampler = None if negatives is None else ItemSampler(self.counts, negatives)
 
     def __call__(self, batch) -> Tensor:
-        history, target = shift(batch.history)
+        history, target = (part.to(self.backbone.table.device) for part in shift(batch.history))
         if self.sampler is not None:
             return self._sampled(history, target.long())
         states = self.backbone(history)[-1]
@@ -57,7 +57,7 @@ class NextItemLoss:
         The backbone reads the rows of these items and of the histories alone, so the table's gradient is sparse, and a
         step costs the same for any number of items but for their biases, of which the optimiser moves all.
         """
-        drawn, log_expected = self.sampler()
+        drawn, log_expected = (part.to(target.device) for part in self.sampler())
         columns, at, corrections = candidates(target, drawn, log_expected)
         ids, row = torch.unique(torch.cat([history.items.long(), columns]), return_inverse=True)
         items, scored = row.split([len(target), len(columns)])

@@ -44,10 +44,16 @@ class ForgettingError(RuntimeError):
 
 
 def pretrain(
-    dataset: Dataset, out: str | Path, backbone: dict[str, Any] | None = None, config: PretrainConfig | None = None
+    dataset: Dataset,
+    out: str | Path,
+    backbone: dict[str, Any] | None = None,
+    config: PretrainConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> UserModel:
     """Pretrain a backbone on the dataset's train users into a new run folder; row 1 of the result matrix.
 
+    It trains on `device`, and is measured on the CPU, where the model that is returned lies.
     backbone  fields of BackboneConfig other than num_items. A run that was interrupted goes on where it stopped; one
     that is complete is returned as it is. Raises ValueError where `out` holds a dataset, or a run with other settings,
     where another process is at it, where the dataset breaks a promise (`data.check_task`), or cannot be measured.
@@ -72,8 +78,8 @@ def pretrain(
         protocol = PROTOCOL | {"dataset": f"{dataset.name} {dataset.sha256}", "split": "by user, fold test"}
         record = Record(_describe(dataset), protocol, settings, machine(), ResultMatrix().to_json())
         record.references["next"] = _references(dataset, "next", checkpoint)
-        model, curve = pretrain_model(dataset, shape, config, checkpoint)
-        _measure(model, dataset, record, "next", curve)
+        model, curve = pretrain_model(dataset, shape, config, checkpoint, device=device)
+        _measure(model.cpu(), dataset, record, "next", curve)
         store.save_pretrained(model, out, record.to_json())
         _remove(checkpoint)
     return model
@@ -121,11 +127,13 @@ def learn(
     name: str,
     config: LearnConfig | None = None,
     memory: MemoryConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Teach a run one task more; returns its record. The run is saved only when every earlier task still gives the
-    same bits on all test users (over a large catalogue on a sample, `infer.evaluate`), ForgettingError otherwise. Tasks
-    whose tables have been replaced since they were learned cannot be compared: a logged warning names them before
-    training starts.
+    """Teach a run one task more, on `device`; returns its record. The run is saved only when every earlier task still
+    gives the same bits on all test users (over a large catalogue on a sample, `infer.evaluate`), which are measured on
+    the CPU; ForgettingError otherwise. Tasks whose tables have been replaced since they were learned cannot be
+    compared: a logged warning names them before training starts.
 
     A task that the run knows already is left as it is; an interrupted one goes on where it stopped. Raises ValueError
     where another process is at the run, where the task's table breaks a promise (`data.check_task`), or where its
@@ -147,7 +155,7 @@ def learn(
             checkpoint.parent.mkdir(exist_ok=True)
             record.references[name] = _references(dataset, name, checkpoint)
             config, memory = config or LearnConfig(), memory or MemoryConfig()
-            curve = learn_task(model, dataset, name, config, memory, checkpoint)
+            curve = learn_task(model.to(device), dataset, name, config, memory, checkpoint)
             if dataset.task_sha256(name) != table:
                 _remove(checkpoint)
                 raise ValueError(
@@ -155,7 +163,7 @@ def learn(
                 )
             settings = json.loads(json.dumps({"memory": asdict(memory), "learn": asdict(config)}))
             record.config.setdefault("tasks", {})[name] = settings
-            _measure(model, dataset, record, name, curve)
+            _measure(model.cpu(), dataset, record, name, curve)
             store.save_pretrained(model, run, record.to_json())
         _remove(checkpoint)
     return record.to_json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,19 +105,21 @@ def pretrain(
     backbone: BackboneConfig,
     config: PretrainConfig | None = None,
     checkpoint: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> tuple[UserModel, list[dict]]:
     """Next-item prediction over the train users' histories; returns a model with a frozen backbone and its curve.
 
     The model knows one task, "next", closed. The loss is taken at every position over all items; stops on the last
-    item of the valid users. ValueError where the dataset breaks a promise (`data.check_task`).
+    item of the valid users. It starts from the same weights on every device, trains on `device` and stays there.
+    ValueError where the dataset breaks a promise (`data.check_task`).
     """
     config = config or PretrainConfig()
     _check_types(dataset=(dataset, Dataset), backbone=(backbone, BackboneConfig), config=(config, PretrainConfig))
     _check_catalogue(dataset, backbone)
     check_task(dataset, "next")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = UserModel(Backbone(backbone))
+    with _seeded(config.seed, torch.device(device)):
+        model = UserModel(Backbone(backbone)).to(device)
         task = model.add_task(dataset.task("next").spec, NEXT)
         negatives = config.negatives if dataset.num_items > config.full_softmax else None
         loss = NextItemLoss(model.backbone, task, dataset, negatives)
@@ -139,6 +142,14 @@ def pretrain(
     model.freeze_backbone()
     model.freeze_task("next")
     return model, curve
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, what is random follows from the seed; after it, torch's generators are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _items_read(dataset: Dataset, batches: Callable, epochs: int, config: LoopConfig) -> Tensor:
@@ -173,7 +184,6 @@ def learn_task(
     """
     config = config or LearnConfig()
     _check_types(model=(model, UserModel), dataset=(dataset, Dataset), config=(config, LearnConfig))
-    device = model.device
     if not model.backbone_frozen:
         raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
     _check_catalogue(dataset, model.backbone.config)
@@ -182,8 +192,7 @@ def learn_task(
         _some(dataset.examples(name, fold), f"{dataset.path} has no {fold} users with a target of {name!r}")
         for fold in ("train", "valid")
     )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+    with _seeded(config.seed, model.device):
         task = model.add_task(dataset.task(name).spec, memory)
         _say_rows(task, model)
         try:

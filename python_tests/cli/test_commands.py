@@ -69,6 +69,13 @@ def test_pretrain_says_which_events_it_does_not_read(made, pcl, tmp_path):
     assert not [line for line in err if "no task reads" in line]
 
 
+@pytest.mark.parametrize("device", ["abacus", "meta"])
+def test_a_device_that_is_not_there_is_refused(made, refused, tmp_path, device):
+    for argv in (["pretrain", made.data, "--out", tmp_path / "run"], ["learn", made.run, "--data", made.data]):
+        assert f"--device {device} cannot be used here: " in refused(*argv, "--device", device)
+    assert not (tmp_path / "run").exists()
+
+
 def test_learn_takes_its_settings_from_the_file_and_the_line(made):
     tasks = record_of(made.run)["config"]["tasks"]
     memory = {"placement": "both", "prompt_len": 3, "readout": ["last", "mean"], "contextual": "texts"}
