@@ -38,7 +38,7 @@ TESTS = {
     "tests of attention": [ATTENTION],
     "tests of the other ops": ["ops", *(f"--ignore={ROOT / 'python_tests' / file}" for file in (ATTENTION, ALONE))],
     "tests of graphs, streams, compiling": [ALONE],
-    "tests of a model's step": ["model/test_step_on_cuda.py"],
+    "tests of a model": ["model/test_step_on_cuda.py", "test_other_device.py"],
 }
 OURS = "kernel_substring=3pcl"  # the mangled name of every kernel in namespace pcl
 # What each tool of compute-sanitizer watches: reads and writes outside tensors (what torch asks a driver in vain is no
@@ -76,7 +76,7 @@ def run_tests(before: list, paths: list[str], options: list[str], seconds: float
 
 
 def test(which: str, seconds: float, dry: bool) -> dict:
-    """Tests of the ops, and of a model's step, on CUDA; of many failures the first say most."""
+    """Tests of the ops, and of a model, on CUDA; of many failures the first say most."""
     if dry:
         return run_tests([], ["ops/test_to_packed.py"], ["-k", "undoes"], seconds)
     return run_tests([], TESTS[which], ["-m", "gpu", "--maxfail=10"], seconds)

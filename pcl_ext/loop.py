@@ -234,15 +234,20 @@ def _end_epoch(progress: Progress, score: Score, problem: Problem) -> bool:
 
 
 def _is_better(progress: Progress, score: Score, problem: Problem) -> bool:
-    sign = 1 if higher_is_better(problem.metric) else -1
-    value, *seen = (sign * v[problem.metric] for v in (score.metrics, *(e["valid"] for e in progress.curve)))
+    value, *seen = (_worth(problem, v) for v in (score.metrics, *(e["valid"] for e in progress.curve)))
     if progress.start is not None:
-        seen.append(sign * progress.start[problem.metric])
+        seen.append(_worth(problem, progress.start))
     kept = next((entry for entry in reversed(progress.curve) if entry["best"]), None)
     if not problem.ties_by_loss or kept is None:
         return all(value > other for other in seen)
     least = max(value, *seen) - score.standard_error.get(problem.metric, 0.0)  # too few users have none
-    return value >= least and (score.loss < kept["valid_loss"] or sign * kept["valid"][problem.metric] < least)
+    return value >= least and (score.loss < kept["valid_loss"] or _worth(problem, kept["valid"]) < least)
+
+
+def _worth(problem: Problem, metrics: dict[str, float]) -> float:
+    """The metric, the higher the better; one that is not defined is below all."""
+    value = metrics[problem.metric] * (1 if higher_is_better(problem.metric) else -1)
+    return -math.inf if math.isnan(value) else value
 
 
 def _bar(batches: Iterator[Any], steps: int, progress: Progress, label: str) -> Iterator[Any]:

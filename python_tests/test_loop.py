@@ -55,6 +55,13 @@ def test_a_start_is_kept_where_training_does_not_beat_it(better, metric, caplog)
     assert caplog.messages[-1] == said
 
 
+@pytest.mark.parametrize("metric", ["auc", "rmse"])
+def test_a_metric_that_is_not_defined_is_below_all(metric):
+    curve, _, weight = one_weight([score(math.nan), score(0.4), score(math.nan)], metric)
+    assert [entry["best"] for entry in curve] == [True, True, False]
+    assert weight == -1
+
+
 def test_the_average_over_epochs_is_judged_and_kept():
     curve, seen, weight = one_weight([score(0.5), score(0.6), score(0.7)], average=True)
     assert seen == pytest.approx([0, -2 / 3, -8 / 6])  # of 0, -1, -2 with weights 1, 2, 3
