@@ -3,8 +3,8 @@
 from pcl_ext.model.backbone import Backbone, freeze
 from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded, Piece
-from pcl_ext.model.heads import task_loss
 from pcl_ext.model.layout import LayerPrefix
+from pcl_ext.model.loss import task_loss
 from pcl_ext.model.memories import ContextualPrompt, Memory, hashed_text_vector
 from pcl_ext.model.task_module import Task
 from pcl_ext.model.user_model import UserModel

@@ -23,7 +23,7 @@ class Catalogue(nn.Module):
 
     def __init__(self, spec: TaskSpec, num_items: int):
         super().__init__()
-        self.name = spec.name
+        self.name, self.is_all = spec.name, spec.catalogue is None
         columns = spec.num_outputs(num_items)
         ids = range(1, columns + 1) if spec.catalogue is None else spec.catalogue
         self.register_buffer("items", torch.tensor(list(ids), dtype=torch.int64), persistent=False)
@@ -53,6 +53,10 @@ class Catalogue(nn.Module):
             item = int(target[columns < 0][0])
             raise ValueError(f"targets of task {self.name!r} must be in its catalogue, got item {item}")
         return columns
+
+    def rows_of(self, table: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """table [V + 1, D] -> [c, D], its rows of the columns first .. last; a view where all items are ranked."""
+        return table[1:][first:last] if self.is_all else table[self.items[first:last]]
 
     def among(self, items: Tensor, first: int, count: int) -> Tensor:
         """items [T] -> their columns counted from `first`, -1 for those that are not among these `count`."""

@@ -41,6 +41,14 @@ def test_targets_in_a_list_are_refused():
         Catalogue(EVERYTHING, V).columns([3, 4])
 
 
+@pytest.mark.parametrize("part", [(0, None), (1, 2), (2, 9)], ids=str)
+@pytest.mark.parametrize("catalogue", [None, (9, 2, 40)], ids=["all", "some"])
+def test_rows_of_the_item_table_come_in_column_order(catalogue, part):
+    table = torch.randn(V + 1, 3)
+    ranked = Catalogue(TaskSpec("rank", "items", catalogue=catalogue), V)
+    assert torch.equal(ranked.rows_of(table, *part), table[ranked.items][part[0] : part[1]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_an_item_to_learn_that_the_history_holds_is_named(model, dtype):
     task = add(model.to(dtype), "rank")

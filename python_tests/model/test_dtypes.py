@@ -5,7 +5,7 @@ import torch
 from model_cases import SPECS, V, add, histories, pack
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
-from pcl_ext.model.heads import task_loss
+from pcl_ext.model.loss import task_loss
 
 DTYPES = [torch.float64, torch.bfloat16, torch.float16]
 KINDS = {
