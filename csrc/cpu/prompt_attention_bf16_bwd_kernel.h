@@ -8,7 +8,7 @@
 namespace pcl {
 namespace {
 
-constexpr int64_t kSegment = 128;     // rows of a chunk that meet the prefix together
+constexpr int64_t kSegment = 128;  // rows of a chunk that meet the prefix together
 
 // Elements of 4 bytes for histories of at most `length` rows that see at most `shared` prefix rows, in chunks that
 // begin in `chunk` rows.
