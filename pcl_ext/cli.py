@@ -133,7 +133,7 @@ def _pretrain(parser) -> None:
     parser.add_argument("dataset", type=Path, help="dataset folder")
     parser.add_argument("--out", type=Path, required=True, help="run folder to write; an interrupted run goes on")
     parser.add_argument("--max-len", type=int, default=200, help="how many of the newest events count")
-    _device(parser)
+    _device(parser, "trains; results are measured on the CPU")
     parser.add_argument("--config", action="config", help="file with any of the settings below (YAML or JSON)")
     parser.add_class_arguments(BackboneConfig, "backbone", skip={"num_items", "max_len"}, instantiate=False)
     parser.add_class_arguments(PretrainConfig, "pretrain")
@@ -154,16 +154,15 @@ def _learn(parser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="dataset folder")
     parser.add_argument("--placement", choices=PLACEMENTS, default="tail", help="where the tasks' prompts go")
     parser.add_argument("--prompt-len", type=int, default=MemoryConfig.prompt_len, help="rows of a prompt")
-    _device(parser)
+    _device(parser, "trains; results are measured on the CPU")
     parser.add_argument("--config", action="config", help="file with any of the settings below (YAML or JSON)")
     skip = {"placement", "prompt_len"}
     parser.add_class_arguments(MemoryConfig, "memory", skip=skip, instantiate=False)
     parser.add_class_arguments(LearnConfig, "learn")
 
 
-def _device(parser) -> None:
-    where = "device that trains, such as cuda; results are measured on the CPU"
-    parser.add_argument("--device", type=str, default="cpu", help=where)
+def _device(parser, what: str) -> None:
+    parser.add_argument("--device", type=str, default="cpu", help=f"device, such as cuda, that {what}")
 
 
 def _evaluate(parser) -> None:
@@ -184,6 +183,7 @@ def _predict(parser) -> None:
     whose += "a list of item ids, or an object with it as `items`, whose other keys come back"
     parser.add_argument("--data", type=Path, help=whose)
     parser.add_argument("--out", type=Path, help="Parquet file for --data; an interrupted job goes on")
+    _device(parser, "computes")
 
 
 def _report(parser) -> None:
@@ -201,6 +201,7 @@ def _encode(parser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="dataset folder")
     parser.add_argument("--tasks", nargs="+", type=str, help="names of tasks; all when left out")
     parser.add_argument("--out", type=Path, required=True, help="Parquet file to write; an interrupted job goes on")
+    _device(parser, "computes")
 
 
 def _export(parser) -> None:

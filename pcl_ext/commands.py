@@ -68,22 +68,26 @@ def _show_dataset(dataset: Dataset) -> None:
 
 
 def pretrain(args) -> int:
-    _check_device(args.device)
+    device = _check_device(args.device)
     dataset, backbone = Dataset(args.dataset), vars(args.backbone) | {"max_len": args.max_len}
     if not (args.out / "manifest.json").exists():
         _tell_unread(dataset, args.max_len)
-    run.pretrain(dataset, args.out, backbone, args.pretrain, device=args.device)
+    run.pretrain(dataset, args.out, backbone, args.pretrain, device=device)
     print(_matrix(args.out).to_text())
     return 0
 
 
-def _check_device(name: str) -> None:
-    """ValueError for a device that is not there."""
+def _check_device(name: str) -> str:
+    """The device as it is called here: each process of torchrun on a machine has a GPU of its own. ValueError for one
+    that is not there."""
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"--device {name} cannot be used here: {why}") from error
+    return name
 
 
 def _tell_unread(dataset: Dataset, max_len: int) -> None:
@@ -99,10 +103,10 @@ def _tell_unread(dataset: Dataset, max_len: int) -> None:
 
 
 def learn(args) -> int:
-    _check_device(args.device)
+    device = _check_device(args.device)
     dataset = Dataset(args.data)
     memory = MemoryConfig(**vars(args.memory), placement=args.placement, prompt_len=args.prompt_len)
-    learn_all(args.run, dataset, args.tasks or dataset.task_names[1:], args.learn, memory, args.device)
+    learn_all(args.run, dataset, args.tasks or dataset.task_names[1:], args.learn, memory, device)
     print(_matrix(args.run).to_text())
     return 0
 
@@ -190,7 +194,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def predict(args) -> int:
-    predictor, ids = Predictor(args.run, args.task, k=args.k), ItemIds(args.item_ids) if args.item_ids else None
+    predictor = Predictor(args.run, args.task, k=args.k, device=_check_device(args.device))
+    ids = ItemIds(args.item_ids) if args.item_ids else None
     if ids is not None:
         ids.check(predictor.model.backbone.config.num_items)
         check_items(args.run, read_record(args.run), ids)
@@ -216,7 +221,8 @@ def predict(args) -> int:
 
 
 def encode(args) -> int:
-    predictor, dataset = Predictor(args.run, encode=args.tasks), Dataset(args.data)
+    predictor = Predictor(args.run, encode=args.tasks, device=_check_device(args.device))
+    dataset = Dataset(args.data)
     return _work(EncodeJob(predictor, dataset, args.out, args.tasks))
 
 

@@ -24,6 +24,7 @@ from runs import BACKBONE
 from pcl_ext import PackedBatch, cli, infer, loop, run, store
 from pcl_ext.data import Dataset, synthetic
 from pcl_ext.model import BackboneConfig, MemoryConfig
+from pcl_ext.serve import Predictor
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task, pretrain
 
 FOLDER, DEVICE = Path(sys.argv[1]), sys.argv[2]
@@ -96,6 +97,16 @@ def check_predict(dataset, folder):
                 same(torch.tensor(two[key], dtype=torch.float64), torch.tensor(value, dtype=torch.float64))
 
 
+def check_predictor(dataset, folder):
+    here, there = (Predictor(folder / "run", device=device) for device in ("cpu", DEVICE))
+    for task in store.from_pretrained(folder / "run").task_names:
+        for one, two in zip(here.predict(HISTORIES, task).values(), there.predict(HISTORIES, task).values()):
+            same(torch.as_tensor(two), torch.as_tensor(one))
+    for one, two in zip(here.encode(HISTORIES).values(), there.encode(HISTORIES).values()):
+        same(torch.as_tensor(two), torch.as_tensor(one))
+    assert there.model.device.type == DEVICE
+
+
 def check_user_state(dataset, folder):
     shape = BackboneConfig(dataset.num_items, **BACKBONE, positions="rotary")
     model = pretrain(dataset, shape, PRETRAIN)[0]
@@ -132,12 +143,15 @@ def interrupted_after(steps, step=loop._step):
 
 
 def check_command(dataset, folder):
-    """`pcl` trains there, and measures on the CPU, so that its proof of no forgetting is one of the CPU."""
+    """`pcl` trains, encodes and predicts there; it measures on the CPU, and so proves that nothing was forgotten."""
     out, where = str(folder / "there"), ["--device", DEVICE]
     settings = ["--pretrain.epochs", "1", "--backbone.dim", "16", "--max-len", "20", *where]
     assert cli.main(["pretrain", str(dataset.path), "--out", out, *settings]) == 0
     assert cli.main(["learn", out, "click", "--data", str(dataset.path), "--learn.epochs", "1", *where]) == 0
     assert cli.main(["verify", out]) == 0
+    for command in (["encode", out], ["predict", out, "--task", "click"]):
+        file = str(folder / f"{command[0]}.parquet")
+        assert cli.main([*command, "--data", str(dataset.path), "--out", file, *where]) == 0
 
 
 LOW_RANK = {"low_rank": 2, "readout": ("last", "pooled", "item_memory"), "item_rows": 8}
@@ -157,6 +171,7 @@ CHECKS = {
     ),
     "mixed tasks": check_mixed_tasks,
     "predict": check_predict,
+    "predictor": check_predictor,
     "user state": check_user_state,
     "checkpoint": check_checkpoint,
     "command": check_command,

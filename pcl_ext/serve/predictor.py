@@ -31,6 +31,7 @@ class Predictor:
     skip_seen  leave out the items of the history given, all of it; a rank without an item holds item 0, score -inf
     column     the list column of a table, or the key of a dict, with the histories
     keep       columns that `predictor(batch)` hands on, such as ("user_id",)
+    device     where the model lies, such as "cuda"; answers are on the CPU
 
     StoreError where the folder is no run, ValueError for a task it does not know.
     """
@@ -45,6 +46,7 @@ class Predictor:
         skip_seen: bool = False,
         column: str = "items",
         keep: Sequence[str] = (),
+        device: torch.device | str = "cpu",
     ):
         if task is not None and encode is not None:
             raise ValueError("give task, to predict, or encode, for user vectors, not both")
@@ -53,7 +55,7 @@ class Predictor:
         self.path = Path(path).absolute()
         self.task, self.tasks_encoded = task, None if encode is None else tuple(encode)
         self.k, self.skip_seen, self.column, self.keep = check_k(k), skip_seen, column, tuple(keep)
-        self.unknown = 0
+        self.unknown, self.device = 0, device
         self._model: UserModel | None = None
         self._whole = False  # whether it has all tasks of the run
         self._check_tasks([task] if task is not None else self.tasks_encoded or ())
@@ -74,14 +76,17 @@ class Predictor:
         alone, until another one is asked for."""
         if self._model is None:
             named = self.tasks_encoded if self.task is None else (self.task,)
-            self._model, self._whole = store.from_pretrained(self.path, named), named is None
+            self._model, self._whole = self._open(named), named is None
         return self._model
+
+    def _open(self, tasks: Sequence[str] | None) -> UserModel:
+        return store.from_pretrained(self.path, tasks).to(self.device)
 
     def _model_with(self, names: Sequence[str] | None) -> UserModel:
         """The model, with all tasks where it lacks one of these, or where all are asked for."""
         model = self.model
         if not self._whole and (names is None or not set(names) <= set(model.task_names)):
-            model, self._whole = store.from_pretrained(self.path), True
+            model, self._whole = self._open(None), True
         self._model = model
         return model
 

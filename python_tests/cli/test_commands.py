@@ -69,11 +69,15 @@ def test_pretrain_says_which_events_it_does_not_read(made, pcl, tmp_path):
     assert not [line for line in err if "no task reads" in line]
 
 
-@pytest.mark.parametrize("device", ["abacus", "meta"])
-def test_a_device_that_is_not_there_is_refused(made, refused, tmp_path, device):
-    for argv in (["pretrain", made.data, "--out", tmp_path / "run"], ["learn", made.run, "--data", made.data]):
-        assert f"--device {device} cannot be used here: " in refused(*argv, "--device", device)
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda"])
+def test_a_device_that_is_not_there_is_refused(made, refused, tmp_path, monkeypatch, device):
+    monkeypatch.setenv("LOCAL_RANK", "63")  # under torchrun each process takes a GPU of its own
+    data, out = ["--data", made.data], ["--out", tmp_path / "out"]
+    commands = ["pretrain", made.data, *out], ["learn", made.run, *data], ["encode", made.run, *data, *out]
+    for argv in (*commands, ["predict", made.run, "--task", "click"]):
+        called = "cuda:63" if device == "cuda" else device
+        assert f"--device {called} cannot be used here: " in refused(*argv, "--device", device)
+    assert not (tmp_path / "out").exists()
 
 
 def test_learn_takes_its_settings_from_the_file_and_the_line(made):
