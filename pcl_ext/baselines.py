@@ -31,6 +31,7 @@ _MOST_MEASURED = 2_000  # examples of the fold that items are ranked for: all of
 _MOST_PAIRS = 20_000_000  # transitions a Markov chain counts
 _MOST_ITEMS = 2048  # of a history, the newest
 _SCORES = 1 << 22  # of a batch
+_EXAMPLES = 1 << 14  # of a batch: what they read is held at a time
 _MOST_SHARED = 1 << 22  # pairs of an item and a train user who has it that are held at a time
 _SILENT = 1e-6  # popularity only orders what a model gives the same score
 _LOWEST_RANK = max(int(metric.partition("@")[2]) for metric in METRICS["items"])  # that a metric tells from lower ones
@@ -98,7 +99,7 @@ def _measure_columns(examples: Examples, spec: TaskSpec, outputs, width: int) ->
     """Metrics of `outputs` [b, width] or [b], some rows at a time; targets of items are columns."""
     metrics = TaskMetrics(spec)
     with progress(f"reference models of {spec.name}", len(examples), " examples") as bar:
-        for rows in torch.arange(len(examples)).split(max(1, _SCORES // width)):
+        for rows in torch.arange(len(examples)).split(max(1, min(_EXAMPLES, _SCORES // width))):
             part = examples.select(rows)
             metrics.update(outputs(rows), part.target, _rows_of_targets(part))
             bar.update(len(rows))

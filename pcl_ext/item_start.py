@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from pcl_ext.infer import evaluating
 from pcl_ext.model import Task, UserModel
 from pcl_ext.model.layout import to_offsets
 from pcl_ext.model.ridge import Ridge, csr
+from pcl_ext.progress import progress
 
 _MOST_EXAMPLES = 20_000  # time grows with them, the regression hardly gains
 _MOST_SCORES = 4_000_000  # held at a time
+_MOST_ALL = 65_536  # items of a catalogue that are all in the regression
 _FEWEST_USERS = 200  # fewer say little about the factor
 _SCALES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -38,20 +40,40 @@ def start_items(
         bags, targets = _bags(model, dataset, task, examples)
     rows, columns = len(memory.table), len(task.catalogue)
     x = csr(*bags, rows)
-    counts = torch.bincount(targets[0], minlength=len(examples))
-    y = csr(targets[1], to_offsets(counts), torch.ones(len(targets[1])), columns)
+    counts, named = torch.bincount(targets[0], minlength=len(examples)), _named(targets[1], columns)
+    place = torch.searchsorted(named, targets[1])
+    y = csr(place, to_offsets(counts), torch.ones(len(place)), len(named))
     dropped = csr(bags[0], bags[1], _half(bags[2], task), rows)
     best, kept = 0.0, None
-    for strength in strengths:
+    for strength in _with_bar(strengths, name):
         regression = Ridge(x, y, strength)
         left, right = regression.factors(memory.num_features)
-        factor = _factor(dropped @ left, right, regression.means, targets)
-        start = (left * factor**0.5, right.T * factor**0.5, regression.means * factor)
+        out, means = _spread(right.T, named, columns), _spread(regression.means, named, columns)
+        factor = _factor(dropped @ left, out.T, means, targets)
+        start = (left * factor**0.5, out * factor**0.5, means * factor)
         task.start_items(*start)
         reached = score() if len(strengths) > 1 else 0.0
         if kept is None or reached > best:
             best, kept = reached, start
     task.start_items(*kept)
+
+
+def _named(column: Tensor, count: int) -> Tensor:
+    """Which of 0..count-1 a regression is made of, rising: of many those that are a target. To all others it gives
+    zeros, in much time and memory."""
+    return torch.arange(count) if count <= _MOST_ALL else torch.unique(column)
+
+
+def _spread(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """values [n, ...] -> [count, ...]: rows at their places, zeros elsewhere."""
+    return values if len(values) == count else values.new_zeros(count, *values.shape[1:]).index_copy_(0, places, values)
+
+
+def _with_bar(strengths: Sequence[float], name: str) -> Iterator[float]:
+    with progress(f"starting {name}, ridge regressions", len(strengths), " strengths") as bar:
+        for strength in strengths:
+            yield strength
+            bar.update()
 
 
 def _sample(examples: Examples) -> Examples:

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from pcl_ext import item_start
+from pcl_ext import item_start, progress
 from pcl_ext.data import Examples, make_batch
 from pcl_ext.item_start import start_items
 from pcl_ext.model import MemoryConfig
@@ -21,8 +21,11 @@ def bags_of(memory, history):
     return bags.index_put_((user, index.long()), weights, accumulate=True)
 
 
+@pytest.mark.parametrize("most_all", [1, 65_536])  # 1: over targets alone, as of a large catalogue
 @pytest.mark.parametrize(("item_rows", "strengths"), [(1000, (3.0,)), (40, (3.0,)), (1000, (100.0, 3.0, 0.5))])
-def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, pretrained, item_rows, strengths):
+def test_a_cold_catalogue_starts_at_a_ridge_regression(
+    dataset, pretrained, item_rows, strengths, most_all, monkeypatch
+):
     """At a width that W fits into, scores are one factor times those of the dense formula; a score picks among
     several strengths: here the second."""
     model = copy.deepcopy(pretrained).eval()
@@ -30,6 +33,7 @@ def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, pretrained, item
     config = MemoryConfig(placement="none", item_width=60, item_rows=item_rows)
     task = model.add_task(dataset.task("range").spec, config).eval()
     assert task.cold
+    monkeypatch.setattr(item_start, "_MOST_ALL", most_all)
     torch.manual_seed(0)
     scores = iter([0.1, 0.3, 0.2])
     start_items(model, dataset, "range", strengths, lambda: next(scores))
@@ -114,3 +118,17 @@ def test_the_factor_is_split_evenly_between_the_memory_and_the_rows(dataset, pre
         sizes.append([part.detach().norm() for part in (task.memories["item_memory"].table, task.head.rows)])
         sizes[-1].append(task.head.bias.detach().norm())
     torch.testing.assert_close(torch.tensor(sizes[1]), torch.tensor(sizes[0]) * torch.tensor([3.0, 3.0, 9.0]))
+
+
+def test_the_start_of_a_large_catalogue_is_made_of_its_targets(dataset, pretrained, caplog, monkeypatch):
+    model = copy.deepcopy(pretrained)
+    model.backbone.trained_items[:] = False
+    task = model.add_task(dataset.task("range").spec, MemoryConfig(placement="none", item_rows=1000))
+    monkeypatch.setattr(item_start, "_MOST_ALL", 1)
+    monkeypatch.setattr(item_start, "_MOST_EXAMPLES", 3)
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    with mock.patch.object(item_start, "Ridge", wraps=item_start.Ridge) as ridge, caplog.at_level("INFO", "pcl_ext"):
+        start_items(model, dataset, "range", (3.0,), lambda: 0.0)
+    _, y, _ = ridge.call_args.args
+    assert y.shape[1] == int((task.head.bias != 0).sum()) < len(task.catalogue)
+    assert "starting range, ridge regressions: 1 of 1 strengths" in caplog.messages

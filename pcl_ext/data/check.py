@@ -63,7 +63,7 @@ def _check_table(dataset: Dataset, table: TaskTable) -> None:
 def _check_times_rise(dataset: Dataset) -> None:
     if dataset.times is None:
         return
-    for start, end, user in _checked_chunks(dataset):
+    for start, end, user in _checked_chunks(dataset, FILE):
         low, high = dataset.offsets[start], dataset.offsets[end]
         back = (np.diff(dataset.times[low:high]) < 0) & (user[1:] == user[:-1])
         if back.any():
@@ -73,7 +73,7 @@ def _check_times_rise(dataset: Dataset) -> None:
 
 
 def _check_distinct(dataset: Dataset, rule: str) -> None:
-    for start, end, user in _checked_chunks(dataset):
+    for start, end, user in _checked_chunks(dataset, FILE):
         keys = _keys(dataset, user, dataset.items[dataset.offsets[start] : dataset.offsets[end]])
         keys.sort()
         if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
@@ -82,9 +82,9 @@ def _check_distinct(dataset: Dataset, rule: str) -> None:
             raise ValueError(f"{dataset.path / FILE}: {text}")
 
 
-def _checked_chunks(dataset: Dataset):
-    """(first user, end, which of these users each event belongs to) of all users, with a bar."""
-    with progress("checking histories", dataset.num_users) as bar:
+def _checked_chunks(dataset: Dataset, file: str):
+    """(first user, end, which of these users each event belongs to) of all users, with a bar that names the file."""
+    with progress(f"checking {file}", dataset.num_users) as bar:
         for start, end in user_chunks(dataset.offsets, _EVENTS):
             yield start, end, np.repeat(np.arange(end - start), np.diff(dataset.offsets[start : end + 1]))
             bar.update(end - start)
@@ -107,13 +107,12 @@ def _check_unseen(dataset: Dataset, table: TaskTable, file: Path) -> None:
     """No target among items[:cut]: per chunk of users, the first position of each target is looked up."""
     order = None if _increasing(table.user) else np.argsort(table.user, kind="stable")
     users = table.user if order is None else table.user[order]
-    for start, end in user_chunks(dataset.offsets, _EVENTS):
+    for start, end, user in _checked_chunks(dataset, file.name):
         rows = np.arange(np.searchsorted(users, start), np.searchsorted(users, end))
         rows = rows if order is None else order[rows]
         if not len(rows):
             continue
         low, high = dataset.offsets[start], dataset.offsets[end]
-        user = np.repeat(np.arange(end - start), np.diff(dataset.offsets[start : end + 1]))
         keys, first = np.unique(_keys(dataset, user, dataset.items[low:high]), return_index=True)
         wanted = _keys(dataset, table.user[rows] - start, table.target[rows])
         at = np.searchsorted(keys, wanted).clip(max=max(0, len(keys) - 1))

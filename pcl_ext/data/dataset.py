@@ -153,11 +153,15 @@ class Dataset:
     def rows_of(self, user_ids) -> np.ndarray:
         """Rows of the users with these ids, [m] int64; -1 for unknown ones."""
         ids = np.asarray(user_ids, np.int64)
-        at = np.searchsorted(self.user_id, ids, sorter=self._order).clip(max=max(0, self.num_users - 1))
-        rows = at if self._order is None else self._order[at]
+        found = np.full(len(ids), -1)
         if not self.num_users:
-            return np.full(len(ids), -1)
-        return np.where(self.user_id[rows] == ids, rows, -1)
+            return found
+        order = np.argsort(ids)  # one after the other they are found several times as fast: what they read lies near
+        ids = ids[order]
+        at = np.searchsorted(self.user_id, ids, sorter=self._order).clip(max=self.num_users - 1)
+        rows = at if self._order is None else self._order[at]
+        found[order] = np.where(self.user_id[rows] == ids, rows, -1)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Counts that say what the dataset holds, as JSON values."""

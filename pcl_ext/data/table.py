@@ -13,6 +13,7 @@ import numpy as np
 from pcl_ext.data.cache import NpyFolder, cached, identity, load
 from pcl_ext.data.examples import ordered
 from pcl_ext.data.parquet import Column, open_parquet, pieces
+from pcl_ext.progress import progress
 from pcl_ext.task import TaskSpec
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def _build_table(dataset: Dataset, path: Path, spec: TaskSpec, out: Path) -> Non
     dtypes = {"user": np.int64, "cut": np.int32, "target": np.float32 if spec.kind == "regression" else np.int64}
     if timed:
         dtypes["time"] = np.int64
-    with NpyFolder(out, **dtypes) as arrays:
+    bar = progress(f"reading {path.name}", file.metadata.num_rows, " rows")
+    with NpyFolder(out, **dtypes) as arrays, bar:
         for base, batch in pieces(file, path, ["user_id", "target", "cut"] + ["time"] * timed):
             ids = Column(path, "user_id").integers(batch["user_id"], base)
             user = dataset.rows_of(ids)
@@ -122,6 +124,7 @@ def _build_table(dataset: Dataset, path: Path, spec: TaskSpec, out: Path) -> Non
             if timed:
                 values["time"] = Column(path, "time").integers(batch["time"], base)
             arrays.append(**values)
+            bar.update(batch.num_rows)
     if spec.kind != "items":
         _tell_of_repeats(path, load(out, "user"), load(out, "cut"), dataset)
 

@@ -162,6 +162,22 @@ def test_a_large_fold_is_ranked_for_a_part_that_is_named(dataset, monkeypatch, t
     assert got == baselines.cheap(dataset, task)
 
 
+@pytest.mark.parametrize("task", ["kind", "kinds", "value"])
+def test_labels_of_many_users_are_measured_some_at_a_time(dataset, task, monkeypatch):
+    whole, read, sets = baselines.cheap(dataset, task, "train"), [], baselines._sets
+
+    def counting(dataset, examples):
+        read.append(len(examples))
+        return sets(dataset, examples)
+
+    monkeypatch.setattr(baselines, "_EXAMPLES", 30)
+    monkeypatch.setattr(baselines, "_sets", counting)
+    assert baselines.cheap(dataset, task, "train") == whole
+    count = len(dataset.examples(task, "train"))
+    assert max(read) == count  # where a model learns of them
+    assert read.count(30) == count // 30
+
+
 def test_no_valid_users_and_empty_histories(tmp_path):
     with DatasetWriter(tmp_path / "data", "small", 3) as writer:
         writer.histories(np.arange(8), [1, 2, 3, 1, 1, 2, 3, 1], [0, 2, 4, 4, 6, 8, 8, 8, 8], [0, 0, 0, 0, 2, 2, 2, 2])

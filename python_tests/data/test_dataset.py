@@ -1,4 +1,5 @@
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pcl_ext import progress as progress_module
 from pcl_ext.data import Dataset, check
 from pcl_ext.data import cache as cache_module
 from pcl_ext.data import parquet as parquet_module
@@ -39,7 +41,17 @@ def test_arrays_equal_what_was_written(write_folder, monkeypatch, batch_rows, ki
 
 def test_users_in_any_order_are_found(write_folder):
     dataset = Dataset(write_folder(user_id=pa.array([14, -3, 12, 99, 10])))
-    assert dataset.rows_of([99, 14, 13, -3, 1000, -1000]).tolist() == [3, 0, -1, 1, -1, -1]
+    assert dataset.rows_of([99, 14, 13, -3, 1000, -1000, 14]).tolist() == [3, 0, -1, 1, -1, -1, 0]
+
+
+def test_reading_files_says_how_far_it_is(write_folder, caplog, monkeypatch):
+    monkeypatch.setattr(progress_module, "_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "pcl_ext"):
+        Dataset(write_folder(task=TOY, rows=GOOD)).task("toy")
+    assert caplog.messages == [
+        "reading histories.parquet: 5 of 5 users",
+        "reading toy.parquet: 2 of 2 rows",
+    ]
 
 
 def test_cache_is_mapped_reused_and_follows_the_file(write_folder):

@@ -1,3 +1,4 @@
+import logging
 from contextlib import nullcontext
 from unittest import mock
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pcl_ext import progress
 from pcl_ext.data import Dataset, DatasetWriter, check, check_task
 from pcl_ext.task import TaskSpec
 
@@ -90,3 +92,13 @@ def test_checker_agrees_with_the_definition(tmp_path_factory, data):
 
 def refused():
     return pytest.raises(ValueError, match="target must not be among")
+
+
+def test_the_look_at_a_table_says_how_far_it_is(toy, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "pcl_ext"):
+        check(toy)
+    assert [text for text in caplog.messages if text.startswith("checking")] == [
+        "checking histories.parquet: 5 of 5 users",
+        "checking more.parquet: 5 of 5 users",
+    ]
