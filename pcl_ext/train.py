@@ -28,6 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 RARE_EPS = 2e-4
 LEAST_STEPS, LEAST_TOKENS = 20, 256  # of an epoch of a task, and of a step
+MOST_PLANNED = 8  # times the examples that an epoch may read: of more, planning takes as long as training on some
 NEXT = MemoryConfig(placement="none", readout=("last",), tied=True)
 
 
@@ -316,7 +317,10 @@ def epoch_batches(
 
     most  examples of a batch: where each has a score for every item of a large catalogue
     """
-    tokens = config.step_tokens(int(examples.cut.clamp(1, max_len).sum()))
+    events = int(examples.cut.clamp(1, max_len).sum())
+    tokens, share = config.step_tokens(events), 2 * config.epoch_tokens / events
+    if share < 1 / MOST_PLANNED:
+        examples = infer.drawn(examples, math.ceil(share * len(examples)), config.seed + epoch)
     groups = plan(examples, max_tokens=tokens, max_len=max_len, seed=config.seed + epoch)
     groups = groups[: max(1, config.epoch_tokens // tokens)]
     if most is not None:

@@ -1,6 +1,7 @@
 """What training needs before it starts, and what decays."""
 
 import copy
+import math
 import shutil
 from unittest import mock
 
@@ -13,7 +14,7 @@ from runs import BACKBONE
 
 from pcl_ext import infer, next_item, train
 from pcl_ext.batch import PackedBatch
-from pcl_ext.data import Dataset
+from pcl_ext.data import Dataset, plan
 from pcl_ext.model import Backbone, BackboneConfig, UserModel
 from pcl_ext.next_item import NextItemLoss, item_counts, shift
 from pcl_ext.task import TaskSpec
@@ -101,8 +102,10 @@ def test_a_regression_learns_the_same_in_any_unit(dataset, tmp_path, unit):
         assert one["valid"]["rmse"] / unit == pytest.approx(same["valid"]["rmse"], rel=1e-3)
 
 
+@pytest.mark.parametrize("most_planned", [1, 8])  # 1: some are drawn before they are planned, as of very many
 @pytest.mark.parametrize("start", [0, 2])
-def test_an_epoch_is_bounded_and_starts_anywhere(dataset, start):
+def test_an_epoch_is_bounded_and_starts_anywhere(dataset, start, most_planned, monkeypatch):
+    monkeypatch.setattr(train, "MOST_PLANNED", most_planned)
     examples, config = dataset.sequences("train", 20), LearnConfig(batch_tokens=100, epoch_tokens=400)
     steps, batches = epoch_batches(dataset, examples, config, 20, 3, start)
     whole = list(epoch_batches(dataset, examples, config, 20, 3, 0)[1])
@@ -111,6 +114,21 @@ def test_an_epoch_is_bounded_and_starts_anywhere(dataset, start):
         assert torch.equal(got.index, want.index)
     other = epoch_batches(dataset, examples, config, 20, 4, 0)[1]
     assert not torch.equal(next(other).index, whole[0].index)
+
+
+def test_of_very_many_examples_few_are_planned(dataset):
+    examples, planned = dataset.sequences("train", 20), []
+    config = LearnConfig(batch_tokens=10, epoch_tokens=20)
+    events = int(examples.cut.sum())
+    assert events > 16 * config.epoch_tokens
+    with mock.patch.object(train, "plan", lambda some, **given: planned.append(len(some)) or plan(some, **given)):
+        read = [
+            batch.history.items
+            for epoch in range(9)
+            for batch in epoch_batches(dataset, examples, config, 20, epoch, 0)[1]
+        ]
+    assert set(planned) == {math.ceil(2 * 20 / events * len(examples))}
+    assert len(torch.cat(read).unique()) > 30  # each epoch draws others
 
 
 def test_an_epoch_of_few_labels_has_twenty_steps(dataset, monkeypatch):
