@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"pcl: {_as_typed(error, subparsers)}; {hint}")
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         return _fail(f"pcl {name}: {error}")
+    except commands.torch.OutOfMemoryError as error:
+        text = str(error).partition(". ")[0]
+        return _fail(f"pcl {name}: {text}: a smaller batch_tokens of the settings needs less, and so does --device cpu")
     except run.ForgettingError as error:
         return _fail(f"pcl {name}: {error}", 1)
     except KeyboardInterrupt:

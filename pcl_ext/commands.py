@@ -68,7 +68,7 @@ def _show_dataset(dataset: Dataset) -> None:
 
 
 def pretrain(args) -> int:
-    device = _check_device(args.device)
+    device = _device_here(args.device)
     dataset, backbone = Dataset(args.dataset), vars(args.backbone) | {"max_len": args.max_len}
     if not (args.out / "manifest.json").exists():
         _tell_unread(dataset, args.max_len)
@@ -77,7 +77,7 @@ def pretrain(args) -> int:
     return 0
 
 
-def _check_device(name: str) -> str:
+def _device_here(name: str) -> str:
     """The device as it is called here: each process of torchrun on a machine has a GPU of its own. ValueError for one
     that is not there."""
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -103,7 +103,7 @@ def _tell_unread(dataset: Dataset, max_len: int) -> None:
 
 
 def learn(args) -> int:
-    device = _check_device(args.device)
+    device = _device_here(args.device)
     dataset = Dataset(args.data)
     memory = MemoryConfig(**vars(args.memory), placement=args.placement, prompt_len=args.prompt_len)
     learn_all(args.run, dataset, args.tasks or dataset.task_names[1:], args.learn, memory, device)
@@ -194,7 +194,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def predict(args) -> int:
-    predictor = Predictor(args.run, args.task, k=args.k, device=_check_device(args.device))
+    predictor = Predictor(args.run, args.task, k=args.k, device=_device_here(args.device))
     ids = ItemIds(args.item_ids) if args.item_ids else None
     if ids is not None:
         ids.check(predictor.model.backbone.config.num_items)
@@ -221,7 +221,7 @@ def predict(args) -> int:
 
 
 def encode(args) -> int:
-    predictor = Predictor(args.run, encode=args.tasks, device=_check_device(args.device))
+    predictor = Predictor(args.run, encode=args.tasks, device=_device_here(args.device))
     dataset = Dataset(args.data)
     return _work(EncodeJob(predictor, dataset, args.out, args.tasks))
 

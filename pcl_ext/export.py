@@ -174,8 +174,10 @@ def export(
     onnx     <task>.onnx; needs the extra `export`
     <task>.json beside them says what goes in and what comes out. Left out, `formats` is all that can be made here; one
     that is named and cannot be raises ImportError or ValueError. Each file is compared with the model before it stays.
-    ValueError where torch fails to make one, OSError where the disk refuses.
+    ValueError where torch fails to make one, or the model is not on the CPU, OSError where the disk refuses.
     """
+    if model.device.type != "cpu":
+        raise ValueError(f"a model is exported from the CPU, this one is on {model.device}; model.cpu() moves it there")
     unknown = [name for name in formats or () if name not in FORMATS]
     if unknown:
         raise ValueError(f"formats must be among {', '.join(FORMATS)}, got {', '.join(unknown)}")

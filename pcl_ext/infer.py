@@ -86,7 +86,7 @@ def _score(task: Task, batches: Iterable[tuple[ExampleBatch, Tensor]]) -> Score:
     metrics, loss = TaskMetrics(task.spec), 0.0
     for batch, output in batches:
         columns = task.columns(batch.target)
-        metrics.update(output.cpu(), columns.cpu(), batch.target_row.cpu())
+        metrics.update(output, columns, batch.target_row)
         loss += float(task.loss(output, columns, batch.target_row)) * len(columns)
     return Score(metrics.compute(), metrics.standard_error(), loss / metrics.count, metrics.count)
 

@@ -214,12 +214,12 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
         loss = problem.loss(batch)
-    value = loss.item()
+    loss.backward()
+    value = loss.item()  # here a GPU is waited for
     if not math.isfinite(value):
         raise FloatingPointError(
             f"{problem.label}: the loss is {value}; lower learning_rate (now {config.learning_rate})"
         )
-    loss.backward()
     optimizer.step()
     return value
 

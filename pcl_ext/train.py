@@ -147,7 +147,8 @@ def pretrain(
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, what is random follows from the seed; after it, torch's generators are as they were."""
+    """Inside, what is random follows from the seed; after it, the CPU's generator and that of the device are as they
+    were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -198,10 +199,10 @@ def learn_task(
         _say_rows(task, model)
         try:
             curve = _learn(model, dataset, task, train, config, checkpoint)
+            model.freeze_task(name)
         except BaseException:
             model.remove_task(name)
             raise
-    model.freeze_task(name)
     return curve
 
 

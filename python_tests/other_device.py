@@ -1,13 +1,14 @@
 """Everything a user does with a model, on the CPU and on another device: the same comes out, and no step mixes devices.
 
-`python other_device.py FOLDER DEVICE` writes {check: "" or what went wrong} as JSON to stdout. DEVICE is cuda, or
-stand_in, which needs no accelerator.
+`python other_device.py FOLDER DEVICE [CHECK...]` writes {check: "" or what went wrong} as JSON to stdout, of all checks
+or of those named. DEVICE is cuda, or stand_in, which needs no accelerator.
 """
 
 import contextlib
 import copy
 import importlib
 import json
+import pickle
 import sys
 import traceback
 from dataclasses import replace
@@ -18,11 +19,13 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from runs import BACKBONE
 
-from pcl_ext import PackedBatch, cli, infer, loop, run, store
+from pcl_ext import PackedBatch, checkpoint, cli, infer, loop, run, store
 from pcl_ext.data import Dataset, synthetic
+from pcl_ext.export import export
 from pcl_ext.model import BackboneConfig, MemoryConfig
 from pcl_ext.serve import Predictor
 from pcl_ext.train import LearnConfig, PretrainConfig, learn_task, pretrain
@@ -76,6 +79,13 @@ def check_learn(dataset, folder, task, memory=None, **settings):
     assert abs(scores[0].loss - scores[1].loss) < 1e-3
 
 
+def check_bfloat16(dataset, folder):
+    """Of the stand-in PyTorch has no autocast."""
+    shape = BackboneConfig(dataset.num_items, **BACKBONE, dropout=0.0)
+    curves = [pretrain(dataset, shape, replace(PRETRAIN, precision=p), device=DEVICE)[1] for p in PRECISIONS]
+    assert abs(curves[0][-1]["loss"] - curves[1][-1]["loss"]) < 0.05
+
+
 def check_mixed_tasks(dataset, folder):
     model = store.from_pretrained(folder / "run")
     other, index = copy.deepcopy(model).to(DEVICE), torch.tensor([0, 2, 1, 2])
@@ -98,13 +108,21 @@ def check_predict(dataset, folder):
 
 
 def check_predictor(dataset, folder):
-    here, there = (Predictor(folder / "run", device=device) for device in ("cpu", DEVICE))
+    here, there = (Predictor(folder / "run", device=torch.device(device)) for device in ("cpu", DEVICE))
+    there = pickle.loads(pickle.dumps(there))  # as a worker gets it
     for task in store.from_pretrained(folder / "run").task_names:
         for one, two in zip(here.predict(HISTORIES, task).values(), there.predict(HISTORIES, task).values()):
             same(torch.as_tensor(two), torch.as_tensor(one))
     for one, two in zip(here.encode(HISTORIES).values(), there.encode(HISTORIES).values()):
         same(torch.as_tensor(two), torch.as_tensor(one))
     assert there.model.device.type == DEVICE
+
+
+def check_export(dataset, folder):
+    there = store.from_pretrained(folder / "run").to(DEVICE)
+    with pytest.raises(ValueError, match="exported from the CPU, this one is on"):
+        export(there, "loyal", folder / "exported")
+    assert not (folder / "exported").exists()
 
 
 def check_user_state(dataset, folder):
@@ -118,28 +136,46 @@ def check_user_state(dataset, folder):
     same(answers[1], answers[0])
 
 
-def check_checkpoint(dataset, folder):
-    """A training that was interrupted goes on there."""
-    shape, path = BackboneConfig(dataset.num_items, **BACKBONE, dropout=0.0), folder / "next.safetensors"
-    config, whole = replace(PRETRAIN, checkpoint_seconds=0.0), []
-    for device in ("cpu", DEVICE):
+def check_resumed(train, dataset, folder):
+    """A training that is interrupted before its last step goes on with that one, there and on the other device."""
+    path = folder / "resumed.safetensors"
+    with steps() as whole:
+        wanted = train(dataset, folder, None, "cpu")
+    for began, goes_on in (("cpu", DEVICE), (DEVICE, "cpu"), (DEVICE, DEVICE)):
         path.unlink(missing_ok=True)
-        with contextlib.suppress(KeyboardInterrupt), mock.patch.object(loop, "_step", interrupted_after(3)):
-            pretrain(dataset, shape, config, path, device=device)
-        assert path.exists()
-        whole.append(pretrain(dataset, shape, config, path, device=device)[0].backbone.table)
-    same(whole[1], whole[0])
+        with steps(most=len(whole) - 1), contextlib.suppress(KeyboardInterrupt):
+            train(dataset, folder, path, began)
+        with steps() as left:
+            same(train(dataset, folder, path, goes_on), wanted)
+        assert len(left) == 1
 
 
-def interrupted_after(steps, step=loop._step):
-    left = iter(range(steps))
+@contextlib.contextmanager
+def steps(most=None, step=loop._step):
+    """Inside, a checkpoint follows every step, and who takes more than `most` is interrupted; the losses so far."""
+    losses = []
 
     def run_step(*args):
-        if next(left, None) is None:
+        if len(losses) == most:
             raise KeyboardInterrupt
-        return step(*args)
+        losses.append(step(*args))
+        return losses[-1]
 
-    return run_step
+    with mock.patch.object(loop, "_step", run_step), mock.patch.object(checkpoint, "_PAUSE", 0):
+        yield losses
+
+
+def train_backbone(dataset, folder, path, device):
+    shape = BackboneConfig(dataset.num_items, **BACKBONE, dropout=0.0)
+    config = replace(PRETRAIN, epochs=2, checkpoint_seconds=0.0)
+    return pretrain(dataset, shape, config, path, device=device)[0].backbone.table
+
+
+def train_task(dataset, folder, path, device):
+    model = store.from_pretrained(folder / "run").to(device)
+    config, memory = replace(LEARN, epochs=2, checkpoint_seconds=0.0), MemoryConfig(dropout=0.0, item_dropout=0.0)
+    learn_task(model, dataset, "click", config, memory, path)
+    return model(batch(model).to(device), "click")
 
 
 def check_command(dataset, folder):
@@ -154,6 +190,7 @@ def check_command(dataset, folder):
         assert cli.main([*command, "--data", str(dataset.path), "--out", file, *where]) == 0
 
 
+PRECISIONS = ("float32", "bfloat16")
 LOW_RANK = {"low_rank": 2, "readout": ("last", "pooled", "item_memory"), "item_rows": 8}
 CHECKS = {
     "pretrain": check_pretrain,
@@ -172,8 +209,10 @@ CHECKS = {
     "mixed tasks": check_mixed_tasks,
     "predict": check_predict,
     "predictor": check_predictor,
+    "export": check_export,
     "user state": check_user_state,
-    "checkpoint": check_checkpoint,
+    "pretrain resumed": partial(check_resumed, train_backbone),
+    "learn resumed": partial(check_resumed, train_task),
     "command": check_command,
 }
 
@@ -204,11 +243,13 @@ def main():
     torch.set_num_threads(1)
     if DEVICE == "stand_in":
         importlib.import_module(DEVICE)
+    else:
+        CHECKS["bfloat16"] = check_bfloat16
     dataset, found = prepare(FOLDER), {}
-    for name, check in CHECKS.items():
+    for name in sys.argv[3:] or CHECKS:
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                check(dataset, FOLDER)
+                CHECKS[name](dataset, FOLDER)
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()

@@ -1,10 +1,14 @@
 """A device that is not the CPU, made of the CPU: PyTorch takes its tensors for those of an accelerator, and every
 operation on them computes on the same memory by the CPU. One that mixes devices raises, as on CUDA.
 
+It draws other random numbers than the CPU does for the same seed, as a GPU would.
+
 Importing this registers the device for the whole process: `other_device.py` is a process of its own.
 """
 
 import ctypes
+import itertools
+from contextlib import contextmanager
 
 import torch
 from torch.utils import backend_registration
@@ -23,6 +27,7 @@ _TYPES = {  # DLPack's kind of number and its bits
     torch.float64: (2, 64),
 }
 _INDEXING = ("aten::index.Tensor", "aten::index.Tensor_out", "aten::_index_put_impl_", "aten::index_put_")
+_seeds = itertools.count(1000)
 
 
 class _Device(ctypes.Structure):
@@ -84,6 +89,9 @@ def _run(op, *args, **options):
         source, target = (get(tensor) if _is_here(tensor) else tensor for tensor in args[:2])
         target.copy_(source)
         return args[1]
+    # a Python number in a tensor's place comes as the number
+    tensors = [str(argument.type) == "Tensor" for argument in op._schema.arguments]
+    args = [torch.tensor(x) if t and isinstance(x, (int, float)) else x for x, t in zip(args, tensors)]
     _refuse_mixed(op, args, options)
     given = []  # (the tensor here, the one it is on the CPU)
 
@@ -108,7 +116,7 @@ def _run(op, *args, **options):
     fresh = {name: torch.empty(0, dtype=options[name].dtype) for name in outs}  # memory here cannot grow
     args, moved = tree_map(on_cpu, args), tree_map(on_cpu, {k: v for k, v in options.items() if k not in outs})
     given += [(options[name], out) for name, out in fresh.items()]
-    with torch.no_grad():
+    with torch.no_grad(), _other_numbers(op):
         result = op(*args, **moved, **fresh)
     for name, out in fresh.items():
         if options[name].shape == out.shape:
@@ -119,10 +127,21 @@ def _run(op, *args, **options):
 
 
 def _refuse_mixed(op, args, options):
+    if op.name() in _INDEXING and _is_here(args[0]):
+        args = (args[0], *args[2:])  # CUDA takes indices from the CPU
     tensors = [value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor)]
-    elsewhere = [tensor for tensor in tensors if not _is_here(tensor) and tensor.dim()]
-    if elsewhere and not (op.name() in _INDEXING and _is_here(args[0])):  # CUDA takes indices from the CPU
+    if any(not _is_here(tensor) and tensor.dim() for tensor in tensors):
         raise RuntimeError(f"{op.name()}: tensors on {' and '.join(sorted({str(t.device) for t in tensors}))}")
+
+
+@contextmanager
+def _other_numbers(op):
+    """Inside, an operation that draws leaves the CPU's generator alone."""
+    draws = torch.Tag.nondeterministic_seeded in op.tags
+    with torch.random.fork_rng(devices=[], enabled=draws):
+        if draws:
+            torch.default_generator.manual_seed(next(_seeds))
+        yield
 
 
 class _Module(backend_registration._DummyBackendModule):

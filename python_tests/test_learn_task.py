@@ -154,6 +154,14 @@ def test_a_head_is_started_on_no_more_examples_than_are_asked_for(dataset, pretr
     assert len(features) == most if 2 * most < whole else most <= len(features) < whole
 
 
+@pytest.mark.parametrize("fails", ["fit_head", "close"])
+def test_where_learning_fails_the_task_is_gone(dataset, pretrained, fails):
+    model = copy.deepcopy(pretrained)
+    with mock.patch.object(Task, fails, side_effect=MemoryError), pytest.raises(MemoryError):
+        learn_task(model, dataset, "click", LearnConfig(epochs=1))
+    assert "click" not in model.task_names
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_a_start_that_a_checkpoint_holds_is_not_computed_again(dataset, pretrained, tmp_path, there):
     model, checkpoint = copy.deepcopy(pretrained), tmp_path / "range.safetensors"

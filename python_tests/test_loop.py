@@ -116,11 +116,11 @@ def test_the_loss_is_taken_in_the_precision_that_is_asked_for(precision):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(value):
-    seen = []
+    seen, weight = [], torch.ones(1, requires_grad=True)
 
     def loss(x):
         seen.append(x)
-        return (x * value).sum()
+        return (x * weight * value).sum()
 
     with pytest.raises(FloatingPointError, match=f"t: the loss is {value}; lower learning_rate .now 0.001"):
         one_weight([], loss=loss)

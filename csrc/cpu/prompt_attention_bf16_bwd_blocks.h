@@ -1,6 +1,6 @@
 // Backward in bfloat16 where a set of queries meets keys, kKeyBlock of them at a time. Scores are taken with keys as
 // rows and queries as columns, so that what belongs to a query lies along the lanes and the gradients of keys and
-// values are written once; those of queries are added up in float.
+// values are written once; those of queries are added up in float. P and dS are those of ../prompt_attention.h.
 #pragma once
 
 #include "prompt_attention_bf16_bwd_rows.h"

@@ -1,4 +1,5 @@
 // What backward in bfloat16 reads, made ready for the products of bf16_product.h: a set of query rows, and key rows.
+// D and dS are those of ../prompt_attention.h.
 #pragma once
 
 #include "prompt_attention_bf16_kernel.h"
@@ -17,7 +18,7 @@ struct Queries {
   int64_t count, padded;
   uint32_t *query_panels, *grad_panels;  // as columns
   uint32_t *query_pairs, *grad_pairs;    // pairs of rows
-  float *largest, *inverse, *dot;        // of the forward pass; D
+  float *largest, *inverse, *dot;        // the stats of the forward pass; D
 };
 
 // Keys as rows and, for grad_q, as pairs of rows.

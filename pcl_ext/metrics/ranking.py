@@ -8,17 +8,19 @@ from torch import Tensor
 
 _BLOCK = 1 << 15  # scores compared at a time: they stay in the cache
 _NARROW = 1 << 10  # columns up to which many rows at once are faster
+_ELSEWHERE = 1 << 26  # scores compared at a time on another device, where they lie
 
 
 def count_above(scores: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """scores [b, C], target [m] columns, rows [m] -> items above each target, items equal to it (itself among them).
 
-    Both [m] int64 on the CPU. Wide rows are counted by numpy, several times as fast as torch sums flags.
+    Both [m] int64 on the CPU, where wide rows are counted by numpy, several times as fast as torch sums flags.
     """
+    if not scores.is_cpu:
+        return _count_many_rows(scores, target, rows, _ELSEWHERE)
     if scores.shape[1] <= _NARROW:
-        return _count_in_narrow_rows(scores, target, rows)
-    values = scores.cpu()
-    values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
+        return _count_many_rows(scores, target, rows, _BLOCK)
+    values = (scores.float() if scores.dtype == torch.bfloat16 else scores).numpy()  # numpy has no bfloat16
     counts = np.zeros((2, len(target)), dtype=np.int64)
     for place, (row, column) in enumerate(zip(rows.tolist(), target.tolist())):
         line, own = values[row], values[row, column]
@@ -28,9 +30,9 @@ def count_above(scores: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, T
     return tuple(torch.from_numpy(counts))
 
 
-def _count_in_narrow_rows(scores: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _count_many_rows(scores: Tensor, target: Tensor, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
     above, equal = torch.empty(2, len(target), dtype=torch.int64)
-    for part in torch.arange(len(target)).split(max(1, _BLOCK // max(1, scores.shape[1]))):
+    for part in torch.arange(len(target)).split(max(1, most // max(1, scores.shape[1]))):
         block = scores[rows[part]]
         own = block.gather(1, target[part][:, None])
         above[part], equal[part] = (block > own).sum(1).cpu(), (block == own).sum(1).cpu()

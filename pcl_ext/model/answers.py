@@ -24,7 +24,7 @@ def answer(
     if task.spec.kind == "items":
         read = model.read(batch, name)
         items, scores = top_items(task, read, model.backbone.table, k, skip_seen=skip_seen)
-        return {"items": items.numpy(), "scores": scores.numpy()}
+        return {"items": items.cpu().numpy(), "scores": scores.cpu().numpy()}
     return _label_answer(task, model(batch, name).float().cpu())
 
 

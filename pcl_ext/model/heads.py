@@ -83,7 +83,7 @@ class RepeatScores(nn.Module):
         """Add to scores [B, C], in place; of each history row: states [T, D], users [T], columns [T] (-1: not in the
         catalogue)."""
         votes = torch.where(columns >= 0, self.vote(states)[:, 0].to(scores.dtype), 0.0)
-        # one dimension: there index_add runs in a fixed order
+        # of one dimension index_add runs in a fixed order on the CPU
         scores.view(-1).index_add_(0, users * scores.shape[1] + columns.clamp_min(0), votes)
         return scores
 

@@ -33,7 +33,7 @@ COLD_WIDTH = 128  # a regression of this rank ranks nearly as the whole one does
 
 
 def prompts(config: MemoryConfig, backbone: Backbone) -> dict[str, Memory]:
-    """By name what a task changes in the states of a history; the head does not read these."""
+    """The memories, by name, that change the states of a history; the head reads nothing of theirs."""
     made, dim = {}, backbone.config.dim
     if config.placement in ("tail", "both"):
         made["tail"] = TailPrompt(config.prompt_len, dim)
@@ -77,17 +77,18 @@ class Parts:
 class ItemsParts(Parts):
     """An items task.
 
-    tied  whether items are scored against the frozen table
-    cold  whether an item memory has to do what the backbone cannot: most of the catalogue was never trained
+    trained  [C] bool, on the CPU: which items of the catalogue the backbone has trained
+    tied     whether items are scored against the frozen table
+    cold     whether an item memory has to do what the backbone cannot: most of the catalogue was never trained
     """
 
     def __init__(self, ranked: Catalogue, config: MemoryConfig, backbone: Backbone):
         super().__init__(config, backbone.config)
         self.items, self.backbone = ranked.items, backbone
-        trained = backbone.trained_items[self.items]
-        self.tied = bool(trained.all()) if config.tied is None else config.tied
+        self.trained = backbone.trained_items[self.items].cpu()
+        self.tied = bool(self.trained.all()) if config.tied is None else config.tied
         self.readouts = config.readout or (("last",) if self.tied else ("last", "item_memory"))
-        share = float(trained.double().mean())
+        share = float(self.trained.double().mean())
         self.cold = not self.tied and "item_memory" in self.readouts and share < 0.5
         self.item_width = config.item_width or (COLD_WIDTH if self.cold else self.shape.dim)
 
@@ -95,15 +96,16 @@ class ItemsParts(Parts):
         """A new head; fixed [F] bool: which of the features it reads are standardised."""
         if self.tied:
             return TiedItemsHead(len(fixed), self.shape.dim, len(self.items))
-        table, trained = self.backbone.table.detach()[self.items], self.backbone.trained_items[self.items]
+        table, trained = self.backbone.table.detach()[self.items].cpu(), self.trained  # drawn there, as all weights are
         if self.cold:
             table, trained = table.new_zeros(len(table), self.item_width), torch.zeros_like(trained)
         return ItemsHead(table, trained, ~fixed)
 
 
 class LabelParts(Parts):
-    """A binary, classes or regression task; closed: as `members.fold` leaves it.
+    """A binary, classes or regression task.
 
+    closed   widths of a closed task, whose members `members.fold` has made one
     members  how many readouts and heads learn side by side
     """
 

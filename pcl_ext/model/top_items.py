@@ -17,10 +17,10 @@ class TopItems:
     scores [B, k] float32, the best first, -inf where there is none; items [B, k] int64
     """
 
-    def __init__(self, users: int, k: int):
+    def __init__(self, users: int, k: int, device: torch.device | str = "cpu"):
         self.k = k
-        self.scores = torch.full((users, k), -torch.inf)
-        self.items = torch.zeros(users, k, dtype=torch.int64)
+        self.scores = torch.full((users, k), -torch.inf, device=device)
+        self.items = torch.zeros(users, k, dtype=torch.int64, device=device)
 
     def offer(self, scores: Tensor, items: Tensor) -> None:
         """scores [B, c] float32 of items [c]; -inf is not offered."""
@@ -57,13 +57,13 @@ def top_items(task: Task, encoded: Encoded, table: Tensor, k: int, *, skip_seen:
     skip_seen leaves out what a history holds. Of the scores only a few MB are held at a time.
     """
     users, columns = encoded.offsets.numel() - 1, len(task.catalogue)
-    best = TopItems(users, min(k, columns))
     queries = task.queries(encoded)
+    best = TopItems(users, min(k, columns), queries.device)
     step = max(best.k + 1, _CHUNK // max(users, 1))
     for first in range(0, columns, step):
         last = min(first + step, columns)
         scores = task.item_scores(queries, encoded, table, first, last).float()
         if skip_seen:
             scores = task.ranked.rank_last(scores, encoded, first, -torch.inf)
-        best.offer(scores.cpu(), task.catalogue[first:last].cpu())
+        best.offer(scores, task.catalogue[first:last])
     return best.items, best.scores

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pcl_ext.ops._native import once_only
 
-_CHUNK = 1 << 21  # scores held at a time: 8 MB
+_CHUNK = 1 << 21  # scores held at a time: 8 MB, which a processor's cache holds
+_ELSEWHERE = 1 << 26  # on other devices, which do much at once: 256 MB
 _FEW_ROWS = 64  # fewer at a time, and passing over the table costs more than computing scores twice
 
 
@@ -42,7 +43,7 @@ def _in_blocks(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, see
     total = torch.zeros((), dtype=wide, device=queries.device)
     shapes = [x.shape if want else (0,) for x, want in zip((queries, table, bias), wanted)]
     grads = [torch.zeros(shape, dtype=wide, device=queries.device) for shape in shapes]
-    rows, columns = _block_shape(len(table))
+    rows, columns = _block_shape(len(table), _CHUNK if queries.is_cpu else _ELSEWHERE)
     for start in range(0, len(queries), rows):
         block = _Block(queries[start : start + rows], table, bias, target[start : start + rows], log_expected, wide)
         if seen is not None:
@@ -54,11 +55,11 @@ def _in_blocks(queries: Tensor, table: Tensor, bias: Tensor, target: Tensor, see
     return total * share, [grad.mul_(share) for grad in grads]
 
 
-def _block_shape(items: int) -> tuple[int, int]:
-    """Rows and columns whose scores are held at a time: all columns, or where those leave few rows some of both."""
-    if _CHUNK >= _FEW_ROWS * items:
-        return _CHUNK // max(items, 1), items
-    return 16 * _FEW_ROWS, max(1, _CHUNK // (16 * _FEW_ROWS))
+def _block_shape(items: int, most: int) -> tuple[int, int]:
+    """Rows and columns of so many scores at most: all columns, or where those leave few rows some of both."""
+    if most >= _FEW_ROWS * items:
+        return most // max(items, 1), items
+    return 16 * _FEW_ROWS, max(1, most // (16 * _FEW_ROWS))
 
 
 class _Block:

@@ -80,6 +80,15 @@ def test_a_device_that_is_not_there_is_refused(made, refused, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gpu_without_memory_is_told_in_a_line(made, refused, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(commands, "learn_all", full)
+    line = refused("learn", made.run, "click", "--data", made.data)
+    assert line.startswith("pcl learn: CUDA out of memory: a smaller batch_tokens")
+
+
 def test_learn_takes_its_settings_from_the_file_and_the_line(made):
     tasks = record_of(made.run)["config"]["tasks"]
     memory = {"placement": "both", "prompt_len": 3, "readout": ["last", "mean"], "contextual": "texts"}
