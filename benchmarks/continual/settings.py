@@ -94,7 +94,8 @@ def _product(**choices: tuple) -> list[Setting]:
     return settings
 
 
-GRID: dict[str, list[Setting]] = {
+MEMORY_RATES = (LearnConfig.learning_rate, 2e-3)  # the package's own first, as the baselines' memories have it
+GRID: dict[str, list[Setting]] = {  # the first point of each is what a run with one point takes, and a study
     "popularity": [Setting()],
     "cheap": [Setting()],
     "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2)),
@@ -116,7 +117,7 @@ GRID: dict[str, list[Setting]] = {
     "l2p": _product(rate=(3e-3, 1e-2), strength=(0.5,)),
     "dualprompt": _product(rate=(3e-3, 1e-2)),
     "coda": _product(rate=(3e-3, 1e-2), strength=(0.1,)),
-    "pcl-eq1": _product(readout=("last",), memory_rate=(2e-3, 5e-3)),
-    "pcl": _product(memory_rate=(2e-3, 5e-3)),
-    "pcl-no-backbone": _product(memory_rate=(2e-3, 5e-3)),
+    "pcl-eq1": _product(readout=("last",), memory_rate=MEMORY_RATES),
+    "pcl": _product(memory_rate=MEMORY_RATES),
+    "pcl-no-backbone": _product(memory_rate=MEMORY_RATES),
 }

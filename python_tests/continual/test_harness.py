@@ -22,7 +22,7 @@ from benchmarks.continual.methods import CONTINUAL, LEARNERS, MULTI_TASK, NAMES
 from benchmarks.continual.page import write_page
 from benchmarks.continual.picture import overview, write_picture
 from benchmarks.continual.schedule import Comparison
-from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget
+from benchmarks.continual.settings import GRID, QUICK, READOUTS, Budget, Setting
 from benchmarks.continual.summary import summarise
 from benchmarks.continual.table import write_table
 from benchmarks.continual.trial import Trial, conduct
@@ -40,6 +40,7 @@ def test_every_method_has_its_name_and_a_small_grid():
     assert set(PUBLISHED_NAMES) <= set(NAMES)
     assert set(NAMES) == set(GRID)
     assert set(CONTINUAL) | set(MULTI_TASK) <= set(LEARNERS)
+    assert GRID["pcl"][0] == Setting()  # what a user gets
     assert max(map(len, GRID.values())) <= 4
     assert all(setting.readout in READOUTS for grid in GRID.values() for setting in grid)
 
