@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done. 1: it ran, and what it checked does not hold. 2: it could not run, and says why."""
     try:
         import jsonargparse  # noqa: F401
+        import torch
 
         from pcl_ext import commands, run
     except ImportError as error:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"pcl: {_as_typed(error, subparsers)}; {hint}")
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         return _fail(f"pcl {name}: {error}")
-    except commands.torch.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:
         text = str(error).partition(". ")[0]
         return _fail(f"pcl {name}: {text}: a smaller batch_tokens of the settings needs less, and so does --device cpu")
     except run.ForgettingError as error:
