@@ -203,9 +203,7 @@ CHECKS = {
     "repeats over a sample": partial(check_sample, check_learn, task="again"),
     "prefix and members": partial(check_learn, task="click", memory={"placement": "both", "members": 2}),
     "contextual": partial(check_learn, task="click", memory={"contextual": "prompts"}),
-    "low rank": partial(
-        check_learn, task="click", memory={"low_rank": 2, "readout": ("last", "pooled"), "item_rows": 8}
-    ),
+    "low rank": partial(check_learn, task="click", memory=LOW_RANK),
     "mixed tasks": check_mixed_tasks,
     "predict": check_predict,
     "predictor": check_predictor,
