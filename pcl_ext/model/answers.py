@@ -40,7 +40,9 @@ def as_rows(arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
 
 def check_k(k: int) -> int:
     """How many items are asked for; ValueError where it is no whole number from 1 up."""
-    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool):
+        raise ValueError(f"k must be a whole number, got {k!r:.80}")
+    if k < 1:
         raise ValueError(f"k must be at least 1, got {k!r}")
     return int(k)
 

@@ -28,6 +28,8 @@ class UserState:
     over these; so a long history is read through a window of keep to max_len events. keep is 3/4 of max_len unless
     given. What lies before the window is forgotten, `older` of a batch too: an items task that ranks what a history
     holds last knows the window alone.
+
+    Any number of threads may read it at once; while one extends it, nobody else reads or extends it.
     """
 
     def __init__(self, backbone: Backbone, users: int, *, every_state: bool = False, keep: int | None = None):
@@ -79,7 +81,10 @@ class UserState:
 
     @torch.no_grad()
     def extend(self, batch: PackedBatch) -> None:
-        """Take the new events of every user [B], oldest first; a user may have none."""
+        """Take the new events of every user [B], oldest first; a user may have none. What is held stays as it was where
+        the batch is refused or the pass over it fails."""
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(f"batch must be a PackedBatch, say of PackedBatch.from_lists, got {type(batch).__name__}")
         if len(batch) != len(self):
             raise ValueError(f"batch must hold a history of new events for each of {len(self)} users, got {len(batch)}")
         config, items, offsets = self.backbone.config, batch.items.long(), batch.offsets
@@ -87,12 +92,12 @@ class UserState:
             raise ValueError(f"items must be in 1..{config.num_items}, got {int(items.min())}..{int(items.max())}")
         over = self.lengths + batch.lengths > config.max_len
         if bool(over.any()):
-            items, offsets = self._start_again(over, items, offsets)
-        self._append(items, offsets)
+            items, offsets = self._begin_again(over, items, offsets)
+        self._append(items, offsets, torch.where(over, 0, self.lengths))
 
-    def _start_again(self, over: Tensor, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Empty the histories that are `over` [B] bool the window; items and offsets to append: new events, after the
-        held ones that such a history begins with."""
+    def _begin_again(self, over: Tensor, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Items and offsets to append where the histories that are `over` [B] bool the window are emptied first: new
+        events, after the held ones that such a history begins with."""
         new, none = offsets.diff(), self.lengths.new_zeros(())
         new = torch.where(over, new.clamp_max(self.keep), new)
         held = torch.where(over, torch.minimum(self.keep - new, self.lengths), none)
@@ -100,21 +105,19 @@ class UserState:
         events = items.new_empty(int(joined[-1]))
         events[_places(joined[:-1], held)] = self.items[_places(self.starts[:-1] + self.lengths - held, held)]
         events[_places(joined[:-1] + held, new)] = items[_places(offsets[1:] - new, new)]
-        self.lengths = torch.where(over, none, self.lengths)
-        for total in self.totals:
-            total[over] = 0
         return events, joined
 
-    def _append(self, items: Tensor, offsets: Tensor) -> None:
-        """Users without new events cost nothing: the pass is over the others [F] alone."""
+    def _append(self, items: Tensor, offsets: Tensor, lengths: Tensor) -> None:
+        """After the first `lengths` [B] rows of each history. Users without new events cost nothing: the pass is over
+        the others [F] alone."""
         new = offsets.diff()
-        self._make_room(self.lengths + new)
+        self._make_room(lengths + new)
         filled = (new > 0).nonzero()[:, 0]
-        offsets, held = to_offsets(new[filled]), self._prefix(self.lengths, filled)
+        offsets, held = to_offsets(new[filled]), self._prefix(lengths, filled)
         rows = self.backbone.embed(items, offsets)
         read = "every" if self.every_state else "newest"
         states, kept = self.backbone.run(rows, offsets, prefix=held, read=read)
-        place = _places(self.starts[:-1] + self.lengths, new)
+        place = _places(self.starts[:-1] + lengths, new)
         self.items[place] = items
         stored = [*self.keys, *self.values, *self.states]
         for target, fresh in zip(stored, [*kept.keys, *kept.values, *states]):
@@ -122,8 +125,9 @@ class UserState:
         top = states[-1].index_select(0, offsets[1:] - 1) if self.every_state else states[-1]
         self.newest[filled] = top.to(self.newest.dtype)
         for total, state in zip(self.totals, states):
-            total[filled] += pool(state, torch.arange(len(state), device=state.device), offsets)
-        self.lengths = self.lengths + new
+            before = total[filled].masked_fill((lengths[filled] == 0)[:, None], 0)
+            total[filled] = before + pool(state, torch.arange(len(state), device=state.device), offsets)
+        self.lengths = lengths + new
 
     def _make_room(self, lengths: Tensor) -> None:
         """Give users more rows where theirs do not hold so many. All are moved then, seldom: those who would be next

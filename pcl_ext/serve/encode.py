@@ -29,7 +29,7 @@ from pcl_ext.model.answers import check_k
 from pcl_ext.progress import progress
 from pcl_ext.serve.inputs import Histories
 from pcl_ext.serve.item_ids import ItemIds, check_items
-from pcl_ext.serve.predictor import Predictor
+from pcl_ext.serve.predictor import Predictor, versions_of
 from pcl_ext.serve.user_names import FILE as USERS
 from pcl_ext.serve.user_names import UserNames, has_names
 from pcl_ext.store.atomic import is_temporary, locked, sweep_temporary, temporary, whole
@@ -111,6 +111,7 @@ class DatasetJob:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
         users = unknown = 0
         if not (complete := self._finished()):
+            self._check_model()
             self.parts.mkdir(parents=True, exist_ok=True)
             try:
                 self._claim()
@@ -124,6 +125,12 @@ class DatasetJob:
                     raise
                 complete = True  # another process has put it together and removed the parts meanwhile
         return Share(users, self._metadata(self.out)["unknown"] if complete else unknown, complete)
+
+    def _check_model(self) -> None:
+        """What answers is what the identity says. The run may have been saved anew before or after the job was made."""
+        opened, made = self.predictor.versions(self.tasks), versions_of(self.manifest)
+        if any(opened.get(name) != made[name] for name in ("", *self.tasks)):
+            raise ValueError(f"{self.predictor.path} has been saved anew meanwhile; start again, with a new Predictor")
 
     def _part(self, rows: range) -> Path:
         return self.parts / f"part-{rows.start:012}-{rows.stop:012}.parquet"

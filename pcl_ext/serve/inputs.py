@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 from pcl_ext.batch import PackedBatch
 
 BATCH_TOKENS = 16_384
+_BOOLS = {bool, np.bool_}
+_FEW = 8  # ids of a list that are shown where one is wrong; of a longer one, it alone
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Histories:
         of no histories where there are none."""
         if not len(self):
             yield slice(0, 0)
-        ends = np.minimum(np.diff(self.offsets), max_len).clip(1).cumsum()
+        ends = np.maximum(np.minimum(np.diff(self.offsets), max_len), 1).cumsum()
         first = 0
         while first < len(self):
             done = ends[first - 1] if first else 0
@@ -68,7 +70,7 @@ def read_histories(data: Any, column: str = "items") -> Histories:
         return _from_arrow(data, column)
     if isinstance(data, Mapping):
         if column in data:
-            return _from_lists(data[column], f"{column}[%d]")
+            return _from_lists(data[column], column)
         if "values" in data and "offsets" in data:
             return _from_packed(data["values"], data["offsets"])
         raise ValueError(
@@ -78,7 +80,7 @@ def read_histories(data: Any, column: str = "items") -> Histories:
         raise TypeError(
             f"histories must be an Arrow table, a dict of arrays or a list of lists, got {type(data).__name__}"
         )
-    return _from_lists(data, "history %d")
+    return _from_lists(data)
 
 
 def frame_to_dict(data: Any) -> Any:
@@ -108,39 +110,70 @@ def _from_arrow(data: Any, column: str) -> Histories:
         row = int(np.flatnonzero(data.is_null().to_numpy(zero_copy_only=False))[0])
         raise ValueError(f"{column} must be without nulls, got one in row {row}; an empty history is an empty list")
     values = data.flatten()
+    offsets = _offsets(data.value_lengths().to_numpy(zero_copy_only=False))
     if values.null_count:
-        raise ValueError(f"{column} must hold item ids, got {values.null_count} nulls")
-    lengths = data.value_lengths().to_numpy(zero_copy_only=False)
-    return Histories(_ids(values.to_numpy(zero_copy_only=False), column), _offsets(lengths))
+        first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        row = int(np.searchsorted(offsets, first, side="right")) - 1
+        raise ValueError(f"{column} must hold item ids, got {values.null_count} nulls, the first in row {row}")
+    return Histories(_ids(values.to_numpy(zero_copy_only=False), column), offsets)
 
 
 def _from_packed(values: Any, offsets: Any) -> Histories:
-    values, offsets = _ids(np.asarray(values), "values"), _ids(np.asarray(offsets), "offsets").astype(np.int64)
+    values, offsets = _ids(_array(values), "values"), _ids(_array(offsets), "offsets").astype(np.int64)
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
         raise ValueError(f"offsets must run from 0 to len(values) = {len(values)} and never decrease")
     return Histories(values, offsets)
 
 
-def _from_lists(data: Sequence, name: str) -> Histories:
+def _from_lists(data: Iterable, column: str | None = None) -> Histories:
     if isinstance(data, np.ndarray) and data.ndim == 2:
         if data.dtype.kind not in "iu" and data.size:
             raise TypeError(f"histories must be integers, got {data.dtype} of shape {list(data.shape)}")
         items = _ids(data.reshape(-1), "histories")
         return Histories(items, np.arange(len(data) + 1) * data.shape[1])
-    rows = [_ids_of(history, name, row) for row, history in enumerate(data)]
+    try:
+        data = iter(data)
+    except TypeError as error:
+        raise TypeError(f"{column or 'histories'} must be a list of lists of item ids, got {_shown(data)}") from error
+    rows = [_ids_of(history, row, column) for row, history in enumerate(data)]
     items = np.concatenate(rows) if rows else np.empty(0, np.int64)
     return Histories(items, _offsets(np.fromiter(map(len, rows), np.int64, len(rows))))
 
 
-def _ids_of(history: Any, name: str, row: int) -> np.ndarray:
+def _ids_of(history: Any, row: int, column: str | None) -> np.ndarray:
+    ids, is_list = _array(history), isinstance(history, (list, tuple))
+    if ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size):
+        if not is_list or _BOOLS.isdisjoint(map(type, history)):  # among numbers, numpy takes True for a 1
+            return ids.astype(np.int64, copy=False)
+    where, got = f"history {row}" if column is None else f"{column}[{row}]", _shown(history)
+    odd = next((place for place, item in enumerate(history) if not _is_whole(item)), None) if is_list else None
+    if odd is not None and len(history) > _FEW:
+        got = f"{_shown(history[odd])} at place {odd}"
+    elif is_list and odd is None:
+        got += "; an id is less than 2**63"
+    elif isinstance(history, np.ndarray):
+        got += f" of {ids.dtype}"
+    hint = "; ItemIds.known turns those of a log into them" if ids.dtype.kind == "U" else ""
+    raise ValueError(f"{where} must be a flat list of integer item ids, got {got}{hint}")
+
+
+def _array(values: Any) -> np.ndarray:
+    """As an array; of what cannot be one, an array of no dimension."""
     try:
-        ids = np.asarray(history)
-    except (ValueError, TypeError, OverflowError):
-        ids = None
-    if ids is not None and ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size):
-        return ids.astype(np.int64, copy=False)
-    hint = "; ItemIds.known turns those of a log into them" if ids is not None and ids.dtype.kind == "U" else ""
-    raise ValueError(f"{name % row} must be a flat list of integer item ids, got {str(history):.80}{hint}")
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError, RuntimeError):  # the last one: a tensor that wants a gradient
+        return np.array(None)
+
+
+def _is_whole(item: Any) -> bool:
+    return isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!s:.80}"
+    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+        return f"a {type(value).__name__} too large to show"
 
 
 def _ids(values: np.ndarray, name: str) -> np.ndarray:

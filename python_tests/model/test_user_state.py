@@ -1,5 +1,7 @@
 """A UserState that has taken events bit by bit reads like a full pass over them, on every backbone that allows it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from model_cases import KINDS, SPECS, V, add, histories, make_model, pack
@@ -84,6 +86,40 @@ def test_a_full_window_starts_again_from_its_newest_events(kind, keep):
         torch.testing.assert_close(model(state, "click"), model(batch, "click"))
 
 
+def test_a_pass_that_fails_takes_nothing_away(model, monkeypatch):
+    add(model, "click", "tail", 3, readout=("last", "mean"))
+    most = model.backbone.config.max_len
+    state, run = model.user_state(pack(histories([most, 5, 0]))), model.backbone.run
+    want, new = model(state, "click"), pack(histories([2, 1, 3], seed=1))
+
+    def fail(*args, **kwargs):
+        run(*args, **kwargs)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.backbone, "run", fail)
+        with pytest.raises(MemoryError):
+            state.extend(new)
+    assert torch.equal(model(state, "click"), want)
+    state.extend(new)
+    again = model.user_state(pack(histories([most, 5, 0])))
+    again.extend(new)
+    assert torch.equal(model(state, "click"), model(again, "click"))
+
+
+def test_threads_read_a_state_at_once(model):
+    add(model, "click", "tail", 3, readout=("last", "mean"))
+    state = grown(model, rounds())
+
+    def read(_=None):
+        with torch.no_grad():
+            return model(state, "click")
+
+    want = read()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(got, want) for got in pool.map(read, range(32)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_users_who_run_out_of_room_one_after_the_other_are_moved_together(kind, monkeypatch):
     """Sixty users with histories of 1 to 20, one event a round: three more need rows in every round."""
@@ -141,6 +177,8 @@ def test_mistakes_are_named(model):
         model(state, "age")
     with pytest.raises(ValueError, match="each of 6 users, got 1"):
         state.extend(pack([[1]]))
+    with pytest.raises(TypeError, match=r"batch must be a PackedBatch, say of PackedBatch.from_lists, got list"):
+        state.extend([[1]] * 6)
     tensors = state.tensors()
     model.backbone.table.add_(1)
     with pytest.raises(ValueError, match="another backbone"):

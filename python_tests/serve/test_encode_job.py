@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from stores import make_model
+from stores import add, make_model
 
-from pcl_ext import Predictor, save_pretrained
+from pcl_ext import Predictor, from_pretrained, save_pretrained
 from pcl_ext.data import Dataset, DatasetWriter
 from pcl_ext.serve import encode
 
@@ -192,6 +193,22 @@ def test_another_job_is_refused(made, tmp_path, change, message, done):
     other = job(given, out, {"tasks": ["ctr"], "order": ["age", "ctr"]}.get(change, ("ctr", "age")))
     with pytest.raises(ValueError, match=f"{message} .* remove it, or choose another file"):
         other.run()
+
+
+def test_a_predictor_that_has_an_older_save_of_the_run_open_is_refused(made, tmp_path):
+    """Its vectors would not be those that the identity of the file speaks of."""
+    run = shutil.copytree(made[0], tmp_path / "run")
+    predictor, model = Predictor(run), from_pretrained(run)
+    predictor.encode([[1]])
+    model.remove_task("ctr")
+    add(model, "ctr")
+    save_pretrained(model, run)
+    assert encode.EncodeJob(predictor, made[1], tmp_path / "age.parquet", ["age"]).run().complete
+    out = tmp_path / "ctr.parquet"
+    with pytest.raises(ValueError, match=r"run has been saved anew meanwhile; start again, with a new Predictor"):
+        encode.EncodeJob(predictor, made[1], out, ["ctr"]).run()
+    assert not Path(f"{out}.parts").exists()
+    assert encode.EncodeJob(Predictor(run), made[1], out, ["ctr"]).run().complete
 
 
 @pytest.mark.parametrize("tasks", [["ctr", "age", "ctr"], ["ctr", "ctr"]])

@@ -79,12 +79,35 @@ def test_nothing(data):
         (np.ones((2, 3)), r"histories must be integers, got float64 of shape \[2, 3\]"),
         (pa.array([[1], None]), "items must be without nulls, got one in row 1"),
         (pa.array([[1, None]]), "items must hold item ids, got 1 nulls"),
+        (pa.array([[9], [1], [], [2, None]]).slice(1), "items must hold item ids, got 1 nulls, the first in row 2"),
+        ([[1], [3, True]], r"history 1 must be a flat list of integer item ids, got \[3, True\]"),
+        ([[1], [*range(1, 99), None]], "history 1 must be a flat list of integer item ids, got None at place 98"),
+        ([[2**70]], r"history 0 must be a .*, got \[1180591620717411303424\]; an id is less than 2\*\*63"),
+        ([np.array([1, None])], r"history 0 must be a flat list of integer item ids, got \[1 None\] of object"),
+        (np.array(3), "histories must be a list of lists of item ids, got 3"),
+        ({"items": 5}, "items must be a list of lists of item ids, got 5"),
+        ({"items": None}, "items must be a list of lists of item ids, got None"),
+        ({"values": [[1], [2, 3]], "offsets": [0, 1]}, "values must be a flat array of integers"),
     ],
     ids=str,
 )
 def test_mistakes(data, message):
     with pytest.raises((TypeError, ValueError), match=message):
         read_histories(data)
+
+
+def test_mistakes_that_cannot_be_shown():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for history in (deep, [1.5, 10**5000]):
+        with pytest.raises(ValueError, match="history 1 must be a flat list of integer item ids, got a list too large"):
+            read_histories([[1], history])
+
+
+def test_a_column_may_have_any_name():
+    with pytest.raises(ValueError, match=r"50%\[1\] must be a flat list of integer item ids, got x"):
+        read_histories({"50%": [[1], "x"]}, "50%")
 
 
 def test_chunks_cover_all_and_keep_to_their_size():

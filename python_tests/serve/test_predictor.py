@@ -155,14 +155,14 @@ def test_called_it_does_what_it_was_made_for(run):
 
 
 def answer_elsewhere(predictor, queue):
-    queue.put((predictor._model is None, predictor([[1, 2], []])["probability"]))
+    queue.put((predictor._opened is None, predictor([[1, 2], []])["probability"]))
 
 
 @pytest.mark.slow
 def test_it_opens_the_run_in_each_process(run):
     predictor = Predictor(run, "ctr")
     want = predictor([[1, 2], []])["probability"]
-    assert pickle.loads(pickle.dumps(predictor))._model is None
+    assert pickle.loads(pickle.dumps(predictor))._opened is None
     assert len(pickle.dumps(predictor)) < 1000
     spawn = multiprocessing.get_context("spawn")
     queue = spawn.Queue()
@@ -180,7 +180,7 @@ def test_pickled_it_is_its_settings(run):
     data = pickle.dumps(predictor)
     assert len(data) < 1000
     again = pickle.loads(data)
-    assert again._model is None
+    assert again._opened is None
     for name, values in again(HISTORIES).items():
         np.testing.assert_array_equal(values, want[name])
 
@@ -193,6 +193,7 @@ def test_pickled_it_is_its_settings(run):
         ({"encode": "ctr"}, "must be lists of names, got a str"),
         ({"task": "ctr", "encode": ["ctr"]}, "not both"),
         ({"task": "next", "k": 0}, "k must be at least 1, got 0"),
+        ({"task": "next", "k": 2.0}, "k must be a whole number, got 2.0"),
     ],
     ids=str,
 )
