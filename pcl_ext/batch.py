@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,6 +15,7 @@ from pcl_ext import ops
 from pcl_ext.ops._check import check_count, check_tensor
 
 Ids = Sequence[int] | np.ndarray | Tensor  # of one history
+Array = np.ndarray | Tensor
 
 
 @dataclass(frozen=True, eq=False)  # two of them are equal where they are one
@@ -31,10 +32,12 @@ class Older:
     on_host: Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Older:
+        """The same on another device; non_blocking as in `torch.Tensor.to`."""
         moved = (x.to(device, non_blocking=non_blocking) for x in (self.items, self.offsets))
         return Older(*moved, self.on_host)
 
     def pin_memory(self) -> Older:
+        """The same in page-locked memory."""
         return replace(self, items=self.items.pin_memory(), offsets=self.offsets.pin_memory())
 
 
@@ -61,11 +64,12 @@ class PackedBatch:
 
     @classmethod
     def from_packed(cls, items: Tensor, offsets: Tensor, dropped: int = 0, older: Older | None = None) -> PackedBatch:
-        """items [T], offsets [B + 1] int64, best on the CPU, where values are checked: offsets of a GPU are fetched,
-        items of a GPU are taken as they are.
+        """items [T] int32 or int64, offsets [B + 1] int64, best on the CPU, where values are checked: offsets of a GPU
+        are fetched, items of a GPU are taken as they are.
 
         Raises ValueError where the offsets do not fit the items, or an item is no id: these begin at 1. TypeError where
-        they are no tensors: `torch.from_numpy` makes one of an array.
+        offsets are not int64, or either is no tensor: `torch.from_numpy` makes one of an array. Ids past those that the
+        backbone knows are refused when a model reads the batch.
         """
         check_tensor("items", items)
         check_tensor("offsets", offsets)
@@ -88,8 +92,12 @@ class PackedBatch:
         """Histories as lists of item ids, oldest first, of any length.
 
         Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are read.
+        ValueError, with the history named, for what is no list of integers; TypeError where there is no list of them.
         """
         num_items, max_len = check_count("num_items", num_items), check_count("max_len", max_len, 1)
+        many = isinstance(histories, Iterable) or hasattr(histories, "__getitem__")
+        if isinstance(histories, str | bytes | dict) or not many:
+            raise TypeError(f"histories must be a list of lists of item ids, got {type(histories).__name__}")
         ids, lengths = _flat(list(histories))
         user, known = torch.repeat_interleave(lengths), (ids >= 1) & (ids <= num_items)
         ids, user = ids[known], user[known]
@@ -113,7 +121,7 @@ class PackedBatch:
         return cls.from_packed(padded[known], _offsets(known.sum(1)))
 
     @classmethod
-    def from_stored(cls, values, offsets, rows, cut, max_len: int) -> PackedBatch:
+    def from_stored(cls, values: Array, offsets: Array, rows: Array, cut: Array, max_len: int) -> PackedBatch:
         """The first cut [b] int64 events of the histories rows [b] int64 of a stored CSR, as `ops.gather_histories`
         takes them: the newest max_len are read."""
         max_len = check_count("max_len", max_len, 1)
@@ -126,6 +134,7 @@ class PackedBatch:
         return cls.from_packed(*read, older=older)
 
     def __len__(self) -> int:
+        """B, the number of users."""
         return self.offsets.numel() - 1
 
     @property

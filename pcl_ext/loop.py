@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pcl_ext.checkpoint import Checkpoint, Progress
 from pcl_ext.metrics import higher_is_better
-from pcl_ext.model.config import check_whole
+from pcl_ext.model.config import check_whole, plain
 from pcl_ext.progress import progress as bar
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ def is_number(value: object) -> bool:
 
 
 def check_above_zero(config: object, *names: str) -> None:
-    """ValueError where a setting is no finite number above 0."""
+    """ValueError where a setting is no finite number above 0; one of NumPy becomes a float."""
     for name in names:
         if not (is_number(value := getattr(config, name)) and value > 0):
             raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        object.__setattr__(config, name, plain(value))
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class LoopConfig:
             never = name == "checkpoint_seconds" and value == math.inf
             if not never and not (is_number(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+            object.__setattr__(self, name, plain(value))
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
 
@@ -116,7 +118,7 @@ def fit(
     problem: Problem,
     config: LoopConfig,
     checkpoint: str | Path | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Train until the validation metric stops improving; leaves the best epoch's weights in the model.
 
     Trains what has parameters and is in the optimiser. Returns the learning curve: one {"epoch", "loss", "valid",

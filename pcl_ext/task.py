@@ -34,7 +34,7 @@ class TaskSpec:
     name         matches [a-z0-9_-]{1,64}
     kind         items (rank the catalogue), binary, classes or regression
     description  a sentence; contextual prompts read it
-    metric       the metric that is reported and that stops training; None takes the first of the kind
+    metric       the metric that is reported and that stops training; left out, the first of the kind
     num_classes  for classes only
     catalogue    for items only: the item ids (1..V) that are ranked, in column order; None ranks all of 1..V
     repeats      for items only: a target may be an item of the visible history
@@ -44,7 +44,7 @@ class TaskSpec:
     name: str
     kind: str
     description: str = ""
-    metric: str | None = None
+    metric: str = ""
     num_classes: int | None = None
     catalogue: tuple[int, ...] | None = None
     repeats: bool = False
@@ -56,7 +56,7 @@ class TaskSpec:
             self._check_type(key, kind)
         if self.kind not in METRICS:
             raise ValueError(f"kind of task {self.name!r} must be one of {', '.join(METRICS)}, got {self.kind!r}")
-        metric = METRICS[self.kind][0] if self.metric is None else self.metric
+        metric = self.metric or METRICS[self.kind][0]
         if metric not in METRICS[self.kind]:
             options = ", ".join(METRICS[self.kind])
             raise ValueError(f"metric of task {self.name!r} ({self.kind}) must be one of {options}, got {metric!r}")
@@ -94,6 +94,7 @@ class TaskSpec:
         return self.num_classes or 1
 
     def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON values, without those that are None."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for key in ("catalogue", "labels"):
             values[key] = None if values[key] is None else list(values[key])
@@ -101,6 +102,7 @@ class TaskSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TaskSpec:
+        """What `to_json` gave; ValueError for keys that a task does not have."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown keys of a task: {', '.join(unknown)}; known are {', '.join(sorted(known))}")

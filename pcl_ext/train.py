@@ -18,7 +18,7 @@ from pcl_ext.data import Dataset, ExampleBatch, Examples, check_task, make_batch
 from pcl_ext.item_start import start_items
 from pcl_ext.loop import LoopConfig, Problem, check_above_zero, fit, is_number
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, Task, UserModel
-from pcl_ext.model.config import check_whole, is_whole
+from pcl_ext.model.config import check_whole, is_whole, plain
 from pcl_ext.next_item import NextItemLoss
 from pcl_ext.row_adamw import RowAdamW
 from pcl_ext.sampled_items import SampledItemsLoss
@@ -53,7 +53,7 @@ class TrainConfig(LoopConfig):
             raise ValueError(
                 f"valid_examples must be a whole number from 1 up, or 0 for all, got {self.valid_examples!r}"
             )
-        check_whole(self, full_softmax=1, negatives=1)
+        check_whole(self, valid_examples=0, full_softmax=1, negatives=1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LearnConfig(TrainConfig):
         strengths = self.ridge if isinstance(self.ridge, (tuple, list)) else [None]
         if not all(is_number(strength) and strength > 0 for strength in strengths):
             raise ValueError(f"ridge must be a list of strengths above 0, got {self.ridge!r}")
-        object.__setattr__(self, "ridge", tuple(self.ridge))
+        object.__setattr__(self, "ridge", tuple(map(plain, self.ridge)))
 
     @property
     def least_epochs(self) -> int:
@@ -108,12 +108,13 @@ def pretrain(
     checkpoint: str | Path | None = None,
     *,
     device: torch.device | str = "cpu",
-) -> tuple[UserModel, list[dict]]:
+) -> tuple[UserModel, list[dict[str, Any]]]:
     """Next-item prediction over the train users' histories; returns a model with a frozen backbone and its curve.
 
     The model knows one task, "next", closed. The loss is taken at every position over all items; stops on the last
     item of the valid users. It starts from the same weights on every device, trains on `device` and stays there.
-    ValueError where the dataset breaks a promise (`data.check_task`).
+    With a checkpoint, a file, the same call goes on where it was interrupted. ValueError where the dataset breaks a
+    promise (`data.check_task`), or is of another number of items than the backbone.
     """
     config = config or PretrainConfig()
     _check_types(dataset=(dataset, Dataset), backbone=(backbone, BackboneConfig), config=(config, PretrainConfig))
@@ -173,7 +174,7 @@ def learn_task(
     config: LearnConfig | None = None,
     memory: MemoryConfig | None = None,
     checkpoint: str | Path | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Add the dataset's task `name` to a model with a frozen backbone, learn it, close it; returns the curve.
 
     What is validated after each epoch, and kept, is the average of the task's weights over the epochs so far, the e-th
@@ -184,8 +185,9 @@ def learn_task(
     Where it raises, the model is left without the task; with a checkpoint, the same call goes on from there. ValueError
     where the task's table breaks a promise (`data.check_task`), say holds targets that the model sees.
     """
-    config = config or LearnConfig()
-    _check_types(model=(model, UserModel), dataset=(dataset, Dataset), config=(config, LearnConfig))
+    config, memory = config or LearnConfig(), memory or MemoryConfig()
+    _check_types(model=(model, UserModel), dataset=(dataset, Dataset))
+    _check_types(config=(config, LearnConfig), memory=(memory, MemoryConfig))
     if not model.backbone_frozen:
         raise ValueError("learn_task needs a frozen backbone: pretrain one, or call model.freeze_backbone()")
     _check_catalogue(dataset, model.backbone.config)
@@ -208,7 +210,7 @@ def learn_task(
 
 def _learn(
     model: UserModel, dataset: Dataset, task: Task, train: Examples, config: LearnConfig, checkpoint: str | Path | None
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Start the open task, then train it."""
     name, metric = task.spec.name, task.spec.metric
     infer.fit_head(model, dataset, name)

@@ -101,6 +101,13 @@ def test_what_is_no_padded_block_is_named(padded, message):
         (lambda: PackedBatch.from_padded([[1, 2]]), "padded must be a Tensor, got list"),
         (lambda: PackedBatch.from_packed([1, 2], torch.tensor([0, 2])), "items must be a Tensor, got list"),
         (lambda: PackedBatch.from_packed(torch.tensor([1]), np.array([0, 1])), "offsets must be a Tensor, got ndarray"),
+        *(
+            (
+                lambda x=x: PackedBatch.from_lists(x, num_items=5, max_len=2),
+                "histories must be a list of lists of item ids",
+            )
+            for x in (None, 3, "12", {1: [2]})
+        ),
         (lambda: PackedBatch.from_lists([[1]], num_items=5, max_len=2.0), "max_len must be an int, got float"),
         (lambda: PackedBatch.from_lists([[1]], num_items=None, max_len=2), "num_items must be an int, got NoneType"),
     ],

@@ -1,6 +1,8 @@
 """What a caller is told who hands over the wrong thing: what, where and how to mend it."""
 
+import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ def model(dataset):
     return pretrain_in_memory(dataset)
 
 
+EMPTY = PackedBatch.from_lists([[]], num_items=5, max_len=2)
 WRONG_TYPES = {
     "dataset must be a Dataset, got str": lambda model, data: learn_task(model, "shop", "click"),
     "model must be a UserModel, got Backbone": lambda model, data: learn_task(model.backbone, data, "click"),
@@ -27,6 +30,23 @@ WRONG_TYPES = {
     "backbone must be a BackboneConfig, got dict": lambda model, data: pretrain(data, BACKBONE),
     "config must be a PretrainConfig, got LearnConfig": lambda model, data: pretrain(
         data, BackboneConfig(data.num_items, **BACKBONE), LearnConfig()
+    ),
+    "memory must be a MemoryConfig, got LearnConfig": lambda model, data: learn_task(
+        model, data, "click", memory=LearnConfig()
+    ),
+    "task must be a name, a str, got TaskSpec": lambda model, data: model(EMPTY, TaskSpec("next", "items")),
+    "task must be a name, a str, got Tensor; a task of each row is given as task_index=": lambda model, data: model(
+        EMPTY, torch.zeros(1, dtype=torch.int64)
+    ),
+    "batch must be a PackedBatch, say of PackedBatch.from_lists, got Tensor": lambda model, data: model.backbone(
+        torch.ones(1, 2)
+    ),
+    "batch must be a PackedBatch, say of PackedBatch.from_lists, got list": lambda model, data: model.member_outputs(
+        [[1, 2]], "next"
+    ),
+    "or a UserState, got tuple": lambda model, data: model.user_state(([1, 2],)),
+    "text must be a Tensor [256], got list": lambda model, data: model.add_task(
+        TaskSpec("ctr", "binary"), text=[0.0] * 256
     ),
     "spec must be a TaskSpec, got str": lambda model, data: model.add_task("click"),
     "config must be a MemoryConfig, got dict": lambda model, data: model.add_task(TaskSpec("ctr", "binary"), {}),
@@ -66,6 +86,51 @@ def test_a_wrong_setting_is_named(settings, message):
         LearnConfig(**settings)
     assert LearnConfig(learning_rate=np.float32(1e-3)).learning_rate == np.float32(1e-3)
     assert LearnConfig(checkpoint_seconds=float("inf"), weight_decay=0, ridge=[]).ridge == ()
+
+
+def test_numbers_of_numpy_are_settings_and_json():
+    shape = BackboneConfig(np.int64(50), dim=np.int32(8), dropout=np.float32(0.25))
+    config = LearnConfig(
+        np.int64(3), learning_rate=np.float32(0.5), ridge=(np.float64(3.0),), weight_decay=np.float16(1)
+    )
+    memory = MemoryConfig(prompt_len=np.int16(2), dropout=np.float32(0.5))
+    assert json.loads(json.dumps(asdict(shape))) == asdict(BackboneConfig(50, dim=8, dropout=0.25))
+    assert json.loads(json.dumps(asdict(config)))["learning_rate"] == 0.5
+    assert json.loads(json.dumps(asdict(memory)))["prompt_len"] == 2
+    assert (type(config.epochs), type(config.ridge[0]), type(config.weight_decay)) == (int, float, float)
+
+
+def test_a_batch_lies_where_the_model_does(model):
+    batch = PackedBatch.from_lists([[1, 2]], num_items=50, max_len=20).to("meta")
+    for call in (lambda: model(batch, "next"), lambda: model.encode(batch), lambda: model.backbone(batch)):
+        with pytest.raises(ValueError, match=r"where the model is, on cpu, got meta; batch.to\('cpu'\)"):
+            call()
+
+
+def test_an_older_id_that_the_model_does_not_know_is_named(model):
+    known = model.backbone.config.num_items
+    batch = PackedBatch.from_lists([[known + 3, *[1] * 20]], num_items=known + 9, max_len=model.backbone.config.max_len)
+    with pytest.raises(ValueError, match=rf"ids in 1..{known}, got {known + 3} among what is older"):
+        model(batch, "next")
+
+
+@pytest.mark.parametrize("text", [torch.zeros(3), torch.zeros(256, dtype=torch.int64), torch.full((256,), torch.nan)])
+def test_a_text_is_so_many_finite_numbers(model, text):
+    with pytest.raises(ValueError, match=r"text must be \[256\] finite floating numbers"):
+        model.add_task(TaskSpec("ctr", "binary"), text=text)
+    assert model.task_names == ["next"]
+
+
+def test_a_closed_task_has_nothing_to_train(model):
+    for parameters in (model.task("next").memory_parameters, model.task("next").head_parameters):
+        with pytest.raises(ValueError, match="task 'next' is closed and never changes: remove it to learn it anew"):
+            parameters()
+
+
+@pytest.mark.parametrize("readout", [3, ["last", 3]])
+def test_a_readout_is_one_of_the_known(readout):
+    with pytest.raises(ValueError, match="readout must name one or more of last, mean"):
+        MemoryConfig(readout=readout)
 
 
 def test_an_unknown_task_is_a_value_error_everywhere(model, dataset):

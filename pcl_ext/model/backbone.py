@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterator, KeysView
 from itertools import chain
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -196,9 +197,23 @@ class Backbone(nn.Module):
         """
         return self.run(rows, offsets)[1]
 
-    def check_lengths(self, batch: PackedBatch) -> None:
-        """ValueError for a history longer than max_len; the batch knows its lengths, nothing is read from a GPU."""
-        most = self.config.max_len
+    def check_batch(self, batch: PackedBatch) -> None:
+        """TypeError for what is no batch; ValueError for one of another device, a history longer than max_len, and on
+        the CPU for an older id that is none. The batch knows its lengths: nothing is read from a GPU."""
+        if not isinstance(batch, PackedBatch):
+            kind = type(batch).__name__
+            raise TypeError(f"batch must be a PackedBatch, say of PackedBatch.from_lists, got {kind}")
+        if batch.items.device != (device := self.table.device):
+            raise ValueError(
+                f"batch must be where the model is, on {device}, got {batch.items.device}; batch.to({str(device)!r})"
+            )
+        older, known, most = batch.older, self.config.num_items, self.config.max_len
+        if older is not None and older.items.is_cpu and not torch.compiler.is_compiling():
+            if len(older.items) and (largest := int(older.items.max())) > known:
+                raise ValueError(
+                    f"items must be ids in 1..{known}, got {largest} among what is older than the newest max_len; "
+                    f"PackedBatch.from_lists(..., num_items={known}) drops unknown ids"
+                )
         if batch.max_seqlen > most:
             raise ValueError(
                 f"histories must be at most max_len = {most} long, got one of {batch.max_seqlen} (history "
@@ -214,9 +229,20 @@ class Backbone(nn.Module):
         read: str = "every",
     ) -> list[Tensor]:
         """States of every layer, num_layers + 1 tensors [T, D]; the last one is normalised, of the rows `run` says."""
-        self.check_lengths(batch)
+        self.check_batch(batch)
         rows = self.embed(batch.items, batch.offsets, prompt, prompt_index)
         return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix, read, batch.on_host)[0]
+
+    if TYPE_CHECKING:  # of nn.Module it returns Any
+
+        def __call__(
+            self,
+            batch: PackedBatch,
+            prompt: Tensor | None = None,
+            prompt_index: Tensor | None = None,
+            prefix: LayerPrefix | None = None,
+            read: str = "every",
+        ) -> list[Tensor]: ...
 
 
 def freeze(module: nn.Module) -> None:
@@ -224,7 +250,8 @@ def freeze(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             del part._parameters[name]
-            tensor = None if parameter is None else parameter.detach().clone()
+            with torch.inference_mode(False):  # what learns beside it may need it for its gradient
+                tensor = None if parameter is None else parameter.detach().clone()
             part.register_buffer(name, tensor)
     module.eval()
 
@@ -232,9 +259,6 @@ def freeze(module: nn.Module) -> None:
 def is_frozen(module: nn.Module) -> bool:
     """Whether no parameter is left below `module`."""
     return next(module.parameters(), None) is None
-
-
-_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 class NamedModules(nn.ModuleDict):
@@ -267,6 +291,9 @@ class NamedModules(nn.ModuleDict):
 
     def items(self) -> ItemsView[str, nn.Module]:
         return {key.removeprefix(":"): module for key, module in self._modules.items()}.items()
+
+
+_TAKEN = frozenset(dir(NamedModules()))
 
 
 def _attribute(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 KINDS = ("transformer", "nextitnet")
@@ -14,14 +15,20 @@ CONTEXTS = ("none", "texts", "prompts")
 
 def is_whole(value: object, low: int) -> bool:
     """Whether it is a whole number from `low` up, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= low
+
+
+def plain(value: Real) -> int | float:
+    """A number of NumPy as one of Python, which JSON takes."""
+    return value if isinstance(value, int) else float(value)
 
 
 def check_whole(config: object, **least: int) -> None:
-    """ValueError where a setting is no whole number from its least value up."""
+    """ValueError where a setting is no whole number from its least value up; one of NumPy becomes an int."""
     for name, low in least.items():
         if not is_whole(value := getattr(config, name), low):
             raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
+        object.__setattr__(config, name, int(value))
 
 
 def _check_one_of(owner: object, **choices: tuple[str, ...]) -> None:
@@ -33,8 +40,9 @@ def _check_one_of(owner: object, **choices: tuple[str, ...]) -> None:
 def _check_share(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+        object.__setattr__(owner, name, plain(value))
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ class MemoryConfig:
         if self.low_rank and self.placement in ("prefix", "both"):
             raise ValueError(f"low_rank reads histories without a prefix, got placement {self.placement!r}")
         if self.readout is not None:
-            names = (self.readout,) if isinstance(self.readout, str) else self.readout
+            names = self.readout if isinstance(self.readout, (tuple, list)) else (self.readout,)
             object.__setattr__(self, "readout", tuple(names))
             unknown = [name for name in self.readout if name not in READOUTS]
             if unknown or not self.readout or len(set(self.readout)) != len(self.readout):

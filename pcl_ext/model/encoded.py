@@ -185,7 +185,7 @@ class Trunk:
     @classmethod
     def of(cls, backbone: Backbone, batch: PackedBatch, length: int, *, every_state: bool) -> Trunk:
         """Compute what all ways share; length: P; every_state: some way reads the states of all rows."""
-        backbone.check_lengths(batch)
+        backbone.check_batch(batch)
         tails = batch.on_host.clamp_max(length)
         items, offsets, tail_items, tail_offsets = _cut(batch, length, int(tails.sum()))
         rows, before = backbone.embed(items, offsets, from_end=length), batch.on_host - tails

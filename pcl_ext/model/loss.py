@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from pcl_ext.model.catalogue import SEEN_SCORE
@@ -17,11 +19,13 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     """Mean loss over targets, in float32, or in float64 where the output is of it.
 
     output [b, C] (items, classes) or [b] (binary logits, regression values); target [m]: the column, the class, 0 / 1
-    or the value; target_row [m]: the row of the output each belongs to. Without targets it is 0. A column below 0,
-    which is none, makes the loss NaN. Raises TypeError or ValueError for targets of another shape; on the CPU, outside
-    of compiled code and transforms such as vmap, also for columns, classes and flags that do not exist, and for items
-    to learn that their history holds.
+    or the value; target_row [m]: the row of the output each belongs to, both of any integer dtype, values and flags
+    also of a floating one. Without targets it is 0. Raises TypeError or ValueError for an output or targets of another
+    shape; on the CPU, outside of compiled code and transforms such as vmap, also for columns, classes and flags that do
+    not exist, values that are not finite, and for items to learn that their history holds. On CUDA nobody looks: a
+    column below 0 makes the loss NaN, as a value that is NaN does.
     """
+    _check_output(spec, output)
     _check_targets(spec, output, target, target_row)
     if not len(target):
         return wide(output[:0]).sum()
@@ -70,6 +74,20 @@ def _logsumexp(output: Tensor) -> Tensor:
     return torch.stack([torch.logsumexp(wide(part), 1) for part in output.split(_CACHED, 1)]).logsumexp(0)
 
 
+def _check_output(spec: TaskSpec, output: Tensor) -> None:
+    if not isinstance(spec, TaskSpec):
+        hint = "; task.spec is one" if isinstance(spec, nn.Module) else ""
+        raise TypeError(f"spec must be a TaskSpec, got {type(spec).__name__}{hint}")
+    if not isinstance(output, Tensor):
+        hint = "; of a mixed batch take one task's: rows, output = outputs[name]" if isinstance(output, dict) else ""
+        raise TypeError(f"output of {spec.name!r} must be a Tensor, got {type(output).__name__}{hint}")
+    columns = {"items": "C", "classes": str(spec.num_classes)}.get(spec.kind)
+    wrong = spec.kind == "classes" and output.shape[1:] != (spec.num_classes,)
+    if wrong or output.dim() != (1 if columns is None else 2):
+        wanted = "[b]" if columns is None else f"[b, {columns}]"
+        raise ValueError(f"output of {spec.name!r} ({spec.kind}) must be {wanted}, got {list(output.shape)}")
+
+
 def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor) -> None:
     for name, value in (("target", target), ("target_row", target_row)):
         if not isinstance(value, Tensor):
@@ -77,7 +95,7 @@ def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: T
     if target.dim() != 1 or target.shape != target_row.shape:
         shapes = f"{list(target.shape)} and {list(target_row.shape)}"
         raise ValueError(f"target and target_row must both be [m], got {shapes}")
-    if spec.kind == "classes" and target.is_floating_point():
+    if spec.kind in ("items", "classes") and target.is_floating_point():
         raise TypeError(f"targets of {spec.name!r} must be integers, got {target.dtype}")
     if target_row.is_floating_point() or target_row.dtype == torch.bool:
         raise TypeError(f"target_row must be integers, got {target_row.dtype}")
@@ -86,17 +104,19 @@ def _check_targets(spec: TaskSpec, output: Tensor, target: Tensor, target_row: T
     low, high = (int(x) for x in target_row.aminmax())
     if not 0 <= low <= high < len(output):
         raise ValueError(f"target_row must be in 0..{len(output) - 1}, the rows of the output, got {low} to {high}")
-    if spec.kind == "items" and (last := int(target.max())) >= output.shape[1]:
-        raise ValueError(
-            f"targets of {spec.name!r} must be columns of the output, below {output.shape[1]}, got {last}; "
-            "task.columns(item_ids) gives them"
-        )
-    if spec.kind not in ("binary", "classes"):
+    low, high = (x.item() for x in target.aminmax())
+    if spec.kind == "regression":
+        if not math.isfinite(low) or not math.isfinite(high):
+            place = int((~target.isfinite()).nonzero()[0])
+            got = f"{float(target[place])} in place {place}"
+            raise ValueError(f"targets of {spec.name!r} must be finite, got {got}; leave such rows out")
         return
     top = 1 if spec.kind == "binary" else output.shape[1] - 1
-    low, high = (float(x) for x in target.aminmax())
     if not 0 <= low <= high <= top:
-        raise ValueError(f"targets of {spec.name!r} must be in 0..{top}, got {low:g} to {high:g}")
+        what, hint = "in", ""
+        if spec.kind == "items":
+            what, hint = "columns of the output, in", "; task.columns(item_ids) gives them"
+        raise ValueError(f"targets of {spec.name!r} must be {what} 0..{top}, got {low:g} to {high:g}{hint}")
 
 
 def check_fit(spec: TaskSpec, features: Tensor, target: Tensor, *, width: int, columns: int) -> None:

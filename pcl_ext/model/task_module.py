@@ -33,6 +33,7 @@ class Task(nn.Module):
     ranked      what an items task ranks; None for labels
     tied, cold  of an items task: see `ItemsParts`
     others      of a label task that is open: its members but for the first, which is the task itself
+    tensors     names of its tensors as it was made, without its text and contextual prompt
     """
 
     fixed: Tensor
@@ -72,6 +73,7 @@ class Task(nn.Module):
         for _ in range(parts.members - 1):
             own = {name: parts.readout(name) for name in self.memories if name in OWN}
             self.others.append(Member(own, parts.head(fixed)))
+        self.tensors = frozenset(self.state_dict())
 
     def _list_fixed(self) -> Tensor:
         """[F] bool, which features are standardised."""
@@ -125,11 +127,13 @@ class Task(nn.Module):
                 self.register_buffer(name, torch.stack(rows))
 
     def memory_parameters(self) -> list[nn.Parameter]:
-        """What is trained besides the head."""
+        """What is trained besides the head: prompts, readouts and item memory. ValueError where the task is closed."""
         head = {id(p) for p in self.head_parameters()}
         return [p for p in self.parameters() if id(p) not in head]
 
     def head_parameters(self) -> list[nn.Parameter]:
+        """Weights and biases of the head, of all its members. ValueError where the task is closed."""
+        self._check_open()
         return [p for part in (self, *self.others) for p in part.head.parameters()]
 
     def item_tables(self) -> list[nn.Parameter]:
@@ -191,15 +195,18 @@ class Task(nn.Module):
         """`task_loss`, with a regression in units of its targets' deviation, as `fit_head` has measured it.
 
         Adam's eps and weight decay are absolute: so the task learns the same whatever unit its targets are given in.
+        Arguments and errors are those of `task_loss`.
         """
-        if self.spec.kind == "regression":
+        if self.spec.kind == "regression" and isinstance(output, Tensor) and isinstance(target, Tensor):
             output, deviation = wide(output), self.head.unit[1]
             output, target = output / deviation, target.to(output.dtype) / deviation
         return task_loss(self.spec, output, target, target_row)
 
     @property
     def catalogue(self) -> Tensor:
-        """[C] int64, the items that an items task ranks, in column order."""
+        """[C] int64, the items that an items task ranks, in column order; ValueError for a task of another kind."""
+        if self.ranked is None:
+            raise ValueError(f"catalogue is of items tasks only, task {self.spec.name!r} is {self.spec.kind}")
         return self.ranked.items
 
     def columns(self, target: Tensor) -> Tensor:
@@ -252,6 +259,15 @@ class Task(nn.Module):
         self.scale.copy_(torch.where(self.fixed, 1.0 / deviation.clamp_min(1e-3), 1.0))
         for part in (self, *self.others):
             part.head.fit(self.spec.kind, target)
+
+    def check_tensors(self) -> None:
+        """ValueError where an open task has other tensors than it was made with."""
+        names = {name for name in self.state_dict() if name != "text" and not name.startswith("context.")}
+        if not self.closed and (other := sorted(names ^ self.tensors)):
+            raise ValueError(
+                f"task {self.spec.name!r} cannot be closed: {', '.join(other[:3])} are not the tensors it was made "
+                "with; merge adapters and parametrisations (torch.nn.utils.parametrize.remove_parametrizations) first"
+            )
 
     def _check_open(self) -> None:
         if self.closed:

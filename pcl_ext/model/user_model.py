@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from pcl_ext.model.config import BackboneConfig, MemoryConfig
 from pcl_ext.model.encoded import Encoded
 from pcl_ext.model.many_tasks import encode_each, encode_rows, encode_state
 from pcl_ext.model.memories import ContextualPrompt, hashed_text_vector
+from pcl_ext.model.memories.contextual import TEXT_DIM
 from pcl_ext.model.task_module import Task
 from pcl_ext.model.user_state import UserState
 from pcl_ext.task import TaskSpec
@@ -42,10 +44,12 @@ class UserModel(nn.Module):
 
     @property
     def task_names(self) -> list[str]:
+        """Names of the tasks, in the order in which they were added: `task_index` counts them."""
         return list(self.tasks)
 
     @property
     def device(self) -> torch.device:
+        """Where the model is; batches are moved there by `batch.to(model.device)`."""
         return self.backbone.table.device
 
     def freeze_backbone(self) -> None:
@@ -54,6 +58,7 @@ class UserModel(nn.Module):
 
     @property
     def backbone_frozen(self) -> bool:
+        """Whether the backbone has no parameters left, as `freeze_backbone` leaves it."""
         return is_frozen(self.backbone)
 
     def add_task(
@@ -67,7 +72,9 @@ class UserModel(nn.Module):
     ) -> Task:
         """Start a task, of the backbone's dtype. With `closed` it is built empty, to be filled from a file.
 
-        text [256] replaces the hashed vector of the task's description where its contextual prompt reads texts.
+        text [256], finite numbers, replaces the hashed vector of the task's description where a contextual prompt reads
+        texts. ValueError where a task of that name is there, or its catalogue holds an item that the backbone does not
+        know; TypeError where an argument is of another class.
         """
         for what, given, kind in (("spec", spec, TaskSpec), ("config", config, (MemoryConfig, type(None)))):
             if not isinstance(given, kind):
@@ -76,12 +83,13 @@ class UserModel(nn.Module):
         if spec.name in self.tasks:
             raise ValueError(f"task {spec.name!r} is there already; remove_task it first")
         config = config or MemoryConfig()
+        text = hashed_text_vector(spec.description or spec.name) if text is None else _checked_text(text)
         if spec.kind == "items" and config.tied is None and not closed:
             self._warn_of_untrained(spec.name)
         task = Task(
             spec, config, self.backbone, self._earlier(spec.name, config, depends_on if closed else None), closed=closed
         )
-        task.register_buffer("text", hashed_text_vector(spec.description or spec.name) if text is None else text)
+        task.register_buffer("text", text)
         if config.contextual != "none" and not closed:
             task.context, task.depends_on = self._context(task), list(self._context_sources(config))
         if closed:
@@ -136,12 +144,15 @@ class UserModel(nn.Module):
         """Close a task: fold its contextual prompt, turn its tensors into buffers. It never changes again.
 
         The keys and values of a prefix are computed here, once, and kept with the task. Raises ValueError while the
-        backbone still learns: every step would change the task's outputs.
+        backbone still learns: every step would change the task's outputs; and where the task holds tensors that are not
+        its own, of an adapter or a parametrisation, which a run could not hold.
         """
         task = self.task(name)
         if not self.backbone_frozen:
             raise ValueError(f"task {name!r} cannot be closed while the backbone learns: call freeze_backbone() first")
-        with torch.autocast(self.device.type, enabled=False):  # what is kept is of the model's own dtype
+        task.check_tensors()
+        # what is kept is of the model's own dtype, and later tasks may learn from it
+        with torch.autocast(self.device.type, enabled=False), torch.inference_mode(False):
             task.close()
             task.keep_prefix(self.backbone)
 
@@ -158,6 +169,10 @@ class UserModel(nn.Module):
             self.removed.add(name)
 
     def task(self, name: str) -> Task:
+        """The task of this name; ValueError where there is none, TypeError for what is no name."""
+        if not isinstance(name, str):
+            hint = "; a task of each row is given as task_index=" if isinstance(name, Tensor) else ""
+            raise TypeError(f"task must be a name, a str, got {type(name).__name__}{hint}")
         task = self.tasks.get(name)
         if task is None:
             raise ValueError(f"task must be one of {', '.join(self.tasks) or '(no tasks yet)'}, got {name!r}")
@@ -172,6 +187,9 @@ class UserModel(nn.Module):
                     (binary: logit; regression: value)
         task_index  [B] int64, places in `task_names` -> {name: (rows [b] int64, output [b, C] or [b])}; given on the
                     CPU, nothing is read from a GPU
+
+        ValueError for a task that is not there, a batch on another device, a history longer than max_len or, on the
+        CPU, an id past num_items; TypeError for what is no batch.
         """
         if (task is None) == (task_index is None):
             raise ValueError("give either task or task_index")
@@ -192,6 +210,16 @@ class UserModel(nn.Module):
             output = part(encoded.select(rows), self.backbone.table)
             outputs[part.spec.name] = (rows.to(self.device, non_blocking=True), output)
         return outputs
+
+    if TYPE_CHECKING:  # of nn.Module it returns Any
+
+        @overload
+        def __call__(self, batch: PackedBatch | UserState, task: str) -> Tensor: ...
+
+        @overload
+        def __call__(self, batch: PackedBatch, *, task_index: Tensor) -> dict[str, tuple[Tensor, Tensor]]: ...
+
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def member_outputs(self, batch: PackedBatch, task: str) -> list[Tensor]:
         """As `forward` for one task, but the output of each of its members (`MemoryConfig.members`), to be trained on a
@@ -217,8 +245,10 @@ class UserModel(nn.Module):
     def user_state(self, batch: PackedBatch, *, keep: int | None = None) -> UserState:
         """What is known of these users, to take new events by `extend` and to be read in place of a batch.
 
-        States of all rows are held where a task of the model reads them. keep: see `UserState`.
+        States of all rows are held where a task of the model reads them. keep: see `UserState`. ValueError where the
+        backbone's positions count from the end.
         """
+        _check_batch(batch)
         every_state = any(task.every_state for task in self.tasks.values())
         return UserState.of(self.backbone, batch.to(self.device), every_state=every_state, keep=keep)
 
@@ -241,24 +271,35 @@ class UserModel(nn.Module):
         return {name: vectors[name] for name in names}
 
     @torch.no_grad()
-    def predict(self, histories: Sequence[Ids], task: str, k: int = 10) -> list[dict]:
+    def predict(self, histories: Sequence[Ids], task: str, k: int = 10) -> list[dict[str, Any]]:
         """Predictions for plain lists of item ids, oldest first: new users and empty histories included.
 
         items: {"items": [k ids], "scores": [k]}, equal scores by the lowest id; classes: {"class", "probabilities"},
         and "label" where the task names them; binary: {"probability"}; regression: {"value"}. The newest max_len ids
-        are read, older ones count as seen; unknown ids are dropped, with a warning that counts. All histories are one
-        pass: for many of them, `Predictor` works in chunks.
+        are read, older ones count as seen; unknown ids are dropped, with a warning that counts. Past the catalogue k
+        is all of it. All histories are one pass: for many of them, `Predictor` works in chunks. ValueError for a task
+        that is not there, a k below 1, or a history that is no list of integers.
         """
-        config, modes = self.backbone.config, [(part, part.training) for part in self.modules()]
+        config, learning = self.backbone.config, [part for part in self.modules() if part.training]
         batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)
         if batch.dropped:
             warnings.warn(f"{batch.dropped} unknown item ids were dropped from {len(batch)} histories", stacklevel=3)
-        self.eval()
+        for part in learning:
+            part.training = False
         try:
             return as_rows(answer(self, batch.to(self.device), task, check_k(k)))
         finally:
-            for part, training in modes:
-                part.training = training
+            for part in learning:
+                part.training = True
+
+
+def _checked_text(text: Tensor) -> Tensor:
+    """A copy of what a task is described by, [TEXT_DIM] finite numbers."""
+    if not isinstance(text, Tensor):
+        raise TypeError(f"text must be a Tensor [{TEXT_DIM}], got {type(text).__name__}")
+    if text.shape != (TEXT_DIM,) or not text.is_floating_point() or not bool(text.isfinite().all()):
+        raise ValueError(f"text must be [{TEXT_DIM}] finite floating numbers, got {list(text.shape)} {text.dtype}")
+    return text.detach().clone()
 
 
 def _check_batch(batch: object) -> None:

@@ -77,13 +77,15 @@ def test_the_loss_under_transforms(name):
 
 
 def test_a_column_that_is_none_makes_the_loss_nan():
-    """On CUDA nobody looks at the targets, and an index below 0 counts from the end."""
+    """On CUDA nobody looks at the targets, and an index below 0 counts from the end; nor under vmap, here."""
     output, rows = torch.randn(3, 20), torch.arange(3)
-    assert task_loss(SPECS["rank"], output, torch.tensor([4, 19, 0]), rows).isfinite()
-    assert task_loss(SPECS["rank"], output, torch.tensor([4, -1, 0]), rows).isnan()
+    targets = torch.tensor([[4, 19, 0], [4, -1, 0]])
+    losses = torch.vmap(lambda target: task_loss(SPECS["rank"], output, target, rows))(targets)
+    assert losses.isnan().tolist() == [False, True]
 
 
 BINARY, CLASSES = TaskSpec("flag", "binary"), TaskSpec("age", "classes", num_classes=3)
+VALUE = TaskSpec("x", "regression")
 
 
 @pytest.mark.parametrize(
@@ -94,15 +96,51 @@ BINARY, CLASSES = TaskSpec("flag", "binary"), TaskSpec("age", "classes", num_cla
         (BINARY, torch.tensor([0.0, torch.nan]), ValueError, r"'flag' must be in 0..1"),
         (CLASSES, torch.tensor([0, -100]), ValueError, r"'age' must be in 0..2, got -100 to 0"),
         (CLASSES, torch.tensor([0.0, 1.0]), TypeError, r"'age' must be integers, got torch.float32"),
-        (EVERYTHING, torch.tensor([0, 3]), ValueError, r"'all' must be columns of the output, below 3, got 3"),
+        (EVERYTHING, torch.tensor([0, 3]), ValueError, r"'all' must be columns of the output, in 0..2, got 0 to 3"),
+        (EVERYTHING, torch.tensor([0, -1]), ValueError, r"in 0..2, got -1 to 0; task.columns\(item_ids\) gives them"),
+        (EVERYTHING, torch.tensor([0.0, 1.0]), TypeError, r"'all' must be integers, got torch.float32"),
+        (
+            VALUE,
+            torch.tensor([0.0, torch.nan]),
+            ValueError,
+            r"'x' must be finite, got nan in place 1; leave such rows out",
+        ),
+        (VALUE, torch.tensor([-torch.inf, 0.0]), ValueError, r"'x' must be finite, got -inf in place 0"),
         (BINARY, [0, 1], TypeError, r"target must be a Tensor \[m\], got list"),
         (BINARY, torch.tensor([[0], [1]]), ValueError, r"must both be \[m\], got \[2, 1\] and \[2\]"),
     ],
 )
 def test_targets_that_are_none_are_refused(spec, target, error, words):
-    output = torch.randn(2) if spec.kind == "binary" else torch.randn(2, 3)
+    output = torch.randn(2) if spec.kind in ("binary", "regression") else torch.randn(2, 3)
     with pytest.raises(error, match=words):
         task_loss(spec, output, target, torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "output", "words"),
+    [
+        (BINARY, torch.randn(2, 3), r"output of 'flag' \(binary\) must be \[b\], got \[2, 3\]"),
+        (VALUE, torch.randn(2, 1), r"output of 'x' \(regression\) must be \[b\], got \[2, 1\]"),
+        (CLASSES, torch.randn(2, 4), r"output of 'age' \(classes\) must be \[b, 3\], got \[2, 4\]"),
+        (CLASSES, torch.randn(2), r"output of 'age' \(classes\) must be \[b, 3\], got \[2\]"),
+        (EVERYTHING, torch.randn(2), r"output of 'all' \(items\) must be \[b, C\], got \[2\]"),
+        (BINARY, {"flag": None}, r"must be a Tensor, got dict; of a mixed batch take one task's"),
+        ("flag", torch.randn(2), "spec must be a TaskSpec, got str"),
+    ],
+)
+def test_an_output_that_is_not_the_tasks_is_refused(spec, output, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        task_loss(spec, output, torch.tensor([0, 1]), torch.arange(2))
+
+
+def test_a_task_in_place_of_its_spec_is_told_so(model):
+    task = model.add_task(SPECS["click"])
+    with pytest.raises(TypeError, match="spec must be a TaskSpec, got Task; task.spec is one"):
+        task_loss(task, torch.randn(2), torch.ones(2), torch.arange(2))
+    with pytest.raises(ValueError, match="catalogue is of items tasks only, task 'click' is binary"):
+        task.catalogue  # noqa: B018
+    with pytest.raises(TypeError, match=r"output of 'value' must be a Tensor, got dict"):
+        model.add_task(SPECS["value"]).loss({}, torch.ones(2), torch.arange(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8], ids=str)

@@ -1,8 +1,11 @@
 """Training and evaluation mode: what is closed stays in evaluation, and predicting leaves every mode as it was."""
 
 import pytest
-from model_cases import add, histories
+import torch
+from model_cases import V, add, histories
 from torch import nn
+
+from pcl_ext.model import Backbone, BackboneConfig, UserModel
 
 
 @pytest.mark.parametrize("ask", ["model", "tasks", "task", "other", "whole"])
@@ -30,3 +33,12 @@ def test_predicting_leaves_every_mode_as_it_was(model):
     with pytest.raises(ValueError, match="k must be at least 1"):
         model.predict(histories(), "click", k=0)
     assert {name: part.training for name, part in model.named_modules()} == before
+
+
+def test_what_is_frozen_in_inference_mode_may_be_learned_beside():
+    model = UserModel(Backbone(BackboneConfig(V, dim=16, max_len=20)))
+    add(model, "click", "prefix")
+    with torch.inference_mode():
+        model.freeze_backbone()
+        model.freeze_task("click")
+    assert not [name for name, tensor in model.state_dict().items() if tensor.is_inference()]

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from model_cases import V, add, histories, make_model, pack
+from model_cases import SPECS, V, add, histories, make_model, pack
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from pcl_ext.model import Backbone, BackboneConfig, UserModel
+from pcl_ext.store import from_pretrained, save_pretrained
 
 PARTS = {
     "transformer": ["norm_attention", "qkv", "out", "norm_ffn", "ffn_in", "ffn_out"],
@@ -135,3 +136,27 @@ def test_low_rank_prompts_say_that_they_cannot_change_such_a_weight():
     task = add(model, "click", "none", low_rank=2)
     with pytest.raises(TypeError, match="low_rank changes the weight of the top layer's 'out', which a "):
         model(pack(histories([3, 4])), task.spec.name)
+
+
+@pytest.mark.parametrize("part", ["prompt", "head", "adapter"])
+def test_a_task_is_not_closed_with_tensors_that_a_run_could_not_hold(model, tmp_path, part):
+    """It was, and saved: the run then did not load."""
+    task = model.add_task(SPECS["click"])
+    if part == "adapter":
+        task.head.linear = nn.Sequential(task.head.linear)
+    else:
+        owner, name = (task.memories["tail"], "rows") if part == "prompt" else (task.head.linear, "weight")
+        parametrize.register_parametrization(owner, name, nn.Identity())
+    with pytest.raises(
+        ValueError, match="task 'click' cannot be closed: .* are not the tensors it was made with; merge"
+    ):
+        model.freeze_task("click")
+    assert not task.closed
+    if part == "adapter":
+        task.head.linear = task.head.linear[0]
+    else:
+        parametrize.remove_parametrizations(owner, name)
+    model.freeze_task("click")
+    save_pretrained(model, tmp_path / "run")
+    batch = pack(histories())
+    assert torch.equal(from_pretrained(tmp_path / "run")(batch, "click"), model.eval()(batch, "click"))

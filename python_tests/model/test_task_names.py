@@ -12,7 +12,21 @@ from pcl_ext import MemoryConfig, TaskSpec
 from pcl_ext.store import from_pretrained, save_pretrained
 
 # what a module has; what it may have; what it has not
-NAMES = ["items", "train", "training", "keys", "values", "forward", "type", "pop", "_modules", "__class__", "_x", "a-b"]
+NAMES = [
+    "items",
+    "train",
+    "training",
+    "keys",
+    "values",
+    "forward",
+    "type",
+    "pop",
+    "get",
+    "_modules",
+    "__class__",
+    "_x",
+    "a-b",
+]
 
 
 def add(model, name):
