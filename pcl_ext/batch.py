@@ -20,7 +20,8 @@ Array = np.ndarray | Tensor
 
 @dataclass(frozen=True, eq=False)  # two of them are equal where they are one
 class Older:
-    """What histories of B users held before the events that are read: seen, and otherwise of no account.
+    """What histories of B users held before the events that the backbone reads: an items task ranks it last, an item
+    memory reads it too.
 
     items    [S] int32 or int64, 1..V
     offsets  [B + 1] int64; user b owns items[offsets[b] : offsets[b + 1]]
@@ -30,6 +31,15 @@ class Older:
     items: Tensor
     offsets: Tensor
     on_host: Tensor
+
+    def before(self, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """items [T] and offsets [B + 1] of what is read -> those of all, [S + T] oldest first and [B + 1]."""
+        counts, read = self.offsets.diff(), offsets.diff()
+        whole = items.new_empty(len(self.items) + len(items))
+        for rows, first, each in ((self.items, offsets[:-1], counts), (items, self.offsets[1:], read)):
+            place = torch.arange(len(rows), device=rows.device)
+            whole[place + first.repeat_interleave(each, output_size=len(rows))] = rows.to(items.dtype)
+        return whole, self.offsets + offsets
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Older:
         """The same on another device; non_blocking as in `torch.Tensor.to`."""
@@ -51,7 +61,7 @@ class PackedBatch:
     plan        the attention work list, made once and used by every layer
     on_host     [B] int64, items per user, on the CPU wherever the rest is: sizes are known without waiting for a GPU
     dropped     how many unknown ids `from_lists` left out
-    older       what came before, where a history is longer than what is read of it: an items task ranks it last too
+    older       what came before, where a history is longer than what the backbone reads of it
     """
 
     items: Tensor
@@ -91,7 +101,8 @@ class PackedBatch:
     def from_lists(cls, histories: Sequence[Ids], *, num_items: int, max_len: int) -> PackedBatch:
         """Histories as lists of item ids, oldest first, of any length.
 
-        Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are read.
+        Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are
+        the batch's items, those before them its `older`.
         ValueError, with the history named, for what is no list of integers; TypeError where there is no list of them.
         """
         num_items, max_len = check_count("num_items", num_items), check_count("max_len", max_len, 1)
@@ -136,6 +147,10 @@ class PackedBatch:
     def __len__(self) -> int:
         """B, the number of users."""
         return self.offsets.numel() - 1
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Items and offsets as above, with what is older."""
+        return (self.items, self.offsets) if self.older is None else self.older.before(self.items, self.offsets)
 
     @property
     def lengths(self) -> Tensor:

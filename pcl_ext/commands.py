@@ -91,13 +91,13 @@ def _device_here(name: str) -> str:
 
 
 def _tell_unread(dataset: Dataset, max_len: int) -> None:
-    """Say on stderr how many events lie before the newest `max_len` of their user: no task of the run reads them,
-    pretraining does."""
+    """Say on stderr how many events lie before the newest `max_len` of their user: of them tasks read what an item
+    memory keeps, pretraining reads all."""
     lengths = dataset.offsets[1:] - dataset.offsets[:-1]
     unread = int((lengths - max_len).clip(min=0).sum())
     if unread and max_len > 0:  # a wrong max_len is refused later
         users = f"{int((lengths > max_len).sum()):,} of {len(lengths):,} users have more than {max_len:,} events"
-        what = f"{unread:,} of {int(lengths.sum()):,} events are older and no task reads them"
+        what = f"{unread:,} of {int(lengths.sum()):,} events are older, and of tasks only item memories read them"
         what += "; --max-len takes more, in more time"
         print(f"pcl pretrain: {users}: {what}", file=sys.stderr)
 

@@ -33,8 +33,8 @@ class PlainModel(nn.Module):
 
     items [B, L] int64, oldest first -> output [B, C] (items: a column per item of the catalogue; classes: logits) or
     [B] (binary: logit; regression: value), float32. An id outside 1..V is no event, wherever it stands: pad with 0.
-    The newest max_len events count, all of them for what an items task ranks last. ValueError for a backbone or a
-    readout that has no plain form.
+    The newest max_len events count, all of them for an item memory and for what an items task ranks last. ValueError
+    for a backbone or a readout that has no plain form.
     """
 
     def __init__(self, model: UserModel, task: str):
@@ -68,7 +68,7 @@ class PlainModel(nn.Module):
         held, items = torch.where(known, items, 0), torch.where(used, items, 0)
         states = self._states(items, newer, used)
         newest = (states[-1] * (used & (newer == 0))[:, :, None]).sum(1)
-        features = torch.cat([read(states, items, used, newest) for read in self.readouts], 1)
+        features = torch.cat([read(states, items, used, newest, held) for read in self.readouts], 1)
         features = (features - self.part.shift) * self.part.scale
         if self.part.spec.kind == "items":
             return self._item_scores(features, newest, states[-1], held if self.part.repeats is None else items, table)
@@ -117,11 +117,11 @@ class PlainModel(nn.Module):
 
 
 def _read_last(memory: Memory) -> Callable:
-    return lambda states, items, used, newest: newest
+    return lambda states, items, used, newest, held: newest
 
 
 def _read_mean(memory: Memory) -> Callable:
-    def read(states, items, used, newest):
+    def read(states, items, used, newest, held):
         count = used.sum(1, keepdim=True).to(newest.dtype)
         means = [(states[depth] * used[:, :, None]).sum(1) / count.clamp_min(1) for depth in memory.depths]
         return torch.cat([*means, count.log1p()], 1)
@@ -130,7 +130,7 @@ def _read_mean(memory: Memory) -> Callable:
 
 
 def _read_pooled(memory: Memory) -> Callable:
-    def read(states, items, used, newest):
+    def read(states, items, used, newest, held):
         count = used.sum(1, keepdim=True).to(newest.dtype)
         units = F.gelu(memory.linear(torch.cat(states[:2], 2)))
         return (units * used[:, :, None]).sum(1) / count.clamp_min(1)
@@ -141,9 +141,10 @@ def _read_pooled(memory: Memory) -> Callable:
 def _read_item_memory(memory: Memory) -> Callable:
     table = memory.item_table()
 
-    def read(states, items, used, newest):
-        count = used.sum(1, keepdim=True).to(newest.dtype)
-        return (F.embedding(items, table) * used[:, :, None]).sum(1) * count.clamp_min(1).rsqrt()
+    def read(states, items, used, newest, held):
+        events = held if memory.whole else items
+        count = (events > 0).sum(1, keepdim=True).to(newest.dtype)
+        return (F.embedding(events, table) * (events > 0)[:, :, None]).sum(1) * count.clamp_min(1).rsqrt()
 
     return read
 

@@ -34,7 +34,7 @@ PROTOCOL = {
     "ranking": "full, over the task's catalogue, every target",
     "seen items": "not filtered by the metric; a model may rank them last where a task's targets are new items",
     "ties": "expected rank under random tie-breaking",
-    "input": "the newest max_len events of items[:cut]",
+    "input": "the newest max_len events of items[:cut]; item memories read them all",
     "forgetting": "first - last: R[j, j] - R[K, j], j earlier than K",
 }
 

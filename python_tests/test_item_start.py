@@ -10,26 +10,27 @@ import torch
 from pcl_ext import item_start, progress
 from pcl_ext.data import Examples, make_batch
 from pcl_ext.item_start import start_items
-from pcl_ext.model import MemoryConfig
+from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
 
 
 def bags_of(memory, history):
     """[B, rows of its table]: how much of each row a history's item memory adds up."""
-    index, offsets, weights = memory.bags(history.items, history.offsets)
+    index, offsets, weights = memory.bags(*history.whole())
     user = torch.repeat_interleave(offsets.diff())
     bags = torch.zeros(len(history), len(memory.table))
     return bags.index_put_((user, index.long()), weights, accumulate=True)
 
 
 @pytest.mark.parametrize("most_all", [1, 65_536])  # 1: over targets alone, as of a large catalogue
-@pytest.mark.parametrize(("item_rows", "strengths"), [(1000, (3.0,)), (40, (3.0,)), (1000, (100.0, 3.0, 0.5))])
-def test_a_cold_catalogue_starts_at_a_ridge_regression(
-    dataset, pretrained, item_rows, strengths, most_all, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("item_rows", "strengths", "max_len"),
+    [(1000, (3.0,), 20), (40, (3.0,), 20), (1000, (100.0, 3.0, 0.5), 20), (1000, (3.0,), 4)],
+)
+def test_a_cold_catalogue_starts_at_a_ridge_regression(dataset, item_rows, strengths, max_len, most_all, monkeypatch):
     """At a width that W fits into, scores are one factor times those of the dense formula; a score picks among
-    several strengths: here the second."""
-    model = copy.deepcopy(pretrained).eval()
-    model.backbone.trained_items[:] = False
+    several strengths: here the second. All of a history is read, also where the backbone reads the newest 4 events."""
+    model = UserModel(Backbone(BackboneConfig(dataset.num_items, dim=16, max_len=max_len))).eval()
+    model.freeze_backbone()
     config = MemoryConfig(placement="none", item_width=60, item_rows=item_rows)
     task = model.add_task(dataset.task("range").spec, config).eval()
     assert task.cold
@@ -38,7 +39,7 @@ def test_a_cold_catalogue_starts_at_a_ridge_regression(
     scores = iter([0.1, 0.3, 0.2])
     start_items(model, dataset, "range", strengths, lambda: next(scores))
     examples = dataset.examples("range", "train")
-    batch = make_batch(dataset, examples, torch.arange(len(examples)), 20)
+    batch = make_batch(dataset, examples, torch.arange(len(examples)), max_len)
     memory, columns, n = task.memories["item_memory"], len(task.catalogue), len(examples)
     eye = bags_of(memory, batch.history).double()
     y = torch.zeros(n, columns).double()

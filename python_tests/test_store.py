@@ -3,7 +3,7 @@
 import os
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,24 @@ def test_there_and_back(tmp_path, placement):
         assert loaded.predict(HISTORIES, name) == model.predict(HISTORIES, name)
     assert read_manifest(tmp_path / "run")["record"] == RECORD
     assert [task["name"] for task in read_manifest(tmp_path / "run")["tasks"]] == list(SPECS)
+
+
+def test_a_task_of_a_run_without_the_setting_reads_what_it_read_before(tmp_path, monkeypatch):
+    """Before item memories read whole histories a run did not say what they read."""
+
+    def old_fields(config):
+        return {name: value for name, value in asdict(config).items() if name != "whole_history"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pcl_ext.store.run.asdict", old_fields)
+        save_pretrained(make_model("next", "ctr"), tmp_path, RECORD)
+    assert "whole_history" not in read_manifest(tmp_path)["tasks"][1]["config"]
+    old = from_pretrained(tmp_path)
+    long = [1, 2, 3] * 20
+    assert old.predict([long], "ctr") == old.predict([long[-old.backbone.config.max_len :]], "ctr")
+    assert old.predict([long], "ctr") != make_model("next", "ctr").predict([long], "ctr")
+    save_pretrained(old, tmp_path)
+    assert not from_pretrained(tmp_path).task("ctr").config.whole_history
 
 
 def test_a_loaded_model_is_frozen_and_draws_no_random_numbers(run):

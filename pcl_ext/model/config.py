@@ -119,6 +119,7 @@ class MemoryConfig:
         item_width: width of the item memory; null is 16 for labels, or twice the number of classes if that is more, and
             D for items
         item_rows: rows of the item memory at most; with more items than that, an item is the sum of two hashed rows
+        whole_history: item memory reads all events of a history, not only the newest max_len that the backbone reads
         item_dropout: share of the events that item memory and pooled leave out at random while the task learns
         pooled_units: width of pooled
         earlier_units: width of earlier
@@ -136,6 +137,7 @@ class MemoryConfig:
     readout: tuple[str, ...] | None = None
     item_width: int | None = None
     item_rows: int = 16_384
+    whole_history: bool = True  # what heavy users spend and order says the whole of it; see docs/tried.md
     item_dropout: float = 0.5
     pooled_units: int = 32
     earlier_units: int = 16
@@ -150,6 +152,8 @@ class MemoryConfig:
         _check_share(self, "dropout", "item_dropout")
         if self.item_width is not None:
             check_whole(self, item_width=1)
+        if not isinstance(self.whole_history, bool):
+            raise ValueError(f"whole_history must be true or false, got {self.whole_history!r}")
         if self.tied not in (None, True, False):
             raise ValueError(f"tied must be true, false or null, got {self.tied!r}")
         if self.placement not in PLACEMENTS:

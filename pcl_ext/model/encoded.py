@@ -108,6 +108,11 @@ class Encoded:
         """[T] int64, which history each row belongs to."""
         return users_of(self.offsets, len(self.items))
 
+    @cached_property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Items and offsets as above, with what is older; made once for all tasks that read them so."""
+        return (self.items, self.offsets) if self.older is None else self.older.before(self.items, self.offsets)
+
     def seen(self) -> tuple[Tensor, Tensor]:
         """Users [S] int64 and items [S] of all that the histories hold, and held before."""
         if self.older is None:

@@ -71,7 +71,8 @@ class Parts:
             return LearnedPool(shape, self.pooled_units, config.item_dropout)
         if name == "earlier":
             return EarlierReadouts(shape, earlier, config.earlier_units)
-        return ItemMemory(shape.num_items, self.item_width, config.item_dropout, config.item_rows)
+        sizes = (shape.num_items, self.item_width, config.item_dropout, config.item_rows)
+        return ItemMemory(*sizes, whole=config.whole_history)
 
 
 class ItemsParts(Parts):

@@ -275,10 +275,10 @@ class UserModel(nn.Module):
         """Predictions for plain lists of item ids, oldest first: new users and empty histories included.
 
         items: {"items": [k ids], "scores": [k]}, equal scores by the lowest id; classes: {"class", "probabilities"},
-        and "label" where the task names them; binary: {"probability"}; regression: {"value"}. The newest max_len ids
-        are read, older ones count as seen; unknown ids are dropped, with a warning that counts. Past the catalogue k
-        is all of it. All histories are one pass: for many of them, `Predictor` works in chunks. ValueError for a task
-        that is not there, a k below 1, or a history that is no list of integers.
+        and "label" where the task names them; binary: {"probability"}; regression: {"value"}. The backbone reads
+        the newest max_len ids, item memories all, and older ones count as seen; unknown ids are dropped, with a warning
+        that counts. Past the catalogue k is all of it. All histories are one pass: for many of them, `Predictor` works
+        in chunks. ValueError for a task that is not there, a k below 1, or a history that is no list of integers.
         """
         config, learning = self.backbone.config, [part for part in self.modules() if part.training]
         batch = PackedBatch.from_lists(histories, num_items=config.num_items, max_len=config.max_len)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pcl_ext.batch import PackedBatch
+from pcl_ext.batch import Older, PackedBatch
 from pcl_ext.model.backbone import Backbone
 from pcl_ext.model.encoded import Encoded, Piece, Trunk, pool
 from pcl_ext.model.layout import LayerPrefix, to_offsets
@@ -25,9 +25,9 @@ class UserState:
     pass over `batch()` gives, up to rounding.
 
     The window: a history that would grow past max_len is started again from its newest `keep` events, one full pass
-    over these; so a long history is read through a window of keep to max_len events. keep is 3/4 of max_len unless
-    given. What lies before the window is forgotten, `older` of a batch too: an items task that ranks what a history
-    holds last knows the window alone.
+    over these; so the backbone reads a long history through a window of keep to max_len events. keep is 3/4 of max_len
+    unless given. Of what lies before the window the ids are held, 8 bytes each: item memories read them, and an items
+    task ranks them last.
 
     Any number of threads may read it at once; while one extends it, nobody else reads or extends it.
     """
@@ -50,7 +50,7 @@ class UserState:
         layers, shape = range(config.num_layers), (0, config.dim)
         rows = shape if config.kind == "nextitnet" else (0, config.num_heads, config.dim // config.num_heads)
         self.starts, self.lengths = (torch.zeros(users + n, dtype=torch.int64, device=table.device) for n in (1, 0))
-        self.items = self.lengths.new_zeros(0)
+        self.items, self.older_items, self.older_offsets = (self.lengths.new_zeros(n) for n in (0, 0, users + 1))
         self.keys, self.values = ([table.new_zeros(rows) for _ in layers] for _ in range(2))
         self.newest = table.new_zeros(users, config.dim)
         depths = range(config.num_layers + 1) if every_state else ()
@@ -75,9 +75,18 @@ class UserState:
         return bool(self.states)
 
     def batch(self) -> PackedBatch:
-        """The histories as they are held: after the window, in order."""
+        """The histories as they are held: the window, and before it what is older."""
         items, offsets = self._items()
-        return PackedBatch.from_packed(items.cpu(), offsets.cpu()).to(items.device)
+        older = self.older
+        batch = PackedBatch.from_packed(items.cpu(), offsets.cpu(), older=None if older is None else older.to("cpu"))
+        return batch.to(items.device)
+
+    @property
+    def older(self) -> Older | None:
+        """What the histories held before the window, where any did."""
+        if not len(self.older_items):
+            return None
+        return Older(self.older_items, self.older_offsets, self.older_offsets.diff().cpu())
 
     @torch.no_grad()
     def extend(self, batch: PackedBatch) -> None:
@@ -90,22 +99,31 @@ class UserState:
         config, items, offsets = self.backbone.config, batch.items.long(), batch.offsets
         if len(items) and not 1 <= int(items.min()) <= int(items.max()) <= config.num_items:
             raise ValueError(f"items must be in 1..{config.num_items}, got {int(items.min())}..{int(items.max())}")
-        over = self.lengths + batch.lengths > config.max_len
-        if bool(over.any()):
-            items, offsets = self._begin_again(over, items, offsets)
+        over, older = self.lengths + batch.lengths > config.max_len, (self.older_items, self.older_offsets)
+        if batch.older is not None or bool(over.any()):
+            (items, offsets), older = self._begin_again(over, items, offsets, batch.older)
         self._append(items, offsets, torch.where(over, 0, self.lengths))
+        self.older_items, self.older_offsets = older
 
-    def _begin_again(self, over: Tensor, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Items and offsets to append where the histories that are `over` [B] bool the window are emptied first: new
-        events, after the held ones that such a history begins with."""
-        new, none = offsets.diff(), self.lengths.new_zeros(())
-        new = torch.where(over, new.clamp_max(self.keep), new)
-        held = torch.where(over, torch.minimum(self.keep - new, self.lengths), none)
-        joined = to_offsets(held + new)
-        events = items.new_empty(int(joined[-1]))
-        events[_places(joined[:-1], held)] = self.items[_places(self.starts[:-1] + self.lengths - held, held)]
-        events[_places(joined[:-1] + held, new)] = items[_places(offsets[1:] - new, new)]
-        return events, joined
+    def _begin_again(
+        self, over: Tensor, items: Tensor, offsets: Tensor, older: Older | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Where the histories that are `over` [B] bool the window are emptied first: items and offsets to append, new
+        events after the held ones that such a history begins with; and of all that then lies before the window.
+
+        older  of the new events
+        """
+        new, end = offsets.diff(), self.starts[:-1] + self.lengths
+        read = torch.where(over, new.clamp_max(self.keep), new)
+        held = torch.where(over, torch.minimum(self.keep - read, self.lengths), 0)
+        gone = torch.where(over, self.lengths - held, 0)
+        parts = [(self.older_items, self.older_offsets[:-1], self.older_offsets.diff())]
+        parts.append((self.items, self.starts[:-1], gone))
+        if older is not None:
+            parts.append((older.items, older.offsets[:-1], older.offsets.diff()))
+        parts.append((items, offsets[:-1], new - read))
+        append = _join([(self.items, end - held, held), (items, offsets[1:] - read, read)])
+        return append, _join(parts)
 
     def _append(self, items: Tensor, offsets: Tensor, lengths: Tensor) -> None:
         """After the first `lengths` [B] rows of each history. Users without new events cost nothing: the pass is over
@@ -168,7 +186,8 @@ class UserState:
     def read(self) -> Encoded:
         """The histories as a task without prompts reads them."""
         items, offsets = self._items()
-        return Encoded(items, offsets, self.newest, self._pieces(items, offsets, self.lengths, None))
+        pieces = self._pieces(items, offsets, self.lengths, None)
+        return Encoded(items, offsets, self.newest, pieces, None, self.older)
 
     def trunk(self, length: int, *, every_state: bool) -> Trunk:
         """The histories up to their newest `length` rows, as `Trunk.of` gives them, at the cost of these rows."""
@@ -186,6 +205,8 @@ class UserState:
             pieces[0],
             self.items[rows],
             tail_offsets,
+            None,
+            self.older,
         )
 
     def _pieces(self, items: Tensor, offsets: Tensor, lengths: Tensor, left_out: Tensor | None) -> list[Piece]:
@@ -208,13 +229,16 @@ class UserState:
             setattr(part, name, list(value) if isinstance(value, list) else value)
         part._move(to_offsets(self.starts.diff()[users]), users)
         part.newest, part.totals = self.newest[users], [total[users] for total in self.totals]
+        older = (self.older_items, self.older_offsets[users], self.older_offsets.diff()[users])
+        part.older_items, part.older_offsets = _join([older])
         return part
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as plain tensors, for `store.save_tensors`; `backbone` is a hash of the backbone's own."""
         parts = {"keys": self.keys, "values": self.values, "states": self.states, "totals": self.totals}
         named = {f"{name}.{depth}": t for name, rows in parts.items() for depth, t in enumerate(rows)}
-        single = {name: getattr(self, name) for name in ("items", "starts", "lengths", "newest")}
+        names = ("items", "starts", "lengths", "newest", "older_items", "older_offsets")
+        single = {name: getattr(self, name) for name in names}
         return named | single | {"keep": torch.tensor(self.keep), "backbone": _hash(self.backbone)}
 
     @classmethod
@@ -249,6 +273,17 @@ class _Rows(Sequence):
         if isinstance(depth, slice):
             return [rows.index_select(0, self.place) for rows in self.stored[depth]]
         return self.stored[depth].index_select(0, self.place)
+
+
+def _join(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of each part: rows, and where in them and how many of these each history has, [B] int64. -> all of them, one
+    part after the other in each history, and their offsets [B + 1]."""
+    offsets = to_offsets(sum(lengths for _, _, lengths in parts))
+    joined, start = parts[0][0].new_empty(int(offsets[-1])), offsets[:-1]
+    for rows, first, lengths in parts:
+        joined[_places(start, lengths)] = rows[_places(first, lengths)].to(joined.dtype)
+        start = start + lengths
+    return joined, offsets
 
 
 def _places(first: Tensor, lengths: Tensor) -> Tensor:

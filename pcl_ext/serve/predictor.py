@@ -45,7 +45,8 @@ class Predictor:
 
     Pickles as its settings: each process opens the run when it is first asked. Histories are those of `read_histories`:
     an Arrow table, a data frame, a dict of arrays, a list of lists; new users and empty histories included. Of each the
-    newest max_len known ids are read; unknown ones are dropped and counted, in `unknown` (so far) and in each answer.
+    backbone reads the newest max_len known ids; unknown ones are dropped and counted, in `unknown` (so far) and in each
+    answer.
     Memory beyond input and answer does not depend on the number of histories: they are worked on in chunks. Any number
     of threads may ask at once: one opens the run, the others wait for it.
 

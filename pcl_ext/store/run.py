@@ -94,7 +94,8 @@ def from_pretrained(path: str | Path, tasks: Sequence[str] | None = None) -> Use
                 continue
             where = f"tasks[{place}]"
             spec = _build(path / NAME, f"{where}.spec", TaskSpec.from_json, entry["spec"])
-            config = _build(path / NAME, f"{where}.config", MemoryConfig, **entry["config"])
+            settings = {"whole_history": False} | entry["config"]  # as it was before there was this setting
+            config = _build(path / NAME, f"{where}.config", MemoryConfig, **settings)
             tensors = _read(path, entry, manifest)
             depends_on = entry["depends_on"]
             task = _build(path / NAME, where, model.add_task, spec, config, closed=True, depends_on=depends_on)

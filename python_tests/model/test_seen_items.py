@@ -16,8 +16,8 @@ LENGTHS = [5, 0, 30, 60, 20]  # the model reads 20
 
 
 def add_items(model, placement="tail"):
-    """Items tasks with a prompt and without, among others."""
-    add(model, "rank", placement)
+    """Items tasks with a prompt and without, among others; nothing reads what is older."""
+    add(model, "rank", placement, whole_history=False)
     add(model, "click", "tail")
     add(model, "age", "none")
 
@@ -72,7 +72,7 @@ def test_predictions_of_plain_lists(model):
 
 def test_votes_are_those_of_what_is_read(model):
     spec = TaskSpec("again", "items", repeats=True)
-    task = model.add_task(spec)
+    task = model.add_task(spec, MemoryConfig(whole_history=False))
     torch.nn.init.normal_(task.repeats.vote.weight)
     batch = pack(histories(LENGTHS))
     assert torch.equal(model(batch, "again"), model(replace(batch, older=None), "again"))

@@ -9,9 +9,9 @@ from pcl_ext.model.encoded import encode
 from pcl_ext.task import TaskSpec
 
 
-def add_all(model, placement="tail"):
+def add_all(model, placement="tail", **options):
     for length, name in enumerate(SPECS, start=2):
-        add(model, name, placement, length)
+        add(model, name, placement, length, **options)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -153,7 +153,7 @@ def test_learning_on_leaves_closed_tasks_bit_for_bit(model):
 
 
 def test_predict_for_new_users_unknown_ids_and_empty_histories(model):
-    add_all(model)
+    add_all(model, whole_history=False)
     lists = [[1, 2, 3], [], [10**9, 2, -4, 0], [30, 31, *range(21, 41)]]
     with pytest.warns(UserWarning, match="3 unknown item ids"):
         ranked = model.predict(lists, "rank", k=5)

@@ -18,20 +18,20 @@ class ItemMemory(Memory):
     With more items than `rows` the table is [rows, width], and an item is the sum of two of its rows, each with a sign,
     that its id picks (Weinberger et al., 2009): a task does not grow with the catalogue, and two items that share one
     row hardly ever share the other. While the task learns, each event is left out with probability `dropout`: the bag
-    of items must not be learned by heart.
+    of items must not be learned by heart. `whole`: it reads all events, not the backbone's newest max_len alone.
     """
 
     standardise = False
 
-    def __init__(self, num_items: int, width: int, dropout: float, rows: int):
+    def __init__(self, num_items: int, width: int, dropout: float, rows: int, *, whole: bool = True):
         super().__init__()
-        self.num_features, self.dropout, self.num_items = width, dropout, num_items
+        self.num_features, self.dropout, self.num_items, self.whole = width, dropout, num_items, whole
         self.hashed = num_items + 1 > rows
         deviation = 0.1 * 2**-0.5 if self.hashed else 0.1
         self.table = nn.Parameter(torch.randn(rows if self.hashed else num_items + 1, width) * deviation)
 
     def features(self, encoded: Encoded) -> Tensor:
-        index, offsets, weights = self.bags(encoded.items, encoded.offsets)
+        index, offsets, weights = self.bags(*(encoded.whole if self.whole else (encoded.items, encoded.offsets)))
         return pool(self.table, index, offsets, weights)
 
     def item_table(self) -> Tensor:
