@@ -113,8 +113,9 @@ def define(
 ) -> None:
     """Register pcl_ext::name: its schema, its kernel where its module is there, its fake and its autograd rule.
 
-    check takes the op's arguments and raises for dtypes that the CPU's kernel would misread: an exported program that
-    was converted since calls the op by its name. cuda: whether kernel takes CUDA tensors too.
+    check takes the op's arguments and raises for dtypes and shapes that the CPU's kernel would misread: a program that
+    was saved, and converted or given other inputs since, calls the op by its name. cuda: whether kernel takes CUDA
+    tensors too.
     """
 
     def checked(*args):

@@ -150,12 +150,18 @@ def fake(offsets, prefix_offsets, prefix_index, total, prefix_total):
     return offsets.new_empty(5 * batch + 2 * num_prefixes + 5)
 
 
+def _check_op(offsets, prefix_offsets, prefix_index) -> None:
+    check_int64(offsets, prefix_offsets, prefix_index)
+    if prefix_index is not None:
+        check_shape("prefix_index", prefix_index, (offsets.shape[0] - 1,), "[B]")
+
+
 define(
     "attention_plan",
     "(Tensor offsets, Tensor? prefix_offsets, Tensor? prefix_index, SymInt total, SymInt prefix_total) -> Tensor",
     kernel,
     fake,
-    check=lambda offsets, prefix_offsets, prefix_index, *_: check_int64(offsets, prefix_offsets, prefix_index),
+    check=lambda *inputs: _check_op(*inputs[:3]),
 )
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcl_ext.ops._check import check_offset_values, check_range
+from pcl_ext.ops._check import check_offset_values, check_range, check_shape
 from pcl_ext.ops._native import BEST_ISA, C, address, below_autograd, check_int64, define, once_only
 
 _WIDTH = 16  # the kernel reads whole vectors of this many numbers
@@ -78,11 +78,19 @@ def _nothing(queries, table, bias, wanted) -> Results:
     )
 
 
-def _check(queries, table, bias, target, log_expected, *indices_and_wanted) -> None:
+def _check(queries, table, bias, target, log_expected, seen, first, older, offsets, users, wanted) -> None:
     for x in (queries, table, bias, log_expected):
         if x is not None and x.dtype != torch.float32:
             raise TypeError(f"the kernel of catalogue_cross_entropy takes float32, got {str(x.dtype)[6:]}")
-    check_int64(target, *indices_and_wanted[:-1])
+    check_int64(target, seen, first, older, offsets, users)
+    (rows, dim), items = queries.shape, table.shape[0]
+    check_shape("table", table, (items, dim), "[C, D]")
+    for name, value in {"bias": bias, "log_expected": log_expected}.items():
+        if value is not None:
+            check_shape(name, value, (items,), "[C]")
+    for name, value in {"target": target, "seen": seen, "first": first, "users": users}.items():
+        if value is not None:
+            check_shape(name, value, (rows,), "[T]")
 
 
 class _CatalogueCrossEntropy(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import torch
 
 from pcl_ext.ops import _gpu
-from pcl_ext.ops._check import check_offset_values, check_range
+from pcl_ext.ops._check import check_offset_values, check_range, check_shape
 from pcl_ext.ops._native import (
     BEST_ISA,
     SCALARS,
@@ -110,6 +110,17 @@ def _check(items, offsets, table, position, prompt, prompt_index, grad_out=None)
         raise TypeError(f"kernels of pcl_ext take items in int32 or int64, got {str(items.dtype)[6:]}")
     check_floats(table, position, prompt, grad_out)
     check_int64(offsets, prompt_index)
+    dim, batch = table.shape[1], offsets.shape[0] - 1
+    if batch < 0 or table.shape[0] == 0:
+        raise ValueError("offsets and table must hold at least one entry, got none")
+    if position is not None:
+        check_shape("position", position, (position.shape[0], dim), "[max_len, D]")
+    if prompt is not None:
+        check_shape("prompt", prompt, (*prompt.shape[:2], dim), "[K, P, D]")
+    if prompt_index is not None:
+        check_shape("prompt_index", prompt_index, (batch,), "[B]")
+    if grad_out is not None:
+        check_shape("grad_out", grad_out, (items.shape[0], dim), "[T, D]")
 
 
 class _Embed(torch.autograd.Function):

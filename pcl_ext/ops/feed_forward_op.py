@@ -3,7 +3,7 @@
 import torch
 
 from pcl_ext.ops._native import BEST_ISA, C, address, below_autograd, define, once_only
-from pcl_ext.ops.linear_op import check_products, matrix, operands, readable, wide
+from pcl_ext.ops.linear_op import check_given, check_products, matrix, operands, readable, wide
 
 _INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight_in, Tensor bias_in, Tensor weight_out"
 
@@ -63,6 +63,18 @@ def backward_fake(grad_out, x, norm_weight, norm_bias, weight_in, bias_in, weigh
     return x.new_empty(x.shape)
 
 
+def _check(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps, grad_out=None) -> None:
+    check_products(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out)
+    (rows, dim), hidden = x.shape, weight_in.shape[0]
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias_out": bias_out}
+    matrices = {"weight_in": (weight_in, (hidden, dim), "[F, D]"), "weight_out": (weight_out, (dim, hidden), "[D, F]")}
+    check_given({name: (value, (dim,), "[D]") for name, value in vectors.items()} | matrices)
+    check_given({"bias_in": (bias_in, (hidden,), "[F]"), "grad_out": (grad_out, (rows, dim), "[T, D]")})
+    if grad_out is not None and grad_out.dtype != x.dtype:  # it is added to grad_x as it lies in memory
+        found = f"{str(grad_out.dtype)[6:]} and {str(x.dtype)[6:]}"
+        raise TypeError(f"grad_out must have x's dtype, got {found}: hooks of saved tensors give back their dtypes")
+
+
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps):
@@ -83,7 +95,7 @@ define(
     f"(Tensor grad_out, {_INPUTS}, float eps) -> Tensor",
     backward,
     backward_fake,
-    check=check_products,
+    check=lambda grad_out, *inputs: _check(*inputs[:6], None, inputs[6], grad_out),
 )
 define(
     "feed_forward",
@@ -91,5 +103,5 @@ define(
     forward,
     forward_fake,
     _FeedForward,
-    check=check_products,
+    check=_check,
 )

@@ -49,7 +49,9 @@ def _gather(values, offsets, rows, max_len: int, cut) -> tuple[Tensor, Tensor]:
 
 def _memory(name: str, value, dtypes: dict) -> tuple[Tensor | np.ndarray, int]:
     """value, contiguous, and its address."""
-    if is_plain(value, 1, tuple(dtypes)) and value.is_contiguous():
+    if is_plain(value, 1, tuple(dtypes)) and value.is_contiguous() and not value.is_neg():
+        if torch._is_functional_tensor(value):
+            raise TypeError(f"{name} must be a tensor with memory of its own, got one inside torch.func.functionalize")
         return value, value.data_ptr()
     array = np.ascontiguousarray(_array(name, value, dtypes))
     array = array if array.flags.aligned else array.copy()
@@ -61,7 +63,7 @@ def _array(name: str, value, dtypes: dict) -> np.ndarray:
     if isinstance(value, Tensor):
         if value.device.type != "cpu":
             raise ValueError(f"{name} must be on the cpu, got {value.device}")
-        value = value.detach().numpy()
+        value = value.detach().resolve_neg().numpy()
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a Tensor or a numpy array, got {type(value).__name__}")
     if value.dtype not in dtypes.values() or not value.dtype.isnative:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pcl_ext.ops._check import check_shape
 from pcl_ext.ops._native import (
     AVX512_BF16,
     BEST_ISA,
@@ -113,6 +114,21 @@ def check_products(*args) -> None:
     check_floats(*(x for x in args if isinstance(x, torch.Tensor)), mixed=True)
 
 
+def check_given(shapes: dict[str, tuple]) -> None:
+    """Each (tensor or None, its shape, what that means): a saved program calls the op by its name, unchecked."""
+    for name, (value, shape, meaning) in shapes.items():
+        if value is not None:
+            check_shape(name, value, shape, meaning)
+
+
+def _check(x, weight, bias, norm_weight, norm_bias, residual, eps, grad_out=None) -> None:
+    check_products(x, weight, bias, norm_weight, norm_bias, residual, grad_out)
+    (rows, dim), out = x.shape, weight.shape[0]
+    norms = {"norm_weight": (norm_weight, (dim,), "[D]"), "norm_bias": (norm_bias, (dim,), "[D]")}
+    results = {"residual": (residual, (rows, out), "[T, N]"), "grad_out": (grad_out, (rows, out), "[T, N]")}
+    check_given({"weight": (weight, (out, dim), "[N, D]"), "bias": (bias, (out,), "[N]"), **norms, **results})
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, norm_weight, norm_bias, residual, eps):
@@ -137,7 +153,7 @@ define(
     f"(Tensor grad_out, Tensor x, Tensor weight, {_NORM}, float eps) -> Tensor",
     backward,
     backward_fake,
-    check=check_products,
+    check=lambda grad_out, x, weight, *norm_eps: _check(x, weight, None, *norm_eps[:2], None, norm_eps[2], grad_out),
 )
 define(
     "linear",
@@ -145,5 +161,5 @@ define(
     forward,
     forward_fake,
     _Linear,
-    check=check_products,
+    check=_check,
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pcl_ext.ops import _gpu
-from pcl_ext.ops._check import check_offset_values
+from pcl_ext.ops._check import check_offset_values, check_shape
 from pcl_ext.ops._native import C, address, below_autograd, check_int64, define, packed_rows
 
 
@@ -65,6 +65,12 @@ def to_packed_fake(padded, offsets, total):
     return padded.new_empty(total, *padded.shape[2:])
 
 
+def check_layout(offsets: Tensor, batch: int) -> None:
+    """What a saved program hands over: offsets of so many histories."""
+    check_int64(offsets)
+    check_shape("offsets", offsets, (max(batch, 0) + 1,), "[B + 1]")
+
+
 class _ToPadded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed, offsets, max_seqlen, fill):
@@ -95,7 +101,7 @@ define(
     to_padded,
     to_padded_fake,
     _ToPadded,
-    check=lambda packed, offsets, *_: check_int64(offsets),
+    check=lambda packed, offsets, *_: check_layout(offsets, offsets.shape[0] - 1),
     cuda=True,
 )
 define(
@@ -104,6 +110,6 @@ define(
     to_packed,
     to_packed_fake,
     _ToPacked,
-    check=lambda padded, offsets, *_: check_int64(offsets),
+    check=lambda padded, offsets, *_: check_layout(offsets, padded.shape[0]),
     cuda=True,
 )

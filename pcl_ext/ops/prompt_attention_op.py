@@ -184,9 +184,40 @@ def backward_fake(grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch
     return tuple(x.new_empty(x.shape) if need else q.new_empty(0) for x, need in zip(inputs, needs))
 
 
-def _check(q, k, v, prefix_k, prefix_v, work, *like_q) -> None:
-    check_floats(q, k, v, prefix_k, prefix_v, *like_q)
+def _check(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) -> None:
+    """A saved program calls the op by its name, with tensors that nobody has looked at since."""
+    check_floats(q, k, v, prefix_k, prefix_v)
     check_int64(work)
+    rows, (num_heads, dim) = k.shape[0], q.shape[1:]
+    check_shape("k", k, (rows, num_heads, dim), "[T, H, d]")
+    check_shape("v", v, (rows, num_heads, dim), "[T, H, d]")
+    check_shape("work", work, (5 * batch + 2 * num_prefixes + 5,), "the work list of as many histories and prefixes")
+    prefix_rows = 0
+    if num_prefixes:
+        prefix_rows = prefix_k.shape[0]
+        check_shape("prefix_k", prefix_k, (prefix_rows, num_heads, dim), "[M, H, d]")
+        check_shape("prefix_v", prefix_v, (prefix_rows, num_heads, dim), "[M, H, d]")
+    ends = int(work[batch]), int(work[batch + 1 + num_prefixes])
+    if ends != (rows, prefix_rows):
+        raise ValueError(f"work must be of {rows} rows and {prefix_rows} rows of prefixes, got {ends[0]} and {ends[1]}")
+
+
+def _check_forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, *_) -> None:
+    _check(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    check_shape("q", q, k.shape, "[T, H, d]")
+
+
+def _check_backward(grad_out, q, k, v, prefix_k, prefix_v, work, out, stats, batch, num_prefixes, *_) -> None:
+    _check_forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
+    check_floats(q, grad_out, out)
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if stats.dtype != sums:
+        raise TypeError(
+            f"stats must be {str(sums)[6:]}, got {str(stats.dtype)[6:]}: hooks of saved tensors give back their dtypes"
+        )
+    for name, value in (("grad_out", grad_out), ("out", out)):
+        check_shape(name, value, q.shape, "[T, H, d]")
+    check_shape("stats", stats, (*q.shape[:2], 2), "[T, H, 2]")
 
 
 class _PromptAttention(torch.autograd.Function):
@@ -218,9 +249,7 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
     backward_fake,
-    check=lambda grad_out, q, k, v, prefix_k, prefix_v, work, out, *_: _check(
-        q, k, v, prefix_k, prefix_v, work, grad_out, out
-    ),
+    check=_check_backward,
     cuda=True,
 )
 define(
@@ -229,7 +258,7 @@ define(
     forward,
     forward_fake,
     _PromptAttention,
-    check=lambda *inputs: _check(*inputs[:6]),
+    check=_check_forward,
     cuda=True,
 )
 define(
@@ -237,5 +266,5 @@ define(
     f"({_INPUTS}, SymInt batch, SymInt num_prefixes, float scale) -> Tensor",
     newest,
     newest_fake,
-    check=lambda *inputs: _check(*inputs[:6]),
+    check=lambda *inputs: _check(*inputs[:8]),
 )

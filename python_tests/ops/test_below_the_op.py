@@ -56,6 +56,65 @@ def test_dtypes_that_kernels_would_misread_are_refused():
     _refused("linear", x, weight.double(), None, None, None, None, 1e-5, match="float32, float64")
 
 
+def test_shapes_that_kernels_would_read_past_are_refused():
+    """As a traced program calls them, whose sizes are those of its example."""
+
+    def refused(name, *args, match):
+        with pytest.raises(ValueError, match=match), torch.no_grad():
+            getattr(torch.ops.pcl_ext, name).default(*args)
+
+    case = make([3, 5], [4], dim=16)
+    plan = ops.attention_plan(case.offsets, case.prefix_offsets)
+    q, k, v, prefix_k, prefix_v = (x.detach() for x in case.rows.values())
+    numbers = (plan.batch, plan.num_prefixes, True, 0.25)
+    refused("prompt_attention", q, k, v, prefix_k, prefix_v, plan.work[:-1], *numbers, match="work must be")
+    refused("prompt_attention", q, k, v, prefix_k, prefix_v, plan.work, 3, *numbers[1:], match="work must be")
+    short = (x[:7] for x in (q, k, v))
+    refused("prompt_attention", *short, prefix_k, prefix_v, plan.work, *numbers, match="7 rows .* got 8 and 4")
+    fewer = (prefix_k[:3], prefix_v[:3])
+    refused("prompt_attention", q, k, v, *fewer, plan.work, *numbers, match="3 rows of prefixes, got 8 and 4")
+    refused("prompt_attention", q, k, v[:5], prefix_k, prefix_v, plan.work, *numbers, match="v must be")
+    refused("prompt_attention", q[:5], k, v, prefix_k, prefix_v, plan.work, *numbers, match="q must be")
+    inputs = (q, k, v, prefix_k, prefix_v, plan.work, q)
+    refused("prompt_attention_backward", q[:5], *inputs, torch.zeros(8, 2, 2), *numbers, [True] * 5, match="grad_out")
+    refused("prompt_attention_backward", q, *inputs, torch.zeros(7, 2, 2), *numbers, [True] * 5, match="stats must be")
+    index = torch.zeros(1, dtype=torch.int64)
+    refused("attention_plan", OFFSETS, OFFSETS, index, 8, 8, match="prefix_index must be")
+    items, table = torch.arange(8), torch.randn(9, 16)
+    refused("embed", items, OFFSETS, table, torch.randn(8, 4), None, None, match="position must be")
+    refused("embed", items, OFFSETS, table, None, torch.randn(2, 3, 16), index, match="prompt_index must be")
+    refused("to_packed", torch.randn(3, 5, 3), OFFSETS, 8, match="offsets must be")
+    x, weight = torch.randn(8, 16), torch.randn(4, 16)
+    refused("linear", x, weight[:, :9], None, None, None, None, 1e-5, match="weight must be")
+    refused("linear", x, weight, None, None, None, torch.randn(7, 4), 1e-5, match="residual must be")
+    vector, hidden = torch.ones(16), torch.ones(4)
+    wrong = (x, vector, vector, weight, hidden, weight, vector)
+    refused("feed_forward", *wrong, 1e-5, match="weight_out must be")
+    queries = (torch.randn(8, 16), table, torch.zeros(5), torch.zeros(8, dtype=torch.int64))
+    refused("catalogue_cross_entropy", *queries, *[None] * 6, [True] * 3, match="bias must be")
+
+
+def _in_bfloat16():
+    """As what is kept for backward is made smaller, and by mistake not widened again."""
+    smaller = torch.autograd.graph.saved_tensors_hooks
+    return smaller(lambda x: x.bfloat16() if x.is_floating_point() else x, lambda x: x)
+
+
+def test_what_hooks_give_back_in_another_dtype_is_refused():
+    q, k, v = torch.randn(3, 8, 2, 16, dtype=torch.bfloat16).unbind()
+    q = q.clone().requires_grad_()
+    with _in_bfloat16():
+        out = ops.prompt_attention(q, k, v, OFFSETS, impl="fused")
+    with pytest.raises(TypeError, match="stats must be float32, got bfloat16: hooks of saved tensors"):
+        out.sum().backward()
+    x = torch.randn(8, 16, requires_grad=True)
+    vector, weight, hidden = torch.ones(16), torch.randn(4, 16), torch.ones(4)
+    with _in_bfloat16():
+        out = ops.feed_forward(x, (vector, vector), weight, hidden, weight.T.contiguous(), vector, impl="fused")
+    with pytest.raises(TypeError, match="grad_out must have x's dtype, got float32 and bfloat16"):
+        out.sum().backward()
+
+
 def test_half_a_norm_is_refused():
     x, weight, norm = torch.randn(8, 16), torch.randn(4, 16), torch.ones(16)
     for parts in ((norm, None), (None, norm)):

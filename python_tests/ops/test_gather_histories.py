@@ -118,3 +118,16 @@ def test_max_len_may_be_any_size(impl):
     packed, offsets = ops.gather_histories(np.arange(5), np.array([0, 2, 5]), np.array([1, 0]), 2**70, impl=impl)
     assert packed.tolist() == [2, 3, 4, 0, 1]
     assert offsets.tolist() == [0, 3, 5]
+
+
+def test_views_that_are_not_what_lies_in_memory():
+    values, offsets, rows = torch._neg_view(torch.arange(3)), torch.tensor([0, 3]), torch.tensor([0])
+    for impl in ("auto", "reference"):
+        assert ops.gather_histories(values, offsets, rows, 9, impl=impl)[0].tolist() == [0, -1, -2]
+
+
+@pytest.mark.needs_ext
+def test_a_tensor_without_memory_of_its_own_is_refused():
+    offsets, rows = torch.tensor([0, 3]), torch.tensor([0])
+    with pytest.raises(TypeError, match="values must be a tensor with memory of its own"):
+        torch.func.functionalize(lambda values: ops.gather_histories(values, offsets, rows, 9)[0])(torch.arange(3))
