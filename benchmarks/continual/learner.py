@@ -140,6 +140,10 @@ class Learner(nn.Module):
         view = self.view(name)
         return self.model.task(name)(self.encode(history, name, view), view.table)
 
+    def task_groups(self, task: Task, factor: float) -> list[dict[str, Any]]:
+        """Readout and head of a task that learns, as groups of `adamw`; factor: on their learning rates."""
+        return task_rates(task, self.world.learn_config(), factor)
+
     def task_loss(self, batch: ExampleBatch, name: str) -> Tensor:
         task = self.model.task(name)
         return task.loss(self.output(batch.history, name), task.columns(batch.target), batch.target_row)
@@ -206,7 +210,7 @@ class Learner(nn.Module):
         opened = [self.model.task(name) for name in names if not self.model.task(name).closed]
         learn = self.world.learn_config()
         factors = {task: learn.ridge_rate if task.cold and learn.ridge else 1.0 for task in opened}
-        groups = [group for task, factor in factors.items() for group in task_rates(task, learn, factor)]
+        groups = [group for task, factor in factors.items() for group in self.task_groups(task, factor)]
         optimizer = adamw([*groups, *self.groups()], learn, steps)
         ready = [task.spec.name for task, factor in factors.items() if factor < 1]  # their start has learned something
         start, score = (lambda: self.epoch_score(ready)) if ready else None, lambda: self.epoch_score(names)

@@ -56,7 +56,7 @@ def load_trial(out: Path, trial: Trial) -> dict[str, Any] | None:
 def check(path: Path, made: dict[str, Any], asked: dict[str, Any], *, but: tuple[str, ...] = ()) -> None:
     """ValueError where what is written at `path` was made with another identity than is asked for; but: parts that may
     differ."""
-    left_out = {*but} | ({"tasks_sha256"} - made.keys())  # older lines have none
+    left_out = {*but} | ({"tasks_sha256", "package", "defaults"} - made.keys())  # older lines have none
     asked = json.loads(json.dumps(asked))
     made, asked = ({name: part for name, part in one.items() if name not in left_out} for one in (made, asked))
     for name, then, now in differences(made, asked):

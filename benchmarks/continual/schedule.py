@@ -84,15 +84,25 @@ class Comparison:
             )
 
     def _check(self) -> None:
-        """ValueError where lines, of whatever method, were made with another budget, or of the same folds with other
-        tasks or tables: what stands in one table must be comparable; and where this plan's trials have other settings.
+        """ValueError where lines, of whatever method, were made with another budget, another package or a choice among
+        more or fewer points, or of the same folds with other tasks or tables: what stands in one table must be
+        comparable; where nobody knows what they were made with; and where this plan's trials have other settings.
         """
-        method = self.plan.methods[0]  # of the settings each has its own
+        method, path = self.plan.methods[0], self.out / "matrices.jsonl"  # of the settings each method has its own
         asked = {fold: self.plan.trial(method, fold, 0, 0).identity() for fold in self.plan.folds}
-        for (_, fold, _), line in self.matrices.items():
+        for (name, fold, _), line in self.matrices.items():
             other = () if fold in asked else ("dataset", "tasks", "tasks_sha256")
             identity = asked.get(fold, next(iter(asked.values())))
-            records.check(self.out / "matrices.jsonl", line["identity"], identity, but=("setting", *other))
+            records.check(path, line["identity"], identity, but=("setting", *other))
+            if "points" in line and name in GRID:  # older lines have none
+                points = f"grid points of {name}"
+                records.check(path, {points: line["points"]}, {points: len(self.plan.grid(name))})
+        for method, fold, seed in sorted(self.results - self.matrices.keys()):  # of a killed run the trial is there
+            if not any((self.out / "trials" / method).glob(f"{fold}-{seed}-*.json")):
+                raise ValueError(
+                    f"{self.out / 'results.jsonl'} has lines of {method}/{fold}-{seed} that are not in {path.name}, so "
+                    "nobody knows with which budget they were made; put their matrices there, or choose another --out"
+                )
         for fold in self.plan.folds:
             for method in self.plan.methods:
                 point = self.choice(method, fold)
@@ -185,6 +195,7 @@ class Comparison:
             self.results.add(key)
         if key not in self.matrices:
             matrix = {"method": trial.method, "fold": trial.fold, "seed": trial.seed, "point": trial.point}
+            matrix["points"] = len(self.plan.grid(trial.method))
             matrix |= {name: answer[name] for name in ("metric", "test", "valid", "identity")}
             records.append(self.out / "matrices.jsonl", [matrix])
             self.matrices[key] = matrix

@@ -14,11 +14,12 @@ from benchmarks.continual.labels import open_dataset
 from benchmarks.continual.learner import Learner, World, score
 from benchmarks.continual.methods import LEARNERS, REFERENCES
 from benchmarks.continual.settings import GRID, Budget, Setting
-from pcl_ext import run, store
+from pcl_ext import __version__, run, store
 from pcl_ext.data import Dataset
 from pcl_ext.metrics import TaskMetrics
+from pcl_ext.model import MemoryConfig
 from pcl_ext.task import TaskSpec
-from pcl_ext.train import PretrainConfig
+from pcl_ext.train import LearnConfig, PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Trial:
         return out / "backbones" / f"{self.fold}-{self.seed}-d{self.budget.dim}"
 
     def identity(self) -> dict[str, Any]:
-        """What a stored answer must have been made with."""
+        """What a stored answer must have been made with; of the package its version and its own defaults."""
         dataset = self.dataset()
         tasks = list(self.order(dataset))
         return {
@@ -64,6 +65,12 @@ class Trial:
             "dataset": dataset.sha256,
             "tasks": tasks,
             "tasks_sha256": {name: dataset.task_sha256(name) for name in ("next", *tasks)},
+            "package": __version__,
+            "defaults": {
+                "pretrain": asdict(PretrainConfig()),
+                "learn": asdict(LearnConfig()),
+                "memory": asdict(MemoryConfig()),
+            },
         }
 
     def order(self, dataset: Dataset) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from benchmarks.continual.table import write_table
 from benchmarks.continual.trial import Trial, conduct
 from pcl_ext import store
 from pcl_ext.data import iterate
+from pcl_ext.model import MemoryConfig
 
 REQUIRED = {"method", "task", "fold", "seed", "metric", "value", "forgetting", "parameters", "seconds", "protocol"}
 PUBLISHED_NAMES = (
@@ -193,6 +195,51 @@ def test_a_task_table_that_was_replaced_is_refused(plan, out, inline, tmp_path):
     del line["identity"]["tasks_sha256"]  # as older ones are
     (out / "matrices.jsonl").write_text(json.dumps(line) + "\n")
     Comparison(replace(plan, methods=("probe",)), out).run(1)
+
+
+@pytest.mark.parametrize("part", ["package", "defaults"])
+def test_lines_of_another_package_are_refused(part, plan, out, inline, monkeypatch):
+    """Its own defaults decide what a task stores and how it learns; older lines do not say what they were."""
+    plan = replace(plan, methods=("popularity",), seeds=1)
+    Comparison(plan, out).run(1)
+    if part == "package":
+        monkeypatch.setattr("benchmarks.continual.trial.__version__", "0.0.1")
+    else:
+        shorter = partial(MemoryConfig, prompt_len=2)
+        monkeypatch.setattr("benchmarks.continual.trial.MemoryConfig", shorter)
+    with pytest.raises(ValueError, match=rf"matrices\.jsonl was made with {part}"):
+        Comparison(replace(plan, methods=("cheap",)), out).run(1)
+    (line,) = records.read_lines(out / "matrices.jsonl")
+    del line["identity"][part]
+    (out / "matrices.jsonl").write_text(json.dumps(line) + "\n")
+    Comparison(replace(plan, methods=("cheap",)), out).run(1)
+
+
+def test_lines_chosen_among_fewer_points_are_refused(plan, out, inline):
+    Comparison(replace(plan, methods=("probe",), seeds=1, points=1), out).run(1)
+    inline.done.clear()
+    other = replace(plan, methods=("popularity",), seeds=1, points=None)
+    with pytest.raises(ValueError, match=r"made with grid points of probe = 1, this call has 2"):
+        Comparison(other, out).run(1)
+    assert inline.done == []
+    (line,) = records.read_lines(out / "matrices.jsonl")
+    del line["points"]  # as older ones are
+    (out / "matrices.jsonl").write_text(json.dumps(line) + "\n")
+    Comparison(other, out).run(1)
+
+
+def test_results_of_an_unknown_budget_are_refused(plan, out, inline):
+    """Without its matrix nothing says with what a line was made; a killed run has its trial still."""
+    plan = replace(plan, methods=("popularity",), seeds=1)
+    Comparison(plan, out).run(1)
+    matrices = (out / "matrices.jsonl").read_text()
+    (out / "matrices.jsonl").unlink()
+    Comparison(plan, out).run(1)
+    assert (out / "matrices.jsonl").read_text() == matrices
+    (out / "matrices.jsonl").unlink()
+    shutil.rmtree(out / "trials")
+    with pytest.raises(ValueError, match=r"lines of popularity/tiny-0 that are not in matrices\.jsonl"):
+        Comparison(replace(plan, methods=("cheap",)), out).run(1)
 
 
 def test_a_grid_point_that_diverges_leaves_the_choice_to_the_others(plan, out, inline, monkeypatch):

@@ -9,7 +9,7 @@ from benchmarks.continual.methods import LEARNERS
 from benchmarks.continual.methods.joint import EXPERTS, Experts
 from benchmarks.continual.union import Union
 from pcl_ext.data import make_batch
-from pcl_ext.train import LearnConfig, PretrainConfig, epoch_batches
+from pcl_ext.train import LearnConfig, PretrainConfig, adamw, epoch_batches
 
 
 @pytest.mark.parametrize("method", ["mtl", "mtl-scratch", "mmoe", "mmoe-scratch"])
@@ -46,6 +46,26 @@ def test_the_weight_of_the_later_tasks_scales_what_they_ask_of_the_backbone(lear
     later = grads[1.0] - grads[0.0]
     assert later.abs().sum() > 0
     torch.testing.assert_close(grads[0.1], grads[0.0] + 0.1 * later, rtol=1e-4, atol=1e-6)
+
+
+def test_memories_move_alike_whatever_the_weight_of_the_later_tasks(learner):
+    """Adam compares the gradients of an item memory with an eps that is not small beside them."""
+    moved = {}
+    for strength in (0.1, 1.0):
+        made = learner("mtl-scratch", strength=strength)
+        torch.manual_seed(0)
+        task = made.start_task("segment")
+        torch.nn.init.normal_(task.head.linear.weight, std=0.1)  # at zero the memory has no gradient
+        made.union = Union(made.world.dataset, {"segment": made.world.train_examples("segment")})
+        made.next_batches, made.next_loss = made.next_problem(PretrainConfig())
+        made.eval()
+        optimizer, table = adamw(made.task_groups(task, 1.0), made.world.learn_config(), 1000), task.item_tables()[0]
+        before = table.detach().clone()
+        made.joint_loss(next(iter(made.batches(0)[1]))).backward()
+        optimizer.step()
+        moved[strength] = table.detach() - before
+    assert moved[1.0].abs().max() > 0
+    torch.testing.assert_close(moved[0.1], moved[1.0], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["mtl", "mmoe"])
