@@ -36,9 +36,6 @@ WIDTHS = (64, 128, 256)
 SHARES = (0.1, 0.3, 1.0)
 PERMUTATIONS = 6
 CHOICE = "none: the first point of the grid, and what the study varies"
-# of what heads read of states where there is no item memory: the package's .8 was chosen beside one. Without it that
-# leaves a probe, DualPrompt and joint training a greater loss on valid users, in every label task of online-retail
-PLAIN_DROPOUT = 0.5
 READERS = ("copy", "mtl", "mmoe", "ewc", "hat", "conure", "l2p", "dualprompt", "coda")
 COMPARED = ("probe", "pooled-probe", "copy", "mtl", "dualprompt", "pcl-eq1", "pcl")
 
@@ -79,11 +76,10 @@ def off(base: Trial) -> Iterator[Variant]:
 
 
 def readout(base: Trial) -> Iterator[Variant]:
-    """What baselines' heads read: the newest state alone, as published, or means of states too, with a dropout that
-    suits these; beside PCL as it is."""
+    """What baselines' heads read: the newest state alone, as published, or means of states too; beside PCL as it is."""
     yield from _methods("readout", base, ("pcl",))
     for name, method in product(("last", "pooled"), READERS):
-        setting = replace(GRID[method][0], readout=name, dropout=PLAIN_DROPOUT)
+        setting = replace(GRID[method][0], readout=name)
         yield _variant("readout", f"{method}-{name}", replace(base, method=method, setting=setting))
 
 

@@ -129,7 +129,8 @@ class MemoryConfig:
         contextual: what the task takes from others: none, texts (their descriptions) or prompts (their stored rows)
         tied: items only, score against the frozen item table; null ties where every item of the catalogue was
             trained in pretraining, and gives the task an output table of its own elsewhere
-        dropout: on what the head reads of the backbone's states, while the task learns
+        dropout: on what the head reads of the backbone's states, while the task learns; null is 0.8, or 0.5 for a
+            label that has no item memory beside them
     """
 
     placement: str = "tail"
@@ -145,11 +146,11 @@ class MemoryConfig:
     members: int = 1
     contextual: str = "none"
     tied: bool | None = None
-    dropout: float = 0.8
+    dropout: float | None = None
 
     def __post_init__(self):
         check_whole(self, prompt_len=0, item_rows=2, pooled_units=1, earlier_units=1, low_rank=0, members=1)
-        _check_share(self, "dropout", "item_dropout")
+        _check_share(self, "item_dropout", *(["dropout"] if self.dropout is not None else []))
         if self.item_width is not None:
             check_whole(self, item_width=1)
         if not isinstance(self.whole_history, bool):

@@ -63,7 +63,7 @@ class Task(nn.Module):
         self.memories.update({name: parts.readout(name, earlier) for name in parts.readouts})
         self.context: ContextualPrompt | None = None
         self.repeats = RepeatScores(self.shape.dim) if spec.repeats else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(parts.dropout)
         fixed = self._list_fixed()
         self.register_buffer("fixed", fixed, persistent=False)
         self.register_buffer("shift", torch.zeros(len(fixed)))

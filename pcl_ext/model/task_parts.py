@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pcl_ext.model.task_module import Task
 
 COLD_WIDTH = 128  # a regression of this rank ranks nearly as the whole one does
+DROPOUT, PLAIN_DROPOUT = 0.8, 0.5  # where all that a label's head reads is states, 0.8 leaves it a greater loss
 
 
 def prompts(config: MemoryConfig, backbone: Backbone) -> dict[str, Memory]:
@@ -50,10 +51,12 @@ class Parts:
     readouts      their names, in the head's order
     item_width    features of an item memory
     pooled_units  features of a learned pooling
+    dropout       on the features that are states of the backbone, while the task learns
     """
 
     readouts: tuple[str, ...]
     item_width: int
+    dropout: float
     tied = cold = False  # an items task may be
     members = 1  # a label task may have more
 
@@ -92,6 +95,7 @@ class ItemsParts(Parts):
         share = float(self.trained.double().mean())
         self.cold = not self.tied and "item_memory" in self.readouts and share < 0.5
         self.item_width = config.item_width or (COLD_WIDTH if self.cold else self.shape.dim)
+        self.dropout = DROPOUT if config.dropout is None else config.dropout
 
     def head(self, fixed: Tensor) -> TiedItemsHead | ItemsHead:
         """A new head; fixed [F] bool: which of the features it reads are standardised."""
@@ -115,6 +119,8 @@ class LabelParts(Parts):
         self.outputs, self.members = spec.num_outputs(shape.num_items), 1 if closed else config.members
         self.readouts = config.readout or ("last", "mean", "item_memory")
         self.item_width = config.item_width or max(16, 2 * self.outputs)  # fewer could not tell many classes apart
+        chosen = DROPOUT if "item_memory" in self.readouts else PLAIN_DROPOUT
+        self.dropout = chosen if config.dropout is None else config.dropout
         if closed:
             self.item_width = folded_width("item_memory", self.item_width, config.members, self.outputs)
             self.pooled_units = folded_width("pooled", self.pooled_units, config.members, self.outputs)

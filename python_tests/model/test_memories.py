@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -319,3 +320,19 @@ def test_an_item_memory_can_tell_many_classes_apart(classes, width):
     task.fit_head(torch.zeros(4, len(task.fixed)), torch.tensor([0, 1, 2, 0]))
     task.close()
     assert task.memories["item_memory"].table.shape == (V + 1, classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "want"),
+    [
+        ("click", {}, 0.8),
+        ("click", {"readout": ("item_memory",)}, 0.8),
+        ("click", {"readout": ("last", "mean")}, 0.5),
+        ("age", {"readout": ("last",), "dropout": 0.1}, 0.1),
+        ("rank", {"tied": True}, 0.8),
+        ("rank", {"tied": False, "dropout": 0.0}, 0.0),
+    ],
+)
+def test_states_without_an_item_memory_beside_them_are_left_out_less_often(model, name, settings, want):
+    task = model.add_task(replace(SPECS[name], name="new"), MemoryConfig(**settings))
+    assert task.dropout.p == want
