@@ -47,7 +47,7 @@ class LoopConfig:
     Args:
         epochs: at most this many passes over the training users
         patience: stop after so many epochs without a better one on the valid users; the best epoch's weights are kept.
-            A label is learned for half of `epochs` at least, rounded up
+            A task is learned for half of `epochs` at least, rounded up, unless it starts at a ridge regression
         batch_tokens: packed rows a step; fewer where a task has few labels (`LearnConfig.step_tokens`)
         epoch_tokens: packed rows an epoch at most; of a larger dataset each epoch takes another part, drawn by seed
         learning_rate: of AdamW

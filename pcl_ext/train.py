@@ -92,7 +92,7 @@ class LearnConfig(TrainConfig):
 
     @property
     def least_epochs(self) -> int:
-        """Half of `epochs`: so many a label is learned whatever the valid users say, as few of them say little."""
+        """Half of `epochs`: so many a task is learned whatever the valid users say, as few of them say little."""
         return -(-self.epochs // 2)
 
     def step_tokens(self, events: int) -> int:
@@ -180,8 +180,8 @@ def learn_task(
     What is validated after each epoch, and kept, is the average of the task's weights over the epochs so far, the e-th
     with weight e. For an items task the reported metric of the valid users picks the epoch; for labels, an epoch whose
     metric is within one standard error of the best so far replaces the one kept so far where its loss is less, or where
-    that one's metric is no longer within it, and half of `config.epochs` are learned at least: of 50 valid users an
-    early epoch may look good by chance.
+    that one's metric is no longer within it. Half of `config.epochs` are learned at least: of few valid users an early
+    epoch may look good by chance. Not so where a ridge regression is the start, which few epochs beat.
     Where it raises, the model is left without the task; with a checkpoint, the same call goes on from there. ValueError
     where the task's table breaks a promise (`data.check_task`), say holds targets that the model sees.
     """
@@ -226,7 +226,6 @@ def _learn(
         closed = {earlier: model.task(earlier).state_dict() for earlier in read}
         identity["made_of"] = {n: {key: hash_tensor(value) for key, value in t.items()} for n, t in closed.items()}
     batches, loss = _task_steps(model, dataset, task, train, config)
-    is_label = task.spec.kind != "items"
     problem = Problem(
         name,
         batches,
@@ -236,8 +235,8 @@ def _learn(
         identity,
         keep_start=ridge,
         average=True,
-        ties_by_loss=is_label,
-        least_epochs=config.least_epochs if is_label else 0,
+        ties_by_loss=task.spec.kind != "items",
+        least_epochs=0 if ridge else config.least_epochs,
     )
     groups = task_rates(task, config, config.ridge_rate if ridge else 1.0)
     optimizer = adamw(groups, config, config.epochs * batches(0, 0)[0])

@@ -214,8 +214,7 @@ class Learner(nn.Module):
         optimizer = adamw([*groups, *self.groups()], learn, steps)
         ready = [task.spec.name for task, factor in factors.items() if factor < 1]  # their start has learned something
         start, score = (lambda: self.epoch_score(ready)) if ready else None, lambda: self.epoch_score(names)
-        labels = any(self.model.task(name).spec.kind != "items" for name in names)
-        least = config.least_epochs if labels else 0
+        least = config.least_epochs if set(names) - {"next", *ready} else 0
         train(self, optimizer, Run(batches, loss, score, config.epochs, config.patience, start, least))
 
     @torch.no_grad()

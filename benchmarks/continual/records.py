@@ -75,7 +75,7 @@ def load_outputs(out: Path, key: str) -> dict[str, np.ndarray]:
         return {name.replace("|", "/"): file[name] for name in file.files}
 
 
-_LABELS = "labels not before half of the epochs"
+_LEAST = "not before half of the epochs but for a task that starts at a regression"
 CHOICE = "grid point by valid users of the fold, first seed"
 
 
@@ -100,8 +100,8 @@ def _stop(method: str, stop: str) -> str:
     if method in REFERENCES:
         return "nothing is trained in epochs"
     if issubclass(LEARNERS[method], Pcl):
-        return f"valid users, metric, of labels the loss among epochs whose metrics tie (learn_task), {_LABELS}"
-    return f"valid users, {stop}, {_LABELS}"
+        return f"valid users, metric, of labels the loss among epochs whose metrics tie (learn_task), {_LEAST}"
+    return f"valid users, {stop}, {_LEAST}"
 
 
 def lines(trial: Trial, answer: dict[str, Any], dataset_name: str, choice: str = CHOICE) -> list[dict[str, Any]]:

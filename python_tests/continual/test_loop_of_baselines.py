@@ -33,13 +33,16 @@ def test_training_ends_after_so_many_epochs_without_a_better_one(learner):
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_labels_are_taught_for_half_of_the_epochs_at_least(learner, monkeypatch):
-    runs = []
+@pytest.mark.parametrize(("name", "cold"), [("segment", True), ("range", False), ("range", True)])
+def test_tasks_are_taught_for_half_of_the_epochs_at_least_but_after_a_regression(learner, monkeypatch, name, cold):
+    runs, made = [], learner("fine")
     monkeypatch.setattr("benchmarks.continual.learner.train", lambda learner, optimizer, run: runs.append(run))
-    for name in ("range", "segment"):
-        made = learner("fine")
-        made.learn(name)
-    assert [run.least_epochs for run in runs] == [0, -(-runs[1].epochs // 2)]
+    made.model.backbone.trained_items[1:] = not cold
+    made.learn(name)
+    (run,) = runs
+    regression = name == "range" and cold
+    assert run.least_epochs == (0 if regression else -(-run.epochs // 2))
+    assert (run.start is not None) == regression
 
 
 @pytest.mark.parametrize(("method", "kept"), [("single", 2.0), ("fine", 5 / 3)])
