@@ -211,6 +211,7 @@ def _as_ids(history: Ids, row: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         hint = "; one history is a list in a list: [[1, 2, 3]]" if isinstance(history, int) else ""
         raise ValueError(f"history {row} must be a list of item ids, got {str(history):.80}{hint}") from error
-    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    truths = isinstance(history, (list, tuple)) and any(isinstance(item, (bool, np.bool_)) for item in history)
+    if truths or ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"history {row} must be a flat list of integer item ids, got {str(history):.80}")
     return ids.to(torch.int64)

@@ -154,6 +154,7 @@ def test_any_integer_array_is_a_history(history):
         (["tea"], r"history 1 must be a list of item ids, got \['tea'\]"),
         ([2**70], "history 1 must be a list of item ids"),
         ([1.5], r"history 1 must be a flat list of integer item ids, got \[1.5\]"),
+        ([1, True], r"history 1 must be a flat list of integer item ids, got \[1, True\]"),
         ([[1, 2]], "history 1 must be a flat list"),
         ([True], "history 1 must be a flat list"),
         (np.array([1.5]), "history 1 must be a flat list"),

@@ -13,6 +13,7 @@ from torch import nn
 
 from pcl_ext.model import MemoryConfig
 from pcl_ext.store import StoreError, from_pretrained, load_tensors, lock, read_manifest, save_pretrained, verify
+from pcl_ext.store.tensor_file import read_tensors
 from pcl_ext.task import TaskSpec
 
 
@@ -52,6 +53,17 @@ def test_a_task_of_a_run_without_the_setting_reads_what_it_read_before(tmp_path,
     assert old.predict([long], "ctr") != make_model("next", "ctr").predict([long], "ctr")
     save_pretrained(old, tmp_path)
     assert not from_pretrained(tmp_path).task("ctr").config.whole_history
+
+
+def test_a_file_that_another_save_sweeps_while_it_is_read_is_named(run, monkeypatch):
+    def read_and_lose(path):
+        content = read_tensors(path)
+        path.unlink()
+        return content
+
+    monkeypatch.setattr("pcl_ext.store.run.read_tensors", read_and_lose)
+    with pytest.raises(StoreError, match=r"backbone-.*\.safetensors"):
+        from_pretrained(run)
 
 
 def test_a_loaded_model_is_frozen_and_draws_no_random_numbers(run):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
-from pcl_ext.store.atomic import StoreError, damaged, fsync, hash_file, locked, sweep_temporary, write_file
+from pcl_ext.store.atomic import StoreError, damaged, fsync, hash_file, locked, reading, sweep_temporary, write_file
 from pcl_ext.store.manifest import (
     BACKBONE_FILE,
     NAME,
@@ -283,7 +283,9 @@ def _read(path: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
                 raise damaged(file, f"tensor {name!r} has {key} {got[key]}, the manifest says {want[key]}")
         if not _is_finite(tensor):
             raise damaged(file, f"tensor {name!r} holds NaN or infinity")
-    if (content.sha256, file.stat().st_size) != (entry["sha256"], entry["bytes"]):
+    with reading(file):
+        size = file.stat().st_size
+    if (content.sha256, size) != (entry["sha256"], entry["bytes"]):
         raise damaged(file, "differs from what was saved outside of its tensors: its sha256 is not the manifest's")
     return content.tensors
 
