@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -101,9 +102,9 @@ class PackedBatch:
     def from_lists(cls, histories: Sequence[Ids], *, num_items: int, max_len: int) -> PackedBatch:
         """Histories as lists of item ids, oldest first, of any length.
 
-        Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are
-        the batch's items, those before them its `older`.
-        ValueError, with the history named, for what is no list of integers; TypeError where there is no list of them.
+        Ids outside 1..num_items are unknown: dropped and counted. The newest max_len known ids of each are the batch's
+        items, those before them its `older`. ValueError, with the history named, for what is no list of integers;
+        TypeError where there is no list of them.
         """
         num_items, max_len = check_count("num_items", num_items), check_count("max_len", max_len, 1)
         many = isinstance(histories, Iterable) or hasattr(histories, "__getitem__")
@@ -148,6 +149,7 @@ class PackedBatch:
         """B, the number of users."""
         return self.offsets.numel() - 1
 
+    @cached_property
     def whole(self) -> tuple[Tensor, Tensor]:
         """Items and offsets as above, with what is older."""
         return (self.items, self.offsets) if self.older is None else self.older.before(self.items, self.offsets)

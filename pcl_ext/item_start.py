@@ -89,9 +89,7 @@ def _bags(
     row, the row and the column, [m] int64 each."""
     index, lengths, weights, rows, columns, count = [], [], [], [], [], 0
     for batch in iterate(dataset, examples, max_tokens=65_536, max_len=model.backbone.config.max_len, seed=None):
-        history = batch.history
-        read = history.whole() if task.config.whole_history else (history.items, history.offsets)
-        part, offsets, weight = task.memories["item_memory"].bags(*read)
+        part, offsets, weight = task.memories["item_memory"].bags(batch.history)
         index.append(part)
         lengths.append(offsets.diff())
         weights.append(weight)

@@ -15,7 +15,7 @@ from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
 
 def bags_of(memory, history):
     """[B, rows of its table]: how much of each row a history's item memory adds up."""
-    index, offsets, weights = memory.bags(*history.whole())
+    index, offsets, weights = memory.bags(history)
     user = torch.repeat_interleave(offsets.diff())
     bags = torch.zeros(len(history), len(memory.table))
     return bags.index_put_((user, index.long()), weights, accumulate=True)

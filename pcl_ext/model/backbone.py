@@ -234,15 +234,7 @@ class Backbone(nn.Module):
         return self.run(rows, batch.offsets, None if prefix else batch.plan, prefix, read, batch.on_host)[0]
 
     if TYPE_CHECKING:  # of nn.Module it returns Any
-
-        def __call__(
-            self,
-            batch: PackedBatch,
-            prompt: Tensor | None = None,
-            prompt_index: Tensor | None = None,
-            prefix: LayerPrefix | None = None,
-            read: str = "every",
-        ) -> list[Tensor]: ...
+        __call__ = forward
 
 
 def freeze(module: nn.Module) -> None:

@@ -97,8 +97,9 @@ class UserState:
         if len(batch) != len(self):
             raise ValueError(f"batch must hold a history of new events for each of {len(self)} users, got {len(batch)}")
         config, items, offsets = self.backbone.config, batch.items.long(), batch.offsets
-        if len(items) and not 1 <= int(items.min()) <= int(items.max()) <= config.num_items:
-            raise ValueError(f"items must be in 1..{config.num_items}, got {int(items.min())}..{int(items.max())}")
+        low, high = (int(x) for x in batch.whole[0].aminmax()) if len(items) else (1, 1)
+        if not 1 <= low <= high <= config.num_items:
+            raise ValueError(f"items must be in 1..{config.num_items}, got {low}..{high}")
         over, older = self.lengths + batch.lengths > config.max_len, (self.older_items, self.older_offsets)
         if batch.older is not None or bool(over.any()):
             (items, offsets), older = self._begin_again(over, items, offsets, batch.older)

@@ -183,7 +183,7 @@ def test_a_hashed_item_memory_is_the_sum_of_two_signed_rows(model):
     index, sign = hashed_rows(torch.arange(V + 1), 7)
     items = (table[index] * sign[:, :, None]).sum(1)
     got = model.encode(batch, ["click"])["click"]
-    read, offsets = batch.whole()
+    read, offsets = batch.whole
     for user, (first, last) in enumerate(zip(offsets, offsets[1:])):
         rows = items[read[first:last].long()]
         torch.testing.assert_close(got[user], rows.sum(0) / max(1, len(rows)) ** 0.5)

@@ -25,11 +25,11 @@ def click(model, name="click", **settings):
 
 def test_a_batch_gives_what_is_older_and_what_is_read_in_one():
     given = histories(LENGTHS)
-    items, offsets = PackedBatch.from_lists(given, num_items=V, max_len=MOST).whole()
+    items, offsets = PackedBatch.from_lists(given, num_items=V, max_len=MOST).whole
     assert [part.tolist() for part in items.split(offsets.diff().tolist())] == given
     short = PackedBatch.from_lists([[1], [], [2, 3]], num_items=V, max_len=MOST)
     assert short.older is None
-    assert short.whole() == (short.items, short.offsets)
+    assert short.whole == (short.items, short.offsets)
 
 
 @pytest.mark.parametrize("rows", [16_384, 7], ids=["a row an item", "hashed"])
@@ -86,7 +86,7 @@ def test_a_user_state_holds_what_lies_before_its_window(placement):
         new = histories(lengths, seed)
         held = [old + more for old, more in zip(held, new)]
         state.extend(long_batch(lengths, seed))
-        items, offsets = state.batch().whole()
+        items, offsets = state.batch().whole
         assert [part.tolist() for part in items.split(offsets.diff().tolist())] == held
         torch.testing.assert_close(model(state, "click"), model(state.batch(), "click"), rtol=1e-4, atol=1e-5)
     again = UserState.from_tensors(model.backbone, state.tensors())
@@ -95,11 +95,19 @@ def test_a_user_state_holds_what_lies_before_its_window(placement):
     torch.testing.assert_close(model(state.select(some), "click"), model(state, "click")[some])
 
 
+def test_an_older_id_that_is_none_is_refused_by_a_user_state():
+    model = make_model(max_len=MOST, positions="rotary")
+    state = UserState(model.backbone, 1)
+    with pytest.raises(ValueError, match=f"items must be in 1..{V}, got 1..{V + 1}"):
+        state.extend(PackedBatch.from_lists([[V + 1] + [1] * MOST], num_items=V + 1, max_len=MOST))
+    assert len(state.batch().items) == 0
+
+
 def test_a_batch_that_is_refused_leaves_what_is_older(monkeypatch):
     model = make_model(max_len=MOST, positions="rotary")
     click(model, readout=READOUT)
     state = model.user_state(long_batch())
-    want = [part.clone() for part in state.batch().whole()]
+    want = [part.clone() for part in state.batch().whole]
 
     def fail(*args, **kwargs):
         raise MemoryError
@@ -107,4 +115,4 @@ def test_a_batch_that_is_refused_leaves_what_is_older(monkeypatch):
     monkeypatch.setattr(model.backbone, "run", fail)
     with pytest.raises(MemoryError):
         state.extend(long_batch(seed=1))
-    assert all(torch.equal(got, part) for got, part in zip(state.batch().whole(), want))
+    assert all(torch.equal(got, part) for got, part in zip(state.batch().whole, want))

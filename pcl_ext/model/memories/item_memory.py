@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcl_ext.batch import PackedBatch
 from pcl_ext.model.encoded import Encoded, pool, users_of
 from pcl_ext.model.memories.base import Memory
 
@@ -31,7 +32,7 @@ class ItemMemory(Memory):
         self.table = nn.Parameter(torch.randn(rows if self.hashed else num_items + 1, width) * deviation)
 
     def features(self, encoded: Encoded) -> Tensor:
-        index, offsets, weights = self.bags(*(encoded.whole if self.whole else (encoded.items, encoded.offsets)))
+        index, offsets, weights = self.bags(encoded)
         return pool(self.table, index, offsets, weights)
 
     def item_table(self) -> Tensor:
@@ -41,8 +42,9 @@ class ItemMemory(Memory):
         index, sign = hashed_rows(torch.arange(self.num_items + 1, device=self.table.device), len(self.table))
         return (self.table[index] * sign[:, :, None]).sum(1)
 
-    def bags(self, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def bags(self, read: Encoded | PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Histories as weighted sums of the table's rows: index [t], offsets [B + 1], weights [t]."""
+        items, offsets = read.whole if self.whole else (read.items, read.offsets)
         scale = offsets.diff().clamp_min(1).to(self.table.dtype).rsqrt()
         weights = F.dropout(scale[users_of(offsets, len(items))], self.dropout, self.training)
         if not self.hashed:
