@@ -43,6 +43,15 @@ void parallel_for(int64_t tasks, int threads, Body&& body) {
   });
 }
 
+// Calls body(first, count) for runs of `total`, of at most `most` and as few as one for each thread; all begin at a
+// multiple of `step`.
+template <class Body>
+void parallel_runs(int64_t total, int64_t most, int64_t step, int threads, Body&& body) {
+  const int64_t share = (total + threads - 1) / threads, run = std::min(most, (share + step - 1) / step * step);
+  if (total <= 0) return;
+  parallel_for((total + run - 1) / run, threads, [&](int64_t i) { body(i * run, std::min(run, total - i * run)); });
+}
+
 // parallel_for in which a thread begins with its own share of neighbouring tasks, the same one call after call, and
 // then helps with the others': for tasks that do little but write, which is slow where another processor wrote last.
 template <class Body>

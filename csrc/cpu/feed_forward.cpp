@@ -29,7 +29,8 @@ template <class Body>
 void for_blocks(const FeedForwardArgs& args, int64_t block_rows, int threads, Body body) {
   const int64_t bytes = (args.x.dtype == Scalar::kDouble ? 8 : 4) * feed_forward_scratch(args.dim);
   threads = threads_for_products(2 * args.rows * args.dim * args.hidden, threads);
-  parallel_for((args.rows + block_rows - 1) / block_rows, threads, [&](int64_t b) { body(b, scratch(bytes)); });
+  parallel_runs(args.rows, block_rows, kRowStep, threads,
+                [&](int64_t first, int64_t rows) { body(Block{first, rows}, scratch(bytes)); });
 }
 
 }  // namespace
@@ -37,13 +38,13 @@ void for_blocks(const FeedForwardArgs& args, int64_t block_rows, int threads, Bo
 void feed_forward_fwd_cpu(const FeedForwardArgs& args, void* out, Isa isa, int threads) {
   const FeedForwardKernels kernels = kernels_of(args.x.dtype, args.weight_in.dtype, isa);
   for_blocks(args, kernels.block_rows, threads,
-             [&](int64_t block, void* memory) { kernels.fwd(args, out, block, memory); });
+             [&](Block block, void* memory) { kernels.fwd(args, out, block, memory); });
 }
 
 void feed_forward_bwd_cpu(const FeedForwardArgs& args, const Matrix& grad_out, void* grad_x, Isa isa, int threads) {
   const FeedForwardKernels kernels = kernels_of(args.x.dtype, args.weight_in.dtype, isa);
   for_blocks(args, kernels.block_rows, threads,
-             [&](int64_t block, void* memory) { kernels.bwd(args, grad_out, grad_x, block, memory); });
+             [&](Block block, void* memory) { kernels.bwd(args, grad_out, grad_x, block, memory); });
 }
 
 }  // namespace pcl

@@ -67,7 +67,7 @@ void for_features(int64_t hidden, Each each) {
 }
 
 template <class S, class Weights>
-void feed_forward_fwd_block(const FeedForwardArgs& args, void* out, int64_t block, void* scratch) {
+void feed_forward_fwd_block(const FeedForwardArgs& args, void* out, Block block, void* scratch) {
   using A = typename S::A;
   Pieces<A> pieces{static_cast<A*>(scratch)};
   const int64_t wide = S::round_up(args.dim);
@@ -79,33 +79,32 @@ void feed_forward_fwd_block(const FeedForwardArgs& args, void* out, int64_t bloc
   auto *prepared_x = operand(wide), *prepared_hidden = operand(kFeatureStep);
   [[maybe_unused]] const typename Weights::Session session;
   const A *bias_in = static_cast<const A*>(args.bias_in), *bias_out = static_cast<const A*>(args.bias_out);
-  for_block<S>(block, args.rows, [&](int64_t first, int64_t rows) {
-    RowMoments<S> moments;
-    load_block<S>(args.x, first, rows, args.dim, x, staging);
-    normalise<S>(x, args.norm, rows, args.dim, moments, normed);
-    const auto* block_of_x = Weights::prepare(normed, args.dim, rows, prepared_x);
-    for (int64_t f = 0; f < args.dim; ++f) {
-      A* to = x + f * kBlockRows<S>;
-      for (int64_t r = 0; r < rows; r += S::kLanes) S::store(to + r, S::load(to + r) + bias_out[f]);
-    }
-    for_features(args.hidden, [&](int64_t f, int64_t features) {
-      Weights::multiply(args.weight_in, f, features, 0, args.dim, block_of_x, rows, false, hidden);
-      for (int64_t i = 0; i < features; ++i) {
-        A* to = hidden + i * kBlockRows<S>;
-        for (int64_t r = 0; r < rows; r += S::kLanes) {
-          const auto u = S::load(to + r) + bias_in[f + i];
-          S::store(to + r, gelu<S>(u));
-        }
+  const int64_t first = block.first, rows = block.rows;
+  RowMoments<S> moments;
+  load_block<S>(args.x, first, rows, args.dim, x, staging);
+  normalise<S>(x, args.norm, rows, args.dim, moments, normed);
+  const auto* block_of_x = Weights::prepare(normed, args.dim, rows, prepared_x);
+  for (int64_t f = 0; f < args.dim; ++f) {
+    A* to = x + f * kBlockRows<S>;
+    for (int64_t r = 0; r < rows; r += S::kLanes) S::store(to + r, S::load(to + r) + bias_out[f]);
+  }
+  for_features(args.hidden, [&](int64_t f, int64_t features) {
+    Weights::multiply(args.weight_in, f, features, 0, args.dim, block_of_x, rows, false, hidden);
+    for (int64_t i = 0; i < features; ++i) {
+      A* to = hidden + i * kBlockRows<S>;
+      for (int64_t r = 0; r < rows; r += S::kLanes) {
+        const auto u = S::load(to + r) + bias_in[f + i];
+        S::store(to + r, gelu<S>(u));
       }
-      const auto* block_of_hidden = Weights::prepare(hidden, features, rows, prepared_hidden);
-      Weights::multiply(args.weight_out, 0, args.dim, f, features, block_of_hidden, rows, true, x);
-    });
-    store_block<S>(x, {out, args.dim, args.x.dtype, {}}, first, rows, 0, args.dim);
+    }
+    const auto* block_of_hidden = Weights::prepare(hidden, features, rows, prepared_hidden);
+    Weights::multiply(args.weight_out, 0, args.dim, f, features, block_of_hidden, rows, true, x);
   });
+  store_block<S>(x, {out, args.dim, args.x.dtype, {}}, first, rows, 0, args.dim);
 }
 
 template <class S, class Weights>
-void feed_forward_bwd_block(const FeedForwardArgs& args, const Matrix& grad_out, void* grad_x, int64_t block,
+void feed_forward_bwd_block(const FeedForwardArgs& args, const Matrix& grad_out, void* grad_x, Block block,
                             void* scratch) {
   using A = typename S::A;
   Pieces<A> pieces{static_cast<A*>(scratch)};
@@ -117,30 +116,29 @@ void feed_forward_bwd_block(const FeedForwardArgs& args, const Matrix& grad_out,
   auto *prepared_x = operand(wide), *prepared_grad = operand(wide), *prepared_hidden = operand(kFeatureStep);
   [[maybe_unused]] const typename Weights::Session session;
   const A* bias_in = static_cast<const A*>(args.bias_in);
-  for_block<S>(block, args.rows, [&](int64_t first, int64_t rows) {
-    RowMoments<S> moments;
-    load_block<S>(args.x, first, rows, args.dim, x, staging);
-    normalise<S>(x, args.norm, rows, args.dim, moments, normed);
-    load_block<S>(grad_out, first, rows, args.dim, grad_rows, staging);
-    const auto* block_of_x = Weights::prepare(normed, args.dim, rows, prepared_x);
-    const auto* block_of_grad = Weights::prepare(grad_rows, args.dim, rows, prepared_grad);
-    for_features(args.hidden, [&](int64_t f, int64_t features) {
-      Weights::multiply(args.weight_in, f, features, 0, args.dim, block_of_x, rows, false, hidden);
-      Weights::multiply(args.weight_out, f, features, 0, args.dim, block_of_grad, rows, false, grad_hidden);
-      for (int64_t i = 0; i < features; ++i) {
-        const A* u = hidden + i * kBlockRows<S>;
-        A* to = grad_hidden + i * kBlockRows<S>;
-        for (int64_t r = 0; r < rows; r += S::kLanes) {
-          S::store(to + r, S::load(to + r) * gelu_slope<S>(S::load(u + r) + bias_in[f + i]));
-        }
+  const int64_t first = block.first, rows = block.rows;
+  RowMoments<S> moments;
+  load_block<S>(args.x, first, rows, args.dim, x, staging);
+  normalise<S>(x, args.norm, rows, args.dim, moments, normed);
+  load_block<S>(grad_out, first, rows, args.dim, grad_rows, staging);
+  const auto* block_of_x = Weights::prepare(normed, args.dim, rows, prepared_x);
+  const auto* block_of_grad = Weights::prepare(grad_rows, args.dim, rows, prepared_grad);
+  for_features(args.hidden, [&](int64_t f, int64_t features) {
+    Weights::multiply(args.weight_in, f, features, 0, args.dim, block_of_x, rows, false, hidden);
+    Weights::multiply(args.weight_out, f, features, 0, args.dim, block_of_grad, rows, false, grad_hidden);
+    for (int64_t i = 0; i < features; ++i) {
+      const A* u = hidden + i * kBlockRows<S>;
+      A* to = grad_hidden + i * kBlockRows<S>;
+      for (int64_t r = 0; r < rows; r += S::kLanes) {
+        S::store(to + r, S::load(to + r) * gelu_slope<S>(S::load(u + r) + bias_in[f + i]));
       }
-      const auto* block_of_hidden = Weights::prepare(grad_hidden, features, rows, prepared_hidden);
-      Weights::multiply(args.weight_in_t, 0, args.dim, f, features, block_of_hidden, rows, f > 0, grad);
-    });
-    for (int64_t i = 0; args.hidden == 0 && i < args.dim * kBlockRows<S>; ++i) grad[i] = A(0);
-    normalise_bwd<S>(x, args.norm, rows, args.dim, moments, grad);
-    store_block<S>(grad, {grad_x, args.dim, args.x.dtype, grad_out}, first, rows, 0, args.dim);
+    }
+    const auto* block_of_hidden = Weights::prepare(grad_hidden, features, rows, prepared_hidden);
+    Weights::multiply(args.weight_in_t, 0, args.dim, f, features, block_of_hidden, rows, f > 0, grad);
   });
+  for (int64_t i = 0; args.hidden == 0 && i < args.dim * kBlockRows<S>; ++i) grad[i] = A(0);
+  normalise_bwd<S>(x, args.norm, rows, args.dim, moments, grad);
+  store_block<S>(grad, {grad_x, args.dim, args.x.dtype, grad_out}, first, rows, 0, args.dim);
 }
 
 template <class S, class Weights = PlainWeights<S>>

@@ -1,14 +1,15 @@
-// What one instruction set's copy of feed_forward offers: the work of one block of rows. The driver shares blocks out.
+// What one instruction set's copy of feed_forward offers: the work of a block of rows, which the driver shares out.
 #pragma once
 
 #include "../feed_forward.h"
+#include "linear_tasks.h"
 
 namespace pcl {
 
 struct FeedForwardKernels {
-  void (*fwd)(const FeedForwardArgs& args, void* out, int64_t block, void* scratch);
-  void (*bwd)(const FeedForwardArgs& args, const Matrix& grad_out, void* grad_x, int64_t block, void* scratch);
-  int64_t block_rows;
+  void (*fwd)(const FeedForwardArgs& args, void* out, Block block, void* scratch);
+  void (*bwd)(const FeedForwardArgs& args, const Matrix& grad_out, void* grad_x, Block block, void* scratch);
+  int64_t block_rows;  // at most
 };
 
 // wide: double, else float

@@ -30,7 +30,8 @@ void for_blocks(const LinearArgs& args, int64_t block_rows, int threads, Body bo
   const int64_t element = args.x.dtype == Scalar::kDouble ? 8 : 4;
   const int64_t bytes = element * linear_scratch(args.in_dim, args.out_dim);
   threads = threads_for_products(args.rows * args.in_dim * args.out_dim, threads);
-  parallel_for((args.rows + block_rows - 1) / block_rows, threads, [&](int64_t b) { body(b, scratch(bytes)); });
+  parallel_runs(args.rows, block_rows, kRowStep, threads,
+                [&](int64_t first, int64_t rows) { body(Block{first, rows}, scratch(bytes)); });
 }
 
 }  // namespace
@@ -38,13 +39,13 @@ void for_blocks(const LinearArgs& args, int64_t block_rows, int threads, Body bo
 void linear_fwd_cpu(const LinearArgs& args, void* out, Scalar out_dtype, Isa isa, int threads) {
   const LinearKernels kernels = kernels_of(args.x.dtype, args.weight.dtype, isa);
   for_blocks(args, kernels.block_rows, threads,
-             [&](int64_t block, void* memory) { kernels.fwd(args, out, out_dtype, block, memory); });
+             [&](Block block, void* memory) { kernels.fwd(args, out, out_dtype, block, memory); });
 }
 
 void linear_bwd_cpu(const LinearArgs& args, const Matrix& grad_out, void* grad_x, Isa isa, int threads) {
   const LinearKernels kernels = kernels_of(args.x.dtype, args.weight.dtype, isa);
   for_blocks(args, kernels.block_rows, threads,
-             [&](int64_t block, void* memory) { kernels.bwd(args, grad_out, grad_x, block, memory); });
+             [&](Block block, void* memory) { kernels.bwd(args, grad_out, grad_x, block, memory); });
 }
 
 }  // namespace pcl

@@ -18,7 +18,7 @@ void add_bias(const void* bias, int64_t first, int64_t features, int64_t rows, t
 }
 
 template <class S, class Weights>
-void linear_fwd_block(const LinearArgs& args, void* out, Scalar out_dtype, int64_t block, void* scratch) {
+void linear_fwd_block(const LinearArgs& args, void* out, Scalar out_dtype, Block block, void* scratch) {
   using A = typename S::A;
   Pieces<A> pieces{static_cast<A*>(scratch)};
   const int64_t wide = S::round_up(args.in_dim);
@@ -27,22 +27,21 @@ void linear_fwd_block(const LinearArgs& args, void* out, Scalar out_dtype, int64
   auto* prepared = reinterpret_cast<typename Weights::Operand*>(pieces.take(wide * kBlockRows<S>));
   [[maybe_unused]] const typename Weights::Session session;
   const Target target{out, args.out_dim, out_dtype, args.residual};
-  for_block<S>(block, args.rows, [&](int64_t first, int64_t rows) {
-    RowMoments<S> moments;
-    load_block<S>(args.x, first, rows, args.in_dim, x, staging);
-    const A* ready = normalise<S>(x, args.norm, rows, args.in_dim, moments, normed);
-    const auto* block_of_x = Weights::prepare(ready, args.in_dim, rows, prepared);
-    for (int64_t f = 0; f < args.out_dim; f += kFeatureStep) {
-      const int64_t features = args.out_dim - f < kFeatureStep ? args.out_dim - f : kFeatureStep;
-      Weights::multiply(args.weight, f, features, 0, args.in_dim, block_of_x, rows, false, some);
-      add_bias<S>(args.bias, f, features, rows, some);
-      store_block<S>(some, target, first, rows, f, features);
-    }
-  });
+  const int64_t first = block.first, rows = block.rows;
+  RowMoments<S> moments;
+  load_block<S>(args.x, first, rows, args.in_dim, x, staging);
+  const A* ready = normalise<S>(x, args.norm, rows, args.in_dim, moments, normed);
+  const auto* block_of_x = Weights::prepare(ready, args.in_dim, rows, prepared);
+  for (int64_t f = 0; f < args.out_dim; f += kFeatureStep) {
+    const int64_t features = args.out_dim - f < kFeatureStep ? args.out_dim - f : kFeatureStep;
+    Weights::multiply(args.weight, f, features, 0, args.in_dim, block_of_x, rows, false, some);
+    add_bias<S>(args.bias, f, features, rows, some);
+    store_block<S>(some, target, first, rows, f, features);
+  }
 }
 
 template <class S, class Weights>
-void linear_bwd_block(const LinearArgs& args, const Matrix& grad_out, void* grad_x, int64_t block, void* scratch) {
+void linear_bwd_block(const LinearArgs& args, const Matrix& grad_out, void* grad_x, Block block, void* scratch) {
   using A = typename S::A;
   Pieces<A> pieces{static_cast<A*>(scratch)};
   const int64_t wide = S::round_up(args.in_dim), wide_out = S::round_up(args.out_dim);
@@ -51,18 +50,17 @@ void linear_bwd_block(const LinearArgs& args, const Matrix& grad_out, void* grad
   auto* prepared = reinterpret_cast<typename Weights::Operand*>(pieces.take(wide_out * kBlockRows<S>));
   [[maybe_unused]] const typename Weights::Session session;
   const Target target{grad_x, args.in_dim, args.x.dtype, {}};
-  for_block<S>(block, args.rows, [&](int64_t first, int64_t rows) {
-    RowMoments<S> moments;
-    if (args.norm.weight) {
-      load_block<S>(args.x, first, rows, args.in_dim, x, staging);
-      normalise<S>(x, args.norm, rows, args.in_dim, moments, grad);  // for its moments; grad is written below
-    }
-    load_block<S>(grad_out, first, rows, args.out_dim, grad_rows, staging);
-    const auto* block_of_grad = Weights::prepare(grad_rows, args.out_dim, rows, prepared);
-    Weights::multiply(args.weight, 0, args.in_dim, 0, args.out_dim, block_of_grad, rows, false, grad);
-    normalise_bwd<S>(x, args.norm, rows, args.in_dim, moments, grad);
-    store_block<S>(grad, target, first, rows, 0, args.in_dim);
-  });
+  const int64_t first = block.first, rows = block.rows;
+  RowMoments<S> moments;
+  if (args.norm.weight) {
+    load_block<S>(args.x, first, rows, args.in_dim, x, staging);
+    normalise<S>(x, args.norm, rows, args.in_dim, moments, grad);  // for its moments; grad is written below
+  }
+  load_block<S>(grad_out, first, rows, args.out_dim, grad_rows, staging);
+  const auto* block_of_grad = Weights::prepare(grad_rows, args.out_dim, rows, prepared);
+  Weights::multiply(args.weight, 0, args.in_dim, 0, args.out_dim, block_of_grad, rows, false, grad);
+  normalise_bwd<S>(x, args.norm, rows, args.in_dim, moments, grad);
+  store_block<S>(grad, target, first, rows, 0, args.in_dim);
 }
 
 template <class S, class Weights = PlainWeights<S>>

@@ -1,14 +1,20 @@
-// What one instruction set's copy of linear offers: the work of one block of rows. The driver shares blocks out.
+// What one instruction set's copy of linear offers: the work of a block of rows, which the driver shares out.
 #pragma once
 
 #include "../linear.h"
 
 namespace pcl {
 
+struct Block {
+  int64_t first, rows;
+};
+
+constexpr int64_t kRowStep = 16;  // blocks begin at a multiple of it: whole vectors of rows
+
 struct LinearKernels {
-  void (*fwd)(const LinearArgs& args, void* out, Scalar out_dtype, int64_t block, void* scratch);
-  void (*bwd)(const LinearArgs& args, const Matrix& grad_out, void* grad_x, int64_t block, void* scratch);
-  int64_t block_rows;
+  void (*fwd)(const LinearArgs& args, void* out, Scalar out_dtype, Block block, void* scratch);
+  void (*bwd)(const LinearArgs& args, const Matrix& grad_out, void* grad_x, Block block, void* scratch);
+  int64_t block_rows;  // at most
 };
 
 // wide: double, else float

@@ -171,12 +171,5 @@ struct PlainWeights {
   }
 };
 
-// Calls each(first row, rows) for the block with this number.
-template <class S, class Each>
-void for_block(int64_t block, int64_t total, Each each) {
-  const int64_t first = block * kBlockRows<S>;
-  each(first, total - first < kBlockRows<S> ? total - first : kBlockRows<S>);
-}
-
 }  // namespace
 }  // namespace pcl

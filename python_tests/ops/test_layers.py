@@ -76,8 +76,9 @@ def test_emulated_tiles_do_what_amx_does(widths, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("make", [make_linear, make_feed_forward])
-def test_threads_do_not_change_bits(make, isa, dtype):
-    case = to(make(1100, 64, 256), dtype)  # work enough to be shared by three
+@pytest.mark.parametrize("sizes", [(1100, 64, 256), (50, 256, 1024)], ids=["many rows", "one request"])
+def test_threads_do_not_change_bits(sizes, make, isa, dtype):
+    case = to(make(*sizes), dtype)  # work enough to be shared
     grad_out = grad_for(case, dtype)
     torch.set_num_threads(1)
     want = case.run_isa(grad_out, isa)
