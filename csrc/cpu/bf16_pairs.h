@@ -27,6 +27,21 @@ inline Pairs load_pairs(const uint32_t* p) { return *reinterpret_cast<const Loos
 inline void store_pairs(uint32_t* p, Pairs v) { *reinterpret_cast<LoosePairs*>(p) = v; }
 inline void store_halves(uint16_t* p, Halves v) { *reinterpret_cast<LooseHalves*>(p) = v; }
 
+// 2^x for x up to 127; 2^-126 for whatever is below, anything above. Relative error 1e-7.
+inline Floats exp2_v(Floats x) {
+  const Floats low = Wide::fill(-126.0f), magic = Wide::fill(12582912.0f);  // 1.5 * 2^23 rounds to integers
+  x = x < low ? low : x;
+  const Floats shifted = x + magic;
+  const Floats r = x - (shifted - magic);
+  Floats p = Wide::fill(1.326472731e-3f);
+  p = p * r + 9.671512991e-3f;
+  p = p * r + 5.550733581e-2f;
+  p = p * r + 2.402224243e-1f;
+  p = p * r + 6.931470037e-1f;
+  p = p * r + 1.0f;
+  return reinterpret_cast<Floats>(reinterpret_cast<Pairs>(p) + (reinterpret_cast<Pairs>(shifted) << 23));
+}
+
 static constexpr inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 static constexpr inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -65,27 +80,35 @@ inline Floats dot_pairs(Floats sums, Pairs a, Pairs b) {
   return sums + reinterpret_cast<Floats>(a << 16) * reinterpret_cast<Floats>(b << 16);
 }
 
+// Weights 2^(factor * x) of x up to 0, in bfloat16, 32 at a time; 0 for whatever is below 2^-126.
+class WeightScale {
+ public:
+  explicit WeightScale(float factor) : factor_(Wide::fill(factor < 1e-36f ? 1e-36f : factor)) {}
+
+  HalfPairs operator()(Floats first, Floats second, Pairs&) const {
+    const auto weights_of = [this](Floats x) {
+      x *= factor_;
+      return narrow(x < -126.0f ? Floats{} : exp2_v(x));
+    };
+    const Halves low = weights_of(first), high = weights_of(second);
+    HalfPairs weights;
+    std::memcpy(&weights, &low, sizeof low);
+    std::memcpy(reinterpret_cast<char*>(&weights) + sizeof low, &high, sizeof high);
+    return weights;
+  }
+
+  static bool is_nan(Pairs) { return false; }  // weights and their sum are not a number themselves
+
+ private:
+  Floats factor_;
+};
+
 }  // namespace
 }  // namespace pcl
 #endif
 
 namespace pcl {
 namespace {
-
-// 2^x for x up to 127; 2^-126 for whatever is below, anything above. Relative error 1e-7.
-inline Floats exp2_v(Floats x) {
-  const Floats low = Wide::fill(-126.0f), magic = Wide::fill(12582912.0f);  // 1.5 * 2^23 rounds to integers
-  x = x < low ? low : x;
-  const Floats shifted = x + magic;
-  const Floats r = x - (shifted - magic);
-  Floats p = Wide::fill(1.326472731e-3f);
-  p = p * r + 9.671512991e-3f;
-  p = p * r + 5.550733581e-2f;
-  p = p * r + 2.402224243e-1f;
-  p = p * r + 6.931470037e-1f;
-  p = p * r + 1.0f;
-  return reinterpret_cast<Floats>(reinterpret_cast<Pairs>(p) + (reinterpret_cast<Pairs>(shifted) << 23));
-}
 
 // Rows of pairs: `stride` pairs from one to the next.
 struct PairRows {

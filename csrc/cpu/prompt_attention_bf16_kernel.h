@@ -74,18 +74,68 @@ struct StoreOut {
   }
 };
 
-// Scores of neighbouring rows, not yet scaled, and where their weights go, rounded. The factor, which is not negative,
-// brings what they are below the largest to units of log2: so that the largest has weight 1, however large it is.
-struct ScorePairs {
-  const float* scores;
-  uint16_t* weights;
-  int64_t stride;
-  Floats factor;
-
-  Floats load(int r, int64_t c) const { return Wide::load(scores + r * stride + c); }
-  Floats weight(Floats score, Floats largest) const { return exp2_v(factor * (score - largest)); }
-  void store(int r, int64_t c, Floats weight) const { store_halves(weights + r * stride + c, narrow(weight)); }
-};
+// The softmax of R neighbouring rows of scores, not yet scaled, up to columns.end, a multiple of 32: weights in
+// bfloat16, 0 where nothing is seen, the largest score of each row and the inverse of its weights' sum. The largest has
+// weight 1, however large it is. Row r sees `wider` * r own keys more than `columns` say. Scores of what is not seen
+// become -inf.
+template <int R>
+void softmax_pairs(float* scores, uint16_t* weights, int64_t stride, const WeightScale& weigh, const Columns& columns,
+                   int64_t wider, float* largest, float* inverse) {
+  constexpr int64_t kStep = 2 * kLanes;
+  const Floats lowest = Wide::fill(-__builtin_inff());
+  Floats high[R], total[R];
+  Pairs bits[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    high[r] = lowest;
+    total[r] = Floats{};
+    bits[r] = Pairs{};
+  }
+  // Columns c .. c + 15, of which row r sees the first seen + more * r.
+  const auto part = [&](int64_t c, int64_t seen, int64_t more) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      float* at = scores + r * stride + c;
+      const int64_t count = seen + more * r;
+      const Floats x = Wide::keep(count < 0 ? 0 : count) ? Wide::load(at) : lowest;
+      Wide::store(at, x);
+      high[r] = x > high[r] ? x : high[r];
+    }
+  };
+  const auto whole = [&](int64_t c) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Floats x = Wide::load(scores + r * stride + c);
+      high[r] = x > high[r] ? x : high[r];
+    }
+  };
+  const int64_t seen = columns.own_begin + columns.own, last = round_up(seen + wider * (R - 1), kStep);
+  int64_t c = 0;
+  for (; c + kLanes <= columns.shared; c += kLanes) whole(c);
+  if (c < columns.shared) part(c, columns.shared - c, 0);
+  for (c = columns.own_begin; c + kLanes <= seen; c += kLanes) whole(c);
+  for (; c < last; c += kLanes) part(c, seen - c, wider);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) high[r] = Wide::max(high[r]);
+  const Pairs ones = Pairs{} + 0x3f803f80u;
+  for (c = 0; c < last; c += kStep) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const float* from = scores + r * stride + c;
+      const HalfPairs some = weigh(Wide::load(from) - high[r], Wide::load(from + kLanes) - high[r], bits[r]);
+      total[r] = dot_pairs(total[r], reinterpret_cast<Pairs>(some), ones);
+      std::memcpy(weights + r * stride + c, &some, sizeof some);
+    }
+  }
+  for (; c < columns.end; c += kStep) {
+    for (int r = 0; r < R; ++r) std::memset(weights + r * stride + c, 0, kStep * sizeof *weights);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    largest[r] = high[r][0];
+    inverse[r] = WeightScale::is_nan(bits[r]) ? __builtin_nanf("") : 1 / Wide::sum(total[r])[0];
+  }
+}
 
 template <class E>
 void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, const Span& span, int64_t head, Bfloat16* out,
@@ -97,7 +147,9 @@ void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, const S
   const int64_t score_row = round_up(keys.own_begin + length, kRowPad);
   float* scores = reinterpret_cast<float*>(pieces.take(E::kRows * score_row));
   uint32_t* weights = pieces.take(E::kRows * score_row / 2);
+  uint16_t* halves = reinterpret_cast<uint16_t*>(weights);
   const float scale = static_cast<float>(args.scale), size = scale < 0 ? -scale : scale;
+  const WeightScale weigh(size * kLog2E);
   for (int64_t i = 0; i < asked; i += E::kRows) {
     const int64_t rows = least(E::kRows, asked - i), before = span.first + i;
     const int64_t seen = args.causal ? before + rows : length;
@@ -109,11 +161,11 @@ void bf16_fwd_history(const AttentionArgs& args, const PackedKeys& keys, const S
     float largest[E::kRows], inverse[E::kRows];
     for (int64_t r = 0; r < rows; r += kSoftmaxRows) {
       ahead.step();
-      const ScorePairs some{scores + r * score_row, reinterpret_cast<uint16_t*>(weights) + r * score_row, score_row,
-                            Wide::fill(size * kLog2E)};
-      const Columns seen_columns{keys.prefix, args.causal ? before + r + 1 : length, keys.own_begin, 2 * depth};
+      const Columns seen_columns{keys.prefix, args.causal ? before + r + 1 : length, keys.own_begin,
+                                 round_up(2 * depth, kRowPad)};
       with_rows<kSoftmaxRows>(rows - r, [&](auto count) {
-        softmax_rows<Wide, decltype(count)::value>(some, seen_columns, args.causal ? 1 : 0, largest + r, inverse + r);
+        softmax_pairs<decltype(count)::value>(scores + r * score_row, halves + r * score_row, score_row, weigh,
+                                              seen_columns, args.causal ? 1 : 0, largest + r, inverse + r);
       });
     }
     for (int64_t r = 0; stats && r < rows; ++r) {

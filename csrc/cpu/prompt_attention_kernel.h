@@ -164,26 +164,14 @@ inline void with_rows(int64_t rows, Run run) {
   run(std::integral_constant<int, kMost>{});
 }
 
-// Scores of neighbouring rows, which turn into exp(score - largest) where they are.
-template <class S>
-struct Scores {
-  using V = typename S::V;
-  typename S::A* data;
-  int64_t stride;
-
-  V load(int r, int64_t c) const { return S::load(data + r * stride + c); }
-  V weight(V score, V largest) const { return exp_v<S>(score - largest); }
-  void store(int r, int64_t c, V weight) const { S::store(data + r * stride + c, weight); }
-};
-
 constexpr int64_t kPause = 1024;  // columns whose weights are one sum: narrow vectors would add thousands one by one
 
-// The softmax of R rows, but for the factor `inverse`, up to column columns.end; 0 where nothing is seen. Row r sees
-// `wider` * r own keys more than `columns` say. Rows are taken side by side: the reductions of one take longer than the
-// arithmetic of a short one.
-template <class S, int R, class Rows>
-inline void softmax_rows(const Rows& rows, const Columns& columns, int64_t wider, typename S::A* largest,
-                         typename S::A* inverse) {
+// The softmax of R rows where their scores are, but for the factor `inverse`, up to column columns.end; 0 where nothing
+// is seen. Row r sees `wider` * r own keys more than `columns` say. Rows are taken side by side: the reductions of one
+// take longer than the arithmetic of a short one.
+template <class S, int R>
+inline void softmax_rows(typename S::A* scores, int64_t stride, const Columns& columns, int64_t wider,
+                         typename S::A* largest, typename S::A* inverse) {
   using V = typename S::V;
   const V lowest = S::fill(static_cast<typename S::A>(-__builtin_inf()));
   // Calls step(row, column, mask) for every vector that any of the rows sees; mask(x, y) is y in lanes not seen. Calls
@@ -218,7 +206,7 @@ inline void softmax_rows(const Rows& rows, const Columns& columns, int64_t wider
   }
   for_seen(
       [&](int r, int64_t c, auto mask) {
-        const V x = mask(rows.load(r, c), lowest);
+        const V x = mask(S::load(scores + r * stride + c), lowest);
         high[r] = x > high[r] ? x : high[r];
       },
       [] {});
@@ -226,8 +214,9 @@ inline void softmax_rows(const Rows& rows, const Columns& columns, int64_t wider
   for (int r = 0; r < R; ++r) high[r] = S::max(high[r]);
   for_seen(
       [&](int r, int64_t c, auto mask) {
-        const V e = mask(rows.weight(rows.load(r, c), high[r]), V{});
-        rows.store(r, c, e);
+        typename S::A* at = scores + r * stride + c;
+        const V e = mask(exp_v<S>(S::load(at) - high[r]), V{});
+        S::store(at, e);
         total[r] += e;
       },
       [&] {
@@ -237,7 +226,7 @@ inline void softmax_rows(const Rows& rows, const Columns& columns, int64_t wider
         }
       });
   for (int64_t c = columns.own_begin + S::round_up(columns.own + wider * (R - 1)); c < columns.end; c += S::kLanes) {
-    for (int r = 0; r < R; ++r) rows.store(r, c, V{});
+    for (int r = 0; r < R; ++r) S::store(scores + r * stride + c, V{});
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -285,8 +274,7 @@ void fwd_history(const AttentionArgs& args, const Prefix<typename S::A>& prefix,
     A largest[R], inverse[R];
     const Columns columns{prefix.length, args.causal ? i + 1 : length, prefix.width, prefix.width + S::round_up(seen)};
     with_rows<R>(rows, [&](auto count) {
-      softmax_rows<S, decltype(count)::value>(Scores<S>{scores, score_row}, columns, args.causal ? 1 : 0, largest,
-                                              inverse);
+      softmax_rows<S, decltype(count)::value>(scores, score_row, columns, args.causal ? 1 : 0, largest, inverse);
     });
     for (int64_t r = 0; stats && r < rows; ++r) {
       A* row_stats = stats + 2 * ((span.at + asked + r) * args.num_heads + task.head);

@@ -76,6 +76,17 @@ def test_a_key_that_nobody_can_see_has_no_gradient(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("prefix", [16, 5])
+def test_a_key_that_is_no_number_reaches_the_rows_that_see_it(prefix, isa):
+    case = make([70], [prefix], heads=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        case.rows["k"][40, 0, 5] = float("nan")
+    out = case.run_isa(torch.zeros(70, 2, 16).bfloat16(), isa, asked=("q",))["out"]
+    assert out[40:, 0].isnan().all()
+    assert out[:40].isfinite().all() and out[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_do_not_change_bits(threads, isa):
     lengths, index = torch.randint(0, 90, (60,)).tolist(), torch.randint(-1, 2, (60,)).tolist()
