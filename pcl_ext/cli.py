@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = _near(str(error), subparsers) + "--help says what is accepted"
         return _fail(f"pcl: {_as_typed(error, subparsers)}; {hint}")
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-        return _fail(f"pcl {name}: {error}")
+        return _fail(f"{f'pcl {name}'.strip()}: {error}")
     except torch.OutOfMemoryError as error:
         text = str(error).partition(". ")[0]
         return _fail(f"pcl {name}: {text}: a smaller batch_tokens of the settings needs less, and so does --device cpu")
@@ -69,7 +69,10 @@ def _log_to_stderr() -> Iterator[None]:
 
 
 def _as_typed(error: argparse.ArgumentError, subparsers: dict) -> str:
-    """Its message, with missing arguments as they are typed: RUN and --data for evaluate.run and evaluate.data."""
+    """Its message, with missing arguments as they are typed: RUN and --data for evaluate.run and evaluate.data; of a
+    --config that holds no settings only how it begins."""
+    if found := re.match("Unexpected config: *([^\n]{0,60})", str(error)):
+        return f"--config must be a file of settings in YAML or JSON, got {found[1]!r}"
     found = re.match("(the following arguments are required: )(.*)", str(error))
     if found is None:
         return str(error)
@@ -153,6 +156,7 @@ def _learn(parser) -> None:
         "tasks",
         nargs="*",
         type=str,
+        default=[],
         help="names of tasks, before the options, learned in this order; all when left out",
     )
     parser.add_argument("--data", type=Path, required=True, help="dataset folder")

@@ -231,6 +231,8 @@ class TaskConfig:
         ):
             if getattr(self, key) not in options:
                 raise ValueError(where + f"{key} must be one of {', '.join(options)}, got {getattr(self, key)!r}")
+        if self.metric not in (None, *METRICS[self.kind]):
+            raise ValueError(where + f"metric must be one of {', '.join(METRICS[self.kind])}, got {self.metric!r}")
         if self.kind == "items" and self.source != "events":
             raise ValueError(where + 'kind items needs source = "events"')
         self._check_idle(where)

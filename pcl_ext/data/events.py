@@ -103,6 +103,8 @@ def _folds(log: EventLog, rotate: int | None) -> np.ndarray:
     _LOG.info("users: %s", ", ".join(f"{name} {count:,}" for name, count in zip(FOLDS, counts, strict=True)))
     if empty := [name for name, count in zip(FOLDS, counts, strict=True) if not count]:
         ways = '[fold] rotate or --rotate 0 to 4, by = "date", or another `name`'
+        if log.config.fold.by == "date":
+            ways = "other dates [fold] valid and test: a user arrives with the first event of the history"
         _LOG.info("no %s users: to train on this dataset give it some by %s", " and no ".join(empty), ways)
     return fold
 

@@ -39,7 +39,7 @@ def integer_ids(table: pa.Table, name: str, empty: list[str], where: str) -> pa.
             return _replace(table, name, with_ids(column, lambda _: numbers))
     if _NUMBER.fullmatch(ids[0].as_py()):
         bad = ids[first_bad(ids, lambda part: _integers(filled(part)) is not None)].as_py()
-        what = "%s: the ids in %r stay text, %r is not written as an integer is"
+        what = "%s: the ids in %r stay text, %r is not written as an integer of at most 63 bits is"
         _LOG.info(what, where, name, bad[:_SHOWN])
     return table
 

@@ -14,6 +14,7 @@ from pcl_ext.data.examples import user_chunks
 from pcl_ext.data.log import EventLog
 from pcl_ext.data.parquet import LARGEST
 from pcl_ext.data.targets import task_events
+from pcl_ext.data.times import NUMBER
 
 _LOG = logging.getLogger(__name__)
 _EVENTS = 1 << 20  # whose values are sorted at a time
@@ -40,6 +41,7 @@ def event_values(log: EventLog, task: TaskConfig) -> pa.Array:
     if task.reduce in ("first", "last"):
         return _at_end(log, kept, column, task.reduce)
     values = numbers(column, f"{label}: column {task.column!r} of reduce {task.reduce!r} (first and last take text)")
+    _tell_infinite(values[kept], label)
     kept &= np.isfinite(values)
     chosen = log.ordered(kept)
     user, values = log.row_of[log.user.codes[chosen]], values[chosen]
@@ -84,8 +86,16 @@ def numbers(column: pa.ChunkedArray | pa.Array, where: str) -> np.ndarray:
     if pa.types.is_decimal(kind) or pa.types.is_boolean(kind):
         column, kind = column.cast(pa.float64() if pa.types.is_decimal(kind) else pa.int8()), pa.float64()
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise ValueError(f"{where} must hold numbers, got {kind}")
+        raise ValueError(f"{where} must hold numbers, got {kind}{_such_as(column)}")
     return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+
+
+def _such_as(column: pa.ChunkedArray | pa.Array) -> str:
+    """The first text that is no number, for a message."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return ""
+    others = column.filter(pc.invert(pc.match_substring_regex(column, NUMBER)))
+    return f", as {others[0].as_py()[:60]!r}" if len(others) else ""
 
 
 def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels:
@@ -97,7 +107,9 @@ def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels
         unknown = _cast(list(task.ignore), values, f"{label}: ignore")
         values = pc.if_else(pc.is_in(values, value_set=unknown), pa.scalar(None, values.type), values)
     if task.kind == "regression" or task.threshold is not None or task.bins is not None:
-        target, names = _from_numbers(numbers(values, f"{label}: its values"), task, train)
+        known = numbers(values, f"{label}: its values")
+        _tell_infinite(known, label)
+        target, names = _from_numbers(known, task, train)
     else:
         target, names = _from_values(values, task, label)
     user = np.flatnonzero(~np.isnan(target))
@@ -175,6 +187,12 @@ def _from_values(values: pa.Array, task: TaskConfig, label: str) -> tuple[np.nda
 def _shown(value) -> str:
     """A class's name. Whole floats are integers that lost their type to a missing value: 18, not 18.0."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _tell_infinite(values: np.ndarray, label: str) -> None:
+    """Log how many values are infinite, as a division by zero leaves them."""
+    if count := np.count_nonzero(np.isinf(values)):
+        _LOG.info("%s: infinite values, taken for missing ones: %d of %d", label, count, len(values))
 
 
 def _check_whole(values: pa.Array, label: str) -> None:

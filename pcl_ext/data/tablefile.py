@@ -40,7 +40,7 @@ def read_table(
         return _read_csv(config, path, where, required, optional)
     _refuse_csv_keys(config, path, where)
     try:
-        parts = _parts(path, files, where, required)
+        parts = _parts(path, files, where, required, optional)
         _choose(parts.schema.names, path, where, set(config.text), ())
         columns = _choose(parts.schema.names, path, where, required, optional)
         scan = parts.scanner(columns=columns, **_FEW)
@@ -97,8 +97,9 @@ def _plain_text(table: pa.Table, as_text: Iterable[str], where: str) -> pa.Table
     return table
 
 
-def _parts(path: Path, files: list[Path], where: str, required: set[str]) -> ds.Dataset:
-    """One file, or many as one table: of a column's types the widest, null where a file lacks an optional column."""
+def _parts(path: Path, files: list[Path], where: str, required: set[str], optional) -> ds.Dataset:
+    """One file, or many as one table: of a column's types the widest, null where a file lacks an optional column.
+    Columns that are not read may be of any types."""
     names = [str(file) for file in files]
     if not path.is_dir():
         return ds.dataset(names, format="parquet")
@@ -109,8 +110,16 @@ def _parts(path: Path, files: list[Path], where: str, required: set[str]) -> ds.
     folders = [field for field in parts.schema if field.name not in first]
     for name, schema in schemas.items():
         _choose([*schema.names, *(field.name for field in folders)], Path(name), where, required, ())
-    known = pa.unify_schemas(list(schemas.values()), promote_options="permissive")
-    return ds.dataset(names, schema=pa.schema([*known, *(f for f in folders if f.name not in known.names)]), **base)
+    known = pa.schema([])
+    for name, schema in schemas.items():
+        fields = [f for f in schema if optional is None or f.name in required or f.name in optional]
+        try:
+            known = pa.unify_schemas([known, pa.schema(fields)], promote_options="permissive")
+        except pa.ArrowException as error:
+            hint = "write a column alike in all files"
+            raise ValueError(f"{where}: {name} does not go with the files before it: {error}; {hint}") from error
+    others = {field.name: field for schema in schemas.values() for field in [*schema, *folders]}
+    return ds.dataset(names, schema=pa.schema([*known, *(others[n] for n in others if n not in known.names)]), **base)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -190,7 +199,7 @@ def _collect_csv(source: Callable, config: TableConfig, options: dict) -> pa.Tab
 
 def _hint(error: Exception, config: TableConfig) -> str:
     """What mends a CSV that cannot be read."""
-    if isinstance(error, UnicodeError) or "UTF8" in str(error):
+    if isinstance(error, UnicodeError) or "UTF8" in str(error) or "\0" in str(error):  # UTF-16 has zeros
         return _ENCODING
     quoted = config.quote and (config.quote in str(error) or "straddl" in str(error))  # a cell longer than a block
     return '; quote = "" where a quote is a character as others' if quoted else ""

@@ -12,7 +12,7 @@ import numpy as np
 from pcl_ext.data._arrow import pa, pc
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
-_NUMBER = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
+NUMBER = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -53,6 +53,8 @@ class TimeColumn:
         numbers = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
         if numbers and time_format is not None:
             raise ValueError(f"{where}_format is for times that are text, got {column.type}; leave it out")
+        if time_format is not None:
+            _check_format(time_format, f"{where}_format")
         self.raw = unit if numbers else "us"
         if pa.types.is_integer(column.type):
             self.unit, self.values = unit, column.cast(pa.int64()).to_numpy()
@@ -81,6 +83,16 @@ class TimeColumn:
             text = f"is a date, but times reach {largest}, {'no date' if late else 'before 1973'} in {self.unit!r}"
             hint = "give [events] time_unit; or time_format, where they are dates as in 20240115"
             raise ValueError(f"{where} {text}: {hint}")
+
+
+def _check_format(time_format: str, where: str) -> None:
+    """ValueError for what strptime passes over without a word: the times would be hours off."""
+    keys = time_format.replace("%%", "")
+    if "%Z" in keys:
+        hint = "%z reads +0100, and a name that all times have stands as it is, as UTC"
+        raise ValueError(f"{where}: %Z passes over the name of a zone; {hint}; got {time_format!r}")
+    if "%p" in keys and "%H" in keys:
+        raise ValueError(f"{where}: %H passes over AM and PM, %I reads them with %p; got {time_format!r}")
 
 
 def _rescale(time: int, unit: str, to: str) -> int:
@@ -127,7 +139,7 @@ def _from_text(column: pa.ChunkedArray, time_format: str | None, where: str) -> 
     except pa.ArrowInvalid:
         row = first_bad(column, lambda part: _parses(parse, part))
         if time_format is None:
-            numbers = pc.match_substring_regex(column, _NUMBER).to_numpy()
+            numbers = pc.match_substring_regex(column, NUMBER).to_numpy()
             if len(numbers) / 2 < np.count_nonzero(numbers) < len(numbers):
                 row, wanted = int(np.argmin(numbers)), "must be numbers where most are"
         got = f"{column[row].as_py()[:60]!r} in row {row + 1:,} of {len(column):,}"

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from pcl_ext import loop, run, store
+from pcl_ext.cli import build_parser
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,8 @@ def test_prepare_refuses(refused, tmp_path, argv, message):
         ("learn", "memory: {readout: [first]}", "readout must name"),
         ("learn", "learn: {epochs: 0}", "epochs must be a whole number from 1 up, got 0"),
         ("learn", "learn: [", "config"),
+        ("learn", "", "--config must be a file of settings in YAML or JSON, got ''; --help"),
+        ("pretrain", 'name = "shop"\n[events]\n', "in YAML or JSON, got 'name = \"shop\"'; --help"),
     ],
 )
 def test_settings_that_are_not_known_are_refused(made, refused, tmp_path, command, text, message):
@@ -56,6 +59,17 @@ def test_settings_that_are_not_known_are_refused(made, refused, tmp_path, comman
     argv = [made.data, "--out", tmp_path / "new"] if command == "pretrain" else [made.run, "loyal", "--data", made.data]
     assert message in refused(command, *argv, "--config", tmp_path / "config.yaml")
     assert not (tmp_path / "new").exists()
+
+
+def test_settings_that_are_no_text_are_refused(made, refused, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"PAR1\xf0")
+    line = refused("learn", made.run, "--data", made.data, "--config", tmp_path / "config.yaml")
+    assert line.startswith("pcl: 'utf-8' codec can't decode")
+
+
+def test_help_does_not_call_the_tasks_of_learn_required():
+    (tasks,) = [action for action in build_parser()[1]["learn"]._actions if action.dest == "tasks"]
+    assert not tasks.required
 
 
 @pytest.mark.parametrize("command", ["learn", "evaluate"])

@@ -90,6 +90,14 @@ def test_mistakes_about_a_csv(prepare, keys, users, words):
     assert words in str(error.value)
 
 
+def test_a_log_in_utf_16_hears_of_its_encoding(prepare, tmp_path):
+    (tmp_path / "wide.csv").write_text(LOG, "utf-16")
+    toml = BASE.replace("log.csv", "wide.csv")
+    with pytest.raises(ValueError, match=r"wide\.csv is not readable as CSV: .* give the `encoding` of the file"):
+        prepare(toml)
+    assert histories(prepare(toml + 'encoding = "utf-16"\n')) == histories(prepare(BASE))
+
+
 def test_a_column_that_is_there_twice_and_not_read_is_no_mistake(prepare):
     log = "user_id,item_id,time,note,note\nann,x,1,a,b\n"
     assert histories(prepare(BASE, log)) == {"ann": ["x"]}

@@ -50,7 +50,7 @@ def test_ids_are_integers_where_all_are_written_so(prepare, caplog, column, ids,
         assert list(originals(dataset, "users.parquet", "user_id").values()) == want
     else:
         assert dataset.user_id.tolist() == [int(x) for x in want]
-    line = f"[events]: the ids in '{column}' stay text, {told} is not written as an integer is"
+    line = f"[events]: the ids in '{column}' stay text, {told} is not written as an integer of at most 63 bits is"
     assert (line in caplog.text) == (told is not None) == ("stay text" in caplog.text)
 
 

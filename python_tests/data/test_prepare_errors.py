@@ -83,7 +83,7 @@ def test_the_good_file_is_good(tmp_path):
         ('"users.csv"', '"nobody.csv"', "nobody.csv is missing"),
         ('[users]\nfile = "users.csv"\n', "", "task 'age': source users needs a [users] table"),
         ('column = "age"', 'column = "size"', "has no column 'size'"),
-        ('column = "age"', 'column = "city"', "must hold numbers, got string"),
+        ('column = "age"', 'column = "city"', "must hold numbers, got string, as 'a'"),
         ('column = "age"', "", "task 'age': column is missing"),
         (
             'column = "age"',
@@ -120,7 +120,7 @@ def test_the_good_file_is_good(tmp_path):
         (
             'kind = "regression"',
             'kind = "regression"\nmetric = "auc"',
-            "metric of task 'age' (regression) must be one of",
+            "task 'age': metric must be one of rmse, mae, got 'auc'",
         ),
         ('name = "age"', 'name = "Age"', "must match [a-z0-9_-]{1,64}, got 'Age'"),
         ('name = "age"', 'name = "new"', "[[task]] names must differ, got new, new"),

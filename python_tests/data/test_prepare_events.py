@@ -349,6 +349,17 @@ def test_delimiters_names_and_encodings(tmp_path, delimiter, text):
     assert histories(Dataset(tmp_path / "out")) == {"1": ["b", "é"]}
 
 
+def test_files_of_a_folder_agree_on_the_columns_that_are_read(prepare, tmp_path):
+    (tmp_path / "parts").mkdir()
+    for place, note in enumerate((5, "five")):
+        part = {"user_id": ["ann"], "item_id": ["xy"[place]], "time": [place], "note": [note]}
+        pq.write_table(pa.table(part), tmp_path / "parts" / f"part-{place}.parquet")
+    text = BASE.replace("log.csv", "parts")
+    assert histories(prepare(text)) == {"ann": ["x", "y"]}
+    with pytest.raises(ValueError, match=r"part-1\.parquet does not go with .* note .* int64 vs string"):
+        prepare(text + 'where = [["note", "==", 5]]\n')
+
+
 def test_a_killed_or_failed_run_leaves_no_dataset(prepare, tmp_path):
     with pytest.raises(ValueError, match="no event satisfies"):
         prepare(task(ITEMS + 'where = [["kind", "==", "gift"]]'))

@@ -50,6 +50,10 @@ def test_long_work_and_the_folds_are_said(said):
     (line,) = [line for line in lines if line.startswith("no ")]
     assert line.count("no ") == 2
     assert line.endswith(f"users: {ways}")
+    lines = said(BASE + '[fold]\nby = "date"\nvalid = 20\ntest = 30\n')
+    (line,) = [line for line in lines if line.startswith("no ")]
+    assert "other dates [fold] valid and test" in line
+    assert "rotate" not in line
 
 
 def test_train_users_whose_histories_run_past_the_date_of_test_are_said(said):
@@ -132,3 +136,14 @@ def test_users_without_a_value_and_rare_classes_are_said(said):
     assert "task 't': classes with fewer than 10 train users: 1 of 3; 'judge' has 1" in lines
     lines = said(task('kind = "classes"\ncolumn = "job"\nlabels = ["cook", "nurse"]\n'), log, table)
     assert not [line for line in lines if "than 10 train users" in line]
+
+
+def test_infinite_values_are_said(said):
+    users = "user_id,age\nann,31\nbob,inf\ncat,-inf\n"
+    for kind in ('kind = "regression"\n', 'kind = "binary"\nthreshold = 20\n'):
+        lines = said(task(f'{kind}column = "age"\n'), users=users)
+        assert "task 't': infinite values, taken for missing ones: 2 of 3" in lines
+    log = "user_id,item_id,time,price\nann,x,1,2\nann,y,2,inf\nbob,x,1,3\n"
+    mean = '[[task]]\nname = "t"\nkind = "regression"\nsource = "events"\nreduce = "mean"\ncolumn = "price"\n'
+    assert "task 't': infinite values, taken for missing ones: 1 of 3" in said(BASE + mean, log)
+    assert not [line for line in said(BASE + mean, log.replace("inf", "5")) if "infinite" in line]

@@ -74,3 +74,18 @@ def test_the_word_among_numbers_is_named(prepare, place, time):
 def test_numbers_that_are_read_as_text_are_no_times(prepare):
     with pytest.raises(ValueError, match="must be times as 2011-09-10 12:30:00, .* got '17' in row 1 of 2"):
         prepare(BASE + 'text = ["time"]\n', log_of([17, 18]))
+
+
+@pytest.mark.parametrize(
+    ("form", "words"), [("%Y-%m-%d %H:%M %Z", "%Z passes over .* %z"), ("%d.%m.%Y %H:%M %p", "%H passes over .* %I")]
+)
+def test_a_format_that_would_pass_over_a_zone_or_half_a_day_is_refused(prepare, form, words):
+    with pytest.raises(ValueError, match=rf"\[events\] time_format: {words}"):
+        prepare(BASE + f'time_format = "{form}"\n', log_of(["2024-03-31 10:00 CET"]))
+
+
+def test_a_format_reads_zones_and_halves_of_a_day(prepare):
+    zones = log_of(["2024-03-31 03:10 +0200", "2024-03-31 01:30 +0100", "2024-03-31 00:00 +0000"])
+    assert histories(prepare(BASE + 'time_format = "%Y-%m-%d %H:%M %z"\n', zones)) == {"ann": ["c", "b", "a"]}
+    halves = log_of(["03.01.2024 10:00 PM", "03.01.2024 11:00 AM"])
+    assert histories(prepare(BASE + 'time_format = "%d.%m.%Y %I:%M %p"\n', halves)) == {"ann": ["b", "a"]}
