@@ -125,7 +125,8 @@ def fit(
     "valid_loss", "seconds", "best"} an epoch. A run that finds its own checkpoint goes on from there and ends with the
     same bits. Dropout draws from torch's global generator, which the caller has seeded.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}  # other tasks may be open
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) in own}
     schedule, average = CosineSchedule(optimizer), Average(trained)
     keeper = Checkpoint(checkpoint, config.checkpoint_seconds, trained, optimizer, problem.identity)
     progress, best, average.values = keeper.load()

@@ -14,6 +14,7 @@ from runs import BACKBONE
 from pcl_ext import infer, train
 from pcl_ext.data import Dataset
 from pcl_ext.model import BackboneConfig, MemoryConfig, Task
+from pcl_ext.task import TaskSpec
 from pcl_ext.train import RARE_EPS, LearnConfig, PretrainConfig, learn_task, pretrain, task_rates
 
 
@@ -172,3 +173,14 @@ def test_a_start_that_a_checkpoint_holds_is_not_computed_again(dataset, pretrain
         learn_task(model, dataset, "range", LearnConfig(), checkpoint=checkpoint)
     assert start.called != there
     assert fit.call_args.args[2].keep_start
+
+
+def test_other_open_tasks_are_left_as_they_are(dataset, pretrained, tmp_path):
+    """What another loop has taught them since the checkpoint was written, too."""
+    config, checkpoint = LearnConfig(epochs=1), tmp_path / "click.safetensors"
+    for rows in (0.0, 1.0):
+        model = copy.deepcopy(pretrained)
+        other = model.add_task(TaskSpec("other", "binary"))
+        torch.nn.init.constant_(other.tail(), rows)
+        learn_task(model, dataset, "click", config, checkpoint=checkpoint)
+        assert bool((other.tail() == rows).all())

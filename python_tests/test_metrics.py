@@ -307,6 +307,10 @@ def test_refuses_wrong_types():
         measure(ITEMS, torch.zeros(1, 5), torch.tensor([0.0]))
     with pytest.raises(ValueError, match="must be finite, got nan"):
         measure(SPECS["regression"], torch.zeros(1), torch.tensor([math.nan]))
+    with pytest.raises(TypeError, match="output of task 'ctr' must be a Tensor, got dict"):
+        measure(SPECS["binary"], {"ctr": (torch.arange(1), torch.zeros(1))}, torch.tensor([0]))
+    with pytest.raises(TypeError, match="target of task 'ctr' must be a Tensor, got list"):
+        measure(SPECS["binary"], torch.zeros(1), [0])
 
 
 def test_refuses_another_width_than_that_of_its_catalogue():

@@ -77,6 +77,9 @@ class TaskMetrics:
 
     def _checked(self, output: Tensor, target: Tensor, target_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         name, kind = self.spec.name, self.spec.kind
+        for what, value in (("output", output), ("target", target), ("target_row", target_row)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{what} of task {name!r} must be a Tensor, got {type(value).__name__}")
         if not output.is_floating_point():
             raise TypeError(f"output of task {name!r} must be floating point, got {output.dtype}")
         if kind in ("binary", "regression") and output.dim() == 2 and output.shape[1] == 1:
@@ -182,10 +185,13 @@ class _Binary:
             from torchmetrics.functional.classification import binary_auroc
         except ImportError as error:
             raise ImportError("auc needs torchmetrics: pip install '.[cli]' in the sources of pcl_ext") from error
-        label = torch.cat(self.label).long()
-        # Dense ranks: binary_auroc takes a sigmoid of logits in float32, which ties all logits above 17.
+        label, rank = self._ranks()  # binary_auroc takes a sigmoid of logits in float32, which ties all above 17
+        return float(binary_auroc(rank.double() / len(rank), label.long(), validate_args=False))
+
+    def _ranks(self) -> tuple[Tensor, Tensor]:
+        """Labels bool and dense ranks of the logits, equal where these are, [m] each."""
         _, rank = torch.cat(self.logit).unique(return_inverse=True)
-        return float(binary_auroc(rank.double() / len(rank), label, validate_args=False))
+        return torch.cat(self.label).bool(), rank
 
     def standard_error(self) -> dict[str, float]:
         return {
@@ -196,8 +202,7 @@ class _Binary:
 
     def _delong(self) -> float:
         """DeLong, DeLong and Clarke-Pearson 1988: variance of the shares of negatives below each positive, and back."""
-        label = torch.cat(self.label).bool()
-        _, rank = torch.cat(self.logit).unique(return_inverse=True)
+        label, rank = self._ranks()
         variance = 0.0
         for own, other in ((rank[label], rank[~label]), (rank[~label], rank[label])):
             if len(own) < 2 or not len(other):

@@ -121,11 +121,18 @@ class LabelHead(nn.Module):
 
     @torch.no_grad()
     def fit(self, kind: str, target: Tensor) -> None:
-        """Start at the base rates of targets [m]; those of a binary task may lie between 0 and 1."""
+        """Start at the base rates of targets [m]; those of a binary task may lie between 0 and 1. ValueError where the
+        unit of a regression is none in the head's dtype."""
         if kind == "regression":
             deviation, mean = torch.std_mean(target.double(), correction=0)
             constant = target.min() == target.max()
-            self.unit.copy_(torch.stack([mean, torch.where(constant, 1.0, deviation)]))
+            unit = torch.stack([mean, torch.where(constant, 1.0, deviation)]).to(self.unit.dtype)
+            if not (bool(unit.isfinite().all()) and unit[1] > 0):
+                raise ValueError(
+                    f"targets must have a mean and a deviation that {unit.dtype} holds, got {float(mean):g} and "
+                    f"{float(deviation):g}; give them in another unit"
+                )
+            self.unit.copy_(unit)
             return
         if kind == "binary":
             ones = target.double().sum()

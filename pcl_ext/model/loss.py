@@ -23,7 +23,7 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
     also of a floating one. Without targets it is 0. Raises TypeError or ValueError for an output or targets of another
     shape; on the CPU, outside of compiled code and transforms such as vmap, also for columns, classes and flags that do
     not exist, values that are not finite, and for items to learn that their history holds. On CUDA nobody looks: a
-    column below 0 makes the loss NaN, as a value that is NaN does.
+    column or class below 0 makes the loss NaN, as a value that is NaN does.
     """
     _check_output(spec, output)
     _check_targets(spec, output, target, target_row)
@@ -31,12 +31,13 @@ def task_loss(spec: TaskSpec, output: Tensor, target: Tensor, target_row: Tensor
         return wide(output[:0]).sum()
     target_row = target_row.long()
     if spec.kind == "items":
-        own = output[target_row, target.long()]
+        own = output[target_row, target.long().clamp_min(0)]
         _check_unseen(spec, output, own, target, target_row)
         losses = _logsumexp(output)[target_row] - wide(own)
         return losses.masked_fill(target < 0, torch.nan).mean()
     if spec.kind == "classes":
-        return F.cross_entropy(wide(output[target_row]), target.long())
+        loss = F.cross_entropy(wide(output[target_row]), target.long().clamp_min(0))
+        return loss.masked_fill((target < 0).any(), torch.nan)  # -100 would be left out in silence
     output = wide(output[target_row])
     if spec.kind == "binary":
         return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))

@@ -249,16 +249,17 @@ class Task(nn.Module):
 
         features [n, F] of some training histories, target [m], all their targets as `columns` gives them. The base rate
         of a binary task is the mean of its targets, which may lie between 0 and 1. ValueError where there are none, one
-        is not finite or not a class or column, shapes are others, or the task is closed.
+        is not finite or not a class or column, shapes are others, the task's dtype does not hold a regression's mean
+        and deviation, or the task is closed.
         """
         self._check_open()
         columns = self.spec.num_outputs(self.shape.num_items)
         check_fit(self.spec, features, target, width=len(self.fixed), columns=columns)
+        for part in (self, *self.others):
+            part.head.fit(self.spec.kind, target)
         deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
         self.shift.copy_(torch.where(self.fixed, mean, 0.0))
         self.scale.copy_(torch.where(self.fixed, 1.0 / deviation.clamp_min(1e-3), 1.0))
-        for part in (self, *self.others):
-            part.head.fit(self.spec.kind, target)
 
     def check_tensors(self) -> None:
         """ValueError where an open task has other tensors than it was made with."""

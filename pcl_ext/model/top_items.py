@@ -19,7 +19,7 @@ class TopItems:
 
     def __init__(self, users: int, k: int, device: torch.device | str = "cpu"):
         self.k = k
-        self.scores = torch.full((users, k), -torch.inf, device=device)
+        self.scores = torch.full((users, k), -torch.inf, dtype=torch.float32, device=device)
         self.items = torch.zeros(users, k, dtype=torch.int64, device=device)
 
     def offer(self, scores: Tensor, items: Tensor) -> None:

@@ -76,11 +76,14 @@ def test_the_loss_under_transforms(name):
         torch.testing.assert_close(grad, torch.autograd.grad(task_loss(spec, one, own, rows), one)[0])
 
 
-def test_a_column_that_is_none_makes_the_loss_nan():
-    """On CUDA nobody looks at the targets, and an index below 0 counts from the end; nor under vmap, here."""
+@pytest.mark.parametrize("none", [-1, -100])
+@pytest.mark.parametrize("kind", ["items", "classes"])
+def test_a_column_or_class_that_is_none_makes_the_loss_nan(kind, none):
+    """On CUDA nobody looks at the targets, and `cross_entropy` leaves -100 out in silence; nor under vmap, here."""
+    spec = TaskSpec("t", kind, num_classes=20 if kind == "classes" else None)
     output, rows = torch.randn(3, 20), torch.arange(3)
-    targets = torch.tensor([[4, 19, 0], [4, -1, 0]])
-    losses = torch.vmap(lambda target: task_loss(SPECS["rank"], output, target, rows))(targets)
+    targets = torch.tensor([[4, 19, 0], [4, none, 0]])
+    losses = torch.vmap(lambda target: task_loss(spec, output, target, rows))(targets)
     assert losses.isnan().tolist() == [False, True]
 
 

@@ -72,6 +72,15 @@ def test_the_text_of_a_task_has_the_same_bits_whatever_the_default_dtype(default
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_items_are_ranked_alike_whatever_the_default_dtype(dtype, default_dtype):
+    model = make_model()
+    add(model, "rank")
+    want = model.predict(histories(), "rank", k=3)
+    default_dtype(dtype)
+    assert model.predict(histories(), "rank", k=3) == want
+
+
 @pytest.fixture
 def default_dtype():
     """Sets the default dtype for one test."""

@@ -60,11 +60,14 @@ def test_targets_may_be_of_any_integer_dtype(model, name, dtype):
         ("click", [0.0, 2.0], r"targets of task 'click' must be in 0\.\.1, got 0 to 2"),
         ("age", [0, 3], r"targets of task 'age' must be in 0\.\.2, got 0 to 3"),
         ("click", [[0.0], [1.0]], r"targets of task 'click' must be \[n\], got \[2, 1\]"),
+        ("value", [0.0, 1e-50], r"that torch.float32 holds, got 5e-51 and 5e-51; give them in another unit"),
+        ("value", [0.0, 1e40], r"a mean and a deviation that torch.float32 holds, got 5e\+39 and 5e\+39"),
     ],
 )
 def test_targets_that_say_nothing_are_refused(model, name, target, message):
+    target = torch.tensor(target, dtype=torch.float64 if name == "value" else None)
     with pytest.raises(ValueError, match=message):
-        fit(model, name, torch.tensor(target))
+        fit(model, name, target)
     assert not model.task(name).shift.any()
 
 

@@ -1,10 +1,13 @@
 """Parts of a layer that do more than their weights say (adapters, hooks, other products) are called."""
 
+from functools import partial
+
 import pytest
 import torch
 from model_cases import SPECS, V, add, histories, make_model, pack
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 from pcl_ext.model import Backbone, BackboneConfig, UserModel
 from pcl_ext.store import from_pretrained, save_pretrained
@@ -135,6 +138,22 @@ def test_low_rank_prompts_say_that_they_cannot_change_such_a_weight():
     model.freeze_backbone()
     task = add(model, "click", "none", low_rank=2)
     with pytest.raises(TypeError, match="low_rank changes the weight of the top layer's 'out', which a "):
+        model(pack(histories([3, 4])), task.spec.name)
+
+
+@pytest.mark.parametrize("part", [None, "qkv", "compiled"])
+def test_low_rank_prompts_say_that_they_cannot_change_what_another_forward_reads(part):
+    """A copy of such a layer computed with the weights of the layer itself: what the task had learned was not read."""
+    model = UserModel(backbone("transformer"))
+    model.freeze_backbone()
+    layers = model.backbone.layers
+    if part == "compiled":
+        layers[-1] = torch.compile(layers[-1], backend="eager")
+    else:
+        owner = layers[-1] if part is None else getattr(layers[-1], part)
+        owner.forward = partial(checkpoint, owner.forward, use_reentrant=False)
+    task = add(model, "click", "none", low_rank=2)
+    with pytest.raises(TypeError, match="low_rank changes weights of the top layer, which has a forward of its own"):
         model(pack(histories([3, 4])), task.spec.name)
 
 

@@ -52,6 +52,12 @@ def _with_weights(layer: Layer, weights: dict[str, Tensor]) -> Layer:
 
     Nothing is written to `layer`, as torch.func.functional_call would for a moment: other threads may be reading it.
     """
+    parts = [layer._modules.get(name) for name in weights]
+    if type(layer).forward is not Layer.forward or any("forward" in part.__dict__ for part in (layer, *parts)):
+        raise TypeError(
+            f"low_rank changes weights of the top layer, which has a forward of its own ({type(layer).__name__}), or a "
+            "part of it has: that would go on reading its own weights; checkpoint or compile the whole model instead"
+        )
     changed = copy(layer)
     changed._modules = dict(layer._modules)
     for name, weight in weights.items():
