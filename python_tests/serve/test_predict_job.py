@@ -44,18 +44,18 @@ def test_the_file_is_what_a_predictor_answers(made, tmp_path, task):
     run, dataset = made
     share = job(made, tmp_path / "all.parquet", task, k=5).run()
     assert (share.users, share.unknown, share.complete) == (USERS, int((dataset.items > 20).sum()), True)
-    table, want = (
-        pq.read_table(tmp_path / "all.parquet"),
-        Predictor(run).predict({"values": dataset.items, "offsets": dataset.offsets}, task, 5),
-    )
-    want.pop("unknown")
-    assert table.column_names == ["user_id", *want]
+    table, predictor = pq.read_table(tmp_path / "all.parquet"), Predictor(run)
     assert table["user_id"].to_pylist() == dataset.user_id.tolist()
-    there = want["items"] > 0 if "items" in want else None
-    for name, values in want.items():
-        rows = list(values) if there is None else [row[mask] for row, mask in zip(values, there, strict=True)]
-        for got, row in zip(table[name].to_pylist(), rows, strict=True):
-            assert got == (row.tolist() if name in ("items", "class", "label") else pytest.approx(row, rel=1e-6))
+    for first in range(0, USERS, encode.SHARD_USERS):  # as many at once: products round otherwise in other company
+        offsets = dataset.offsets[first : first + encode.SHARD_USERS + 1]
+        values = dataset.items[offsets[0] : offsets[-1]]
+        want = predictor.predict({"values": values, "offsets": offsets - offsets[0]}, task, 5)
+        want.pop("unknown")
+        assert table.column_names == ["user_id", *want]
+        there = want["items"] > 0 if "items" in want else None
+        for name, column in want.items():
+            rows = list(column) if there is None else [row[mask] for row, mask in zip(column, there, strict=True)]
+            assert table[name][first : first + encode.SHARD_USERS].to_pylist() == [row.tolist() for row in rows]
 
 
 def test_the_logs_own_ids_come_out_and_seen_items_are_left_out(made, tmp_path):
