@@ -24,10 +24,10 @@ inline Floats dot_pairs(Floats sums, Pairs a, Pairs b) {
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sums), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
 
-// Weights 2^(factor * x) of x up to 0, in bfloat16, 32 at a time; 0 for whatever is below 2^-127. In whole numbers, 512 to
-// a power of two: n = 512 (127 + factor * x), of which 1 + f - 2^f with f = n mod 512 is taken off, close to f (1 - f)
-// (0.305 + 0.078 f), and the rest rounded to bfloat16's 128 to a power of two. Relative error 0.53 % at most, 0.20 % in
-// the mean square, where rounding alone makes 0.39 and 0.165.
+// Weights 2^(factor * x) of x up to 0, in bfloat16, 32 at a time; 0 for whatever is below 2^-127. In whole numbers, 512
+// to a power of two: n = 512 (127 + factor * x), of whose fraction f = n mod 512 / 512 what 1 + f is above 2^f is taken
+// off, close to f (1 - f) (0.305 + 0.078 f), and the rest is rounded to bfloat16's 128 to a power of two. Relative error
+// 0.53 % at most, 0.20 % in the mean square, where rounding alone makes 0.39 and 0.165.
 class WeightScale {
  public:
   explicit WeightScale(float factor) {

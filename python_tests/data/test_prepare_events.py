@@ -1,19 +1,13 @@
 """`prepare events` on small logs whose datasets can be written down by hand."""
 
-import datetime as dt
-import io
 import json
 from hashlib import sha256
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
-from pyarrow import csv
 from shop_log import BASE, LOG, histories, originals, rows, task
 
-from pcl_ext.data import Dataset, fold_of, labels, prepare_events, targets
+from pcl_ext.data import fold_of, labels, targets
 from pcl_ext.data.split import stable_hash
 
 
@@ -304,62 +298,6 @@ def test_bins_are_quantiles_of_the_train_users(prepare):
     assert table.spec.num_classes == 4
 
 
-DAY = 86400
-TIMES = {
-    "s": pa.array([DAY, 2 * DAY, 3 * DAY]),
-    "ms": pa.array([1000 * DAY, 2000 * DAY, 3000 * DAY], pa.int64()),
-    "ns": pa.array([10**9 * DAY, 2 * 10**9 * DAY, 3 * 10**9 * DAY], pa.int64()),
-    "float": pa.array([DAY + 0.25, 2.0 * DAY, 3.0 * DAY]),
-    "timestamp": pa.array([dt.datetime(1970, 1, day) for day in (2, 3, 4)], pa.timestamp("ms")),
-    "zone": pa.array([dt.datetime(1970, 1, day) for day in (2, 3, 4)], pa.timestamp("ns", "Europe/Rome")),
-    "date": pa.array([dt.date(1970, 1, day) for day in (2, 3, 4)], pa.date32()),
-    "iso": pa.array(["1970-01-02", "1970-01-03", "1970-01-04"]),
-    "iso time": pa.array(["1970-01-02 10:00:00", "1970-01-03 00:00:00", "1970-01-04T00:00:00"]),
-    "format": pa.array(["2/1/1970", "3/1/1970", "4/1/1970"]),
-}
-
-
-@pytest.mark.parametrize("kind", TIMES)
-@pytest.mark.parametrize("until", ["1970-01-03", '"1970-01-03"', "1970-01-03T00:00:00Z"])
-def test_times_of_all_kinds(tmp_path, kind, until):
-    log = pa.table(
-        {"user_id": [1, 1, 1], "item_id": pa.array(["a", "b", "c"]).dictionary_encode(), "when": TIMES[kind]}
-    )
-    pq.write_table(log.take([2, 0, 1]), tmp_path / "log.parquet")
-    more = {"format": 'time_format = "%d/%m/%Y"'}.get(kind, f'time_unit = "{kind if kind in ("ms", "ns") else "s"}"')
-    toml = f'name = "shop"\n[events]\nfile = "log.parquet"\ntime = "when"\nuntil = {until}\n{more}\n'
-    (tmp_path / "shop.toml").write_text(toml)
-    prepare_events(tmp_path / "shop.toml", tmp_path / "out")
-    assert histories(Dataset(tmp_path / "out")) == {"1": ["a"]}
-    (tmp_path / "shop.toml").write_text(toml.replace(f"until = {until}", ""))
-    prepare_events(tmp_path / "shop.toml", tmp_path / "all")
-    assert histories(Dataset(tmp_path / "all")) == {"1": ["a", "b", "c"]}
-
-
-@pytest.mark.parametrize(("delimiter", "text"), [("\\t", "\t"), (";", ";"), ("::", "::"), ("|", "|")])
-def test_delimiters_names_and_encodings(tmp_path, delimiter, text):
-    (tmp_path / "log.dat").write_bytes(
-        "\n".join(text.join(row) for row in (("1", "é", "2"), ("1", "b", "1"))).encode("latin-1")
-    )
-    (tmp_path / "shop.toml").write_text(
-        f'name = "shop"\n[events]\nfile = "log.dat"\ndelimiter = "{delimiter}"\nencoding = "latin-1"\n'
-        'columns = ["who", "what", "when"]\nuser = "who"\nitem = "what"\ntime = "when"\n'
-    )
-    prepare_events(tmp_path / "shop.toml", tmp_path / "out")
-    assert histories(Dataset(tmp_path / "out")) == {"1": ["b", "é"]}
-
-
-def test_files_of_a_folder_agree_on_the_columns_that_are_read(prepare, tmp_path):
-    (tmp_path / "parts").mkdir()
-    for place, note in enumerate((5, "five")):
-        part = {"user_id": ["ann"], "item_id": ["xy"[place]], "time": [place], "note": [note]}
-        pq.write_table(pa.table(part), tmp_path / "parts" / f"part-{place}.parquet")
-    text = BASE.replace("log.csv", "parts")
-    assert histories(prepare(text)) == {"ann": ["x", "y"]}
-    with pytest.raises(ValueError, match=r"part-1\.parquet does not go with .* note .* int64 vs string"):
-        prepare(text + 'where = [["note", "==", 5]]\n')
-
-
 def test_a_killed_or_failed_run_leaves_no_dataset(prepare, tmp_path):
     with pytest.raises(ValueError, match="no event satisfies"):
         prepare(task(ITEMS + 'where = [["kind", "==", "gift"]]'))
@@ -376,31 +314,3 @@ def test_ids_that_are_text_by_name_are_in_the_order_of_text(prepare):
     log = "user_id,item_id,time\n1,7,1\n1,10,2\n"
     for text, want in (("", ["7", "10"]), ('text = ["item_id"]', ["10", "7"])):
         assert list(originals(prepare(BASE + text, log=log), "items.parquet", "item_id").values()) == want
-
-
-def test_a_log_may_be_a_folder_of_parquet_files(prepare, tmp_path):
-    """Parts in the order of their names, whose folders may name a column; what is no part is left alone."""
-    want = histories(prepare(BASE + 'where = [["kind", "==", "buy"]]'))
-    log = csv.read_csv(io.BytesIO(LOG.encode()))
-    log = log.set_column(log.column_names.index("time"), "time", log["time"].cast(pa.int32()))
-    for kind in ("buy", "back"):
-        part = log.filter(pc.equal(log["kind"], kind)).drop_columns("kind")
-        for place, (first, count) in enumerate(((0, 2), (2, 99))):
-            folder = tmp_path / "parts" / f"kind={kind}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(part.slice(first, count), folder / f"part-{place}.parquet")
-    for name in ("_SUCCESS", "kind=buy/.part-9.parquet", "notes.txt"):
-        (tmp_path / "parts" / name).write_text("no part")
-    text = BASE.replace("log.csv", "parts") + 'where = [["kind", "==", "buy"]]'
-    dataset = prepare(text)
-    assert histories(dataset) == want
-    assert [part["file"] for part in dataset.info["sources"]] == ["part-0.parquet", "part-1.parquet"] * 2
-    wide = pa.table({"user_id": ["ann"], "item_id": ["z"], "time": pa.array([2**40]), "rating": [None]})
-    pq.write_table(wide, tmp_path / "parts" / "kind=buy" / "part-2.parquet")  # a wider time, a column of nulls
-    assert histories(prepare(text))["ann"] == [*want["ann"], "z"]
-    pq.write_table(wide.drop_columns("item_id"), tmp_path / "parts" / "kind=buy" / "part-3.parquet")
-    with pytest.raises(ValueError, match=r"part-3\.parquet has no column 'item_id'"):
-        prepare(text)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"\[events\]: folder .*empty has no Parquet files"):
-        prepare(BASE.replace("log.csv", "empty"))

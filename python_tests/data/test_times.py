@@ -1,9 +1,13 @@
 """Times of a log: bounds by date and by raw time, fractions, formats, and numbers that are no times."""
 
+import datetime as dt
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from shop_log import BASE, histories, rows
+
+from pcl_ext.data import Dataset, prepare_events
 
 HEAD = "user_id,item_id,time\n"
 
@@ -89,3 +93,35 @@ def test_a_format_reads_zones_and_halves_of_a_day(prepare):
     assert histories(prepare(BASE + 'time_format = "%Y-%m-%d %H:%M %z"\n', zones)) == {"ann": ["c", "b", "a"]}
     halves = log_of(["03.01.2024 10:00 PM", "03.01.2024 11:00 AM"])
     assert histories(prepare(BASE + 'time_format = "%d.%m.%Y %I:%M %p"\n', halves)) == {"ann": ["b", "a"]}
+
+
+DAY = 86400
+TIMES = {
+    "s": pa.array([DAY, 2 * DAY, 3 * DAY]),
+    "ms": pa.array([1000 * DAY, 2000 * DAY, 3000 * DAY], pa.int64()),
+    "ns": pa.array([10**9 * DAY, 2 * 10**9 * DAY, 3 * 10**9 * DAY], pa.int64()),
+    "float": pa.array([DAY + 0.25, 2.0 * DAY, 3.0 * DAY]),
+    "timestamp": pa.array([dt.datetime(1970, 1, day) for day in (2, 3, 4)], pa.timestamp("ms")),
+    "zone": pa.array([dt.datetime(1970, 1, day) for day in (2, 3, 4)], pa.timestamp("ns", "Europe/Rome")),
+    "date": pa.array([dt.date(1970, 1, day) for day in (2, 3, 4)], pa.date32()),
+    "iso": pa.array(["1970-01-02", "1970-01-03", "1970-01-04"]),
+    "iso time": pa.array(["1970-01-02 10:00:00", "1970-01-03 00:00:00", "1970-01-04T00:00:00"]),
+    "format": pa.array(["2/1/1970", "3/1/1970", "4/1/1970"]),
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+@pytest.mark.parametrize("until", ["1970-01-03", '"1970-01-03"', "1970-01-03T00:00:00Z"])
+def test_times_of_all_kinds(tmp_path, kind, until):
+    log = pa.table(
+        {"user_id": [1, 1, 1], "item_id": pa.array(["a", "b", "c"]).dictionary_encode(), "when": TIMES[kind]}
+    )
+    pq.write_table(log.take([2, 0, 1]), tmp_path / "log.parquet")
+    more = {"format": 'time_format = "%d/%m/%Y"'}.get(kind, f'time_unit = "{kind if kind in ("ms", "ns") else "s"}"')
+    toml = f'name = "shop"\n[events]\nfile = "log.parquet"\ntime = "when"\nuntil = {until}\n{more}\n'
+    (tmp_path / "shop.toml").write_text(toml)
+    prepare_events(tmp_path / "shop.toml", tmp_path / "out")
+    assert histories(Dataset(tmp_path / "out")) == {"1": ["a"]}
+    (tmp_path / "shop.toml").write_text(toml.replace(f"until = {until}", ""))
+    prepare_events(tmp_path / "shop.toml", tmp_path / "all")
+    assert histories(Dataset(tmp_path / "all")) == {"1": ["a", "b", "c"]}
