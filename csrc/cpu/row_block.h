@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../linear.h"
+#include "few_rows.h"
 #include "simd.h"
 #include "transpose.h"
 
@@ -166,6 +167,12 @@ struct PlainWeights {
   static void multiply(const Matrix& weight, int64_t first, int64_t count, int64_t column, int64_t depth,
                        const A* block, int64_t rows, bool add, A* to) {
     const A* from = static_cast<const A*>(weight.data) + first * weight.stride + column;
+    if constexpr (S::kLanes >= 16) {  // narrower vectors do a block of rows as fast
+      constexpr int64_t kStep = kBlockRows<S>;
+      if (rows == 1) return multiply_few<S, 1>(from, weight.stride, count, block, depth, kStep, add, to);
+      if (rows == 2) return multiply_few<S, 2>(from, weight.stride, count, block, depth, kStep, add, to);
+      if (rows <= 4) return multiply_few<S, 4>(from, weight.stride, count, block, depth, kStep, add, to);
+    }
     const Factor<A> pair{from, block, kBlockRows<S>, depth};
     pcl::multiply<S>({weight.stride, 1, kBlockRows<S>, 1, add}, &pair, 1, count, S::round_up(rows), to);
   }

@@ -260,28 +260,35 @@ inline typename S::V interleave(typename S::V a, typename S::V b, std::integer_s
 #endif
 }
 
-// to[c * to_row + i] = from[i * from_row + c] for a square block; rows from `rows` on are 0.
+// columns[c][i] = from[i * from_row + c] for a square block; rows from `rows` on are 0.
 template <class S>
-inline void transpose_block(const typename S::A* from, int64_t from_row, int64_t rows, typename S::A* to,
-                            int64_t to_row) {
+inline void load_columns(const typename S::A* from, int64_t from_row, int64_t rows, typename S::V* columns) {
   using V = typename S::V;
   constexpr int W = S::kLanes;
   using Lanes = std::make_integer_sequence<int, W>;
-  V block[W], next[W];
+  V next[W];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) block[i] = i < rows ? S::load(from + i * from_row) : V{};
+  for (int i = 0; i < W; ++i) columns[i] = i < rows ? S::load(from + i * from_row) : V{};
 #pragma GCC unroll 4
   for (int stage = 1; stage < W; stage *= 2) {
 #pragma GCC unroll 16
     for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = interleave<S, 0>(block[i], block[i + W / 2], Lanes{});
-      next[2 * i + 1] = interleave<S, 1>(block[i], block[i + W / 2], Lanes{});
+      next[2 * i] = interleave<S, 0>(columns[i], columns[i + W / 2], Lanes{});
+      next[2 * i + 1] = interleave<S, 1>(columns[i], columns[i + W / 2], Lanes{});
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) block[i] = next[i];
+    for (int i = 0; i < W; ++i) columns[i] = next[i];
   }
+}
+
+// The same to memory: to[c * to_row + i].
+template <class S>
+inline void transpose_block(const typename S::A* from, int64_t from_row, int64_t rows, typename S::A* to,
+                            int64_t to_row) {
+  typename S::V columns[S::kLanes];
+  load_columns<S>(from, from_row, rows, columns);
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) S::store(to + i * to_row, block[i]);
+  for (int i = 0; i < S::kLanes; ++i) S::store(to + i * to_row, columns[i]);
 }
 
 // to[c * to_row + i] = from[i * stride + c] for i < rows and c < columns, a multiple of the vector; 0 for the other

@@ -17,13 +17,14 @@ CASES = {
     "qkv": lambda: make_linear(70, 64, 192, residual=False),
     "out": lambda: make_linear(70, 64, 64, norm=False),
     "wide": lambda: make_linear(130, 256, 100),
+    "deep": lambda: make_linear(70, 300, 35),
     "odd widths": lambda: make_linear(33, 37, 51),
     "narrow": lambda: make_linear(9, 1, 1, bias=False),
     "plain": lambda: make_linear(20, 16, 7, bias=False, norm=False, residual=False),
     "one row": lambda: make_linear(1, 32, 96),
     "no rows": lambda: make_linear(0, 32, 96),
     "feed-forward": lambda: make_feed_forward(70, 64, 256),
-    "feed-forward, odd widths": lambda: make_feed_forward(33, 37, 151),
+    "feed-forward, odd widths": lambda: make_feed_forward(70, 37, 151),
     "feed-forward, narrow": lambda: make_feed_forward(9, 2, 3),
     "feed-forward, one row": lambda: make_feed_forward(1, 32, 128),
     "feed-forward, no rows": lambda: make_feed_forward(0, 32, 128),
@@ -88,14 +89,14 @@ def test_threads_do_not_change_bits(sizes, make, isa, dtype):
 
 
 @pytest.mark.needs_ext
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["qkv", "wide", "feed-forward"])
+@pytest.mark.parametrize("name", ["qkv", "wide", "deep", "feed-forward", "feed-forward, odd widths"])
 def test_company_does_not_change_bits(name, isa, dtype):
     case = to(CASES[name](), dtype)
     grad_out = grad_for(case, dtype)
     want = case.run_isa(grad_out, isa)
-    for rows in (slice(3, 4), slice(1, 40), slice(65, 70)):
+    for rows in (slice(3, 4), slice(8, 10), slice(20, 23), slice(28, 32), slice(1, 40), slice(65, 70)):
         part = {n: x[rows] for n, x in vars(case).items() if n in ("x", "residual") and x is not None}
         got = replace(case, **part).run_isa(grad_out[rows], isa)
         torch.testing.assert_close(got, {n: x[rows] for n, x in want.items()}, rtol=0, atol=0)
