@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from aims import aims_table
 from measure import as_markdown, describe_rates
 
 HERE = Path(__file__).parent
@@ -29,17 +30,22 @@ def section(result: dict) -> str:
     return f"## {result['title']}\n\n{describe_rates(result['rates'])}\n\n{table}\n"
 
 
+def page(results: list[dict]) -> str:
+    """All of them in Markdown, with what was asked for first."""
+    machine = results[0]["machine"]
+    head = "\n".join(f"- {name}: {value}" for name, value in machine.items())
+    aims = f"## What was asked for\n\n{aims_table({'reached': results})}\n"
+    return "\n".join([f"# Benchmarks on {machine['processor']}\n\n{head}\n", aims, *map(section, results)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments, options = parser.parse_known_args()
     results = [run(bench, options) for bench in sorted(HERE.glob("bench_*.py"))]
-    machine = results[0]["machine"]
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["processor"].lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", results[0]["machine"]["processor"].lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    head = "\n".join(f"- {name}: {value}" for name, value in machine.items())
-    text = "\n".join([f"# Benchmarks on {machine['processor']}\n\n{head}\n", *map(section, results)])
-    (arguments.out / f"cpu-{slug}.md").write_text(text)
+    (arguments.out / f"cpu-{slug}.md").write_text(page(results))
     (arguments.out / f"cpu-{slug}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
