@@ -11,6 +11,7 @@ import pytest
 from stores import make_model
 
 from pcl_ext import save_pretrained
+from pcl_ext.ops import _gpu
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -158,3 +159,10 @@ except ImportError as error:
         "(2,)",
         "datasets on disk need pyarrow: pip install '.[cli]' in the sources of pcl_ext",
     ]
+
+
+@pytest.mark.skipif(_gpu._RUNS, reason="CUDA kernels have constants to mark for compiled graphs")
+def test_a_start_does_not_wait_for_torchs_compiler(tmp_path):
+    script = "import sys, pcl_ext, pcl_ext.train, pcl_ext.infer; print('torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"

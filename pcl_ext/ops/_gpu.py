@@ -14,6 +14,9 @@ if _FOUND and _TORCH_HAS_CUDA:
     from pcl_ext import _cuda as CUDA  # a broken build must raise here
 else:
     CUDA = None
+_RUNS = CUDA is not None or find_spec("pcl_ext._cuda_emulated") is not None
+# marking a function as a constant of compiled graphs imports torch's compiler: a second at every start
+_constant = torch.compiler.assume_constant_result if _RUNS else lambda function: function
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _emulator = None  # what takes CPU tensors to the CUDA kernels, in tests
@@ -43,7 +46,7 @@ def cuda_status() -> str:
     return f"{name}, on {gpu} (sm_{major}{minor})"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _is_new_enough(device: int) -> bool:
     """A constant of compiled graphs, as all that a device can do."""
     return _capability(device)[0] >= 8
@@ -54,7 +57,7 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def attention_fits(device: int | None, dim: int, scalar: int) -> bool:
     """Whether a block of prompt_attention's kernels has the shared memory that head width dim needs: sm_86 and sm_89
     have less than sm_80."""
