@@ -38,7 +38,8 @@ TESTS = {
     "tests of attention": [ATTENTION],
     "tests of the other ops": ["ops", *(f"--ignore={ROOT / 'python_tests' / file}" for file in (ATTENTION, ALONE))],
     "tests of graphs, streams, compiling": [ALONE],
-    "tests of a model": ["model/test_step_on_cuda.py", "test_other_device.py"],
+    "tests of a model": ["model/test_step_on_cuda.py"],
+    "tests of training and use": ["test_other_device.py"],
 }
 OURS = "kernel_substring=3pcl"  # the mangled name of every kernel in namespace pcl
 # What each tool of compute-sanitizer watches: reads and writes outside tensors (what torch asks a driver in vain is no

@@ -239,6 +239,7 @@ def write_repeats(dataset):
 
 def main():
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # some systems' settings ask for less
     if DEVICE == "stand_in":
         importlib.import_module(DEVICE)
     else:

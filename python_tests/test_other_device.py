@@ -49,6 +49,8 @@ def found(tmp_path_factory, request):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_same_comes_out_and_devices_are_not_mixed(found, check):
+    if check == "command":
+        pytest.importorskip("jsonargparse")
     assert not found[check], found[check]
 
 

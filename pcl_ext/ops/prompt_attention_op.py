@@ -160,7 +160,8 @@ def _backward_cuda(pointers, numbers, causal, scale, grad_out, out, stats, grads
     for grad in grads[3:]:  # kernels fill the rows of prefixes, and prefix_offsets, unread here, may not name all
         grad.zero_()
     members = _members(work, batch, num_prefixes) if prefix else (None, None, None)
-    grad_out = _rows_of_16_bytes(grad_out, 2)
+    grad_out, out = _rows_of_16_bytes(grad_out, 2), _rows_of_16_bytes(out, 2)
+    stats = stats.clone() if stats.data_ptr() % 8 else stats
     with torch.cuda.device_of(out):  # how much is needed depends on the GPU
         size = _gpu.module().prompt_attention_bwd_bytes(pointers, numbers, prefix, dtype)
     workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
