@@ -94,11 +94,15 @@ def save_forever(path, old, new):
 def kill_while_saving(path, kills):
     old, new = states(path)
     want = {tuple(model.task_names): hashes(model) for model in (old, new)}
+    began = time.monotonic()
+    save_pretrained(new, path)
+    save_back(old, path, RECORD)
+    longest = 2 * (time.monotonic() - began)  # on a machine with other work saving takes several times as long
     seen = set()
     for _ in range(kills):
         child = FORK.Process(target=save_forever, args=(path, old, new))
         child.start()
-        time.sleep(random.uniform(0, 0.03))
+        time.sleep(random.uniform(0, longest))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         got = from_pretrained(path)
