@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pcl_ext import commands, infer, store
+from pcl_ext import commands, infer, ops, store
 from pcl_ext.cli import main
 from pcl_ext.data import Dataset
 from pcl_ext.run import PROTOCOL
@@ -246,6 +246,10 @@ def test_demo_on_a_folder(made, pcl, tmp_path, monkeypatch):
     assert out[-1] == f"report: {tmp_path / 'demo' / 'run' / 'report' / 'report.html'}"
     assert (tmp_path / "demo" / "run" / "report" / "report.html").is_file()
     assert not (tmp_path / "demo" / "dataset").exists()
+    monkeypatch.setattr(ops, "native_build", lambda: "another")
+    status, out, _ = pcl("demo", "--data", made.data, "--out", tmp_path / "demo")
+    assert status == 1
+    assert "outputs not compared: bits can be compared on the machine that made" in out[-1]
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["learn", "--help"]], ids=str)
