@@ -296,11 +296,11 @@ def demo(args) -> int:
     learn_all(folder, dataset, dataset.task_names[1:], DEMO_LEARN, None)
     print(_matrix(folder).to_text())
     found = run.verify_unchanged(folder, dataset)
-    if changed := [task for task, state in found["tasks"].items() if state != run.EQUAL]:
+    if changed := [task for task, state in found["tasks"].items() if state == run.CHANGED]:
         print(f"outputs changed: {', '.join(changed)}")
         return 1
-    if found["not_checked"]:
-        print(f"outputs not compared: {found['not_checked']}; another --out makes the demo anew")
+    if why := found["not_checked"] or next((state for state in found["tasks"].values() if state != run.EQUAL), None):
+        print(f"nothing is proven: {why}; another --out makes the demo anew")
         return 1
     lost, count = _matrix(folder).forgetting()["mean"], len(found["tasks"])
     print(f"forgetting {lost:g} (bitwise: all outputs of {count} tasks compared)")

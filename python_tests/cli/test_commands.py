@@ -249,7 +249,7 @@ def test_demo_on_a_folder(made, pcl, tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "native_build", lambda: "another")
     status, out, _ = pcl("demo", "--data", made.data, "--out", tmp_path / "demo")
     assert status == 1
-    assert "outputs not compared: bits can be compared on the machine that made" in out[-1]
+    assert "nothing is proven: bits can be compared on the machine that made" in out[-1]
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["learn", "--help"]], ids=str)
