@@ -95,7 +95,9 @@ def _product(**choices: tuple) -> list[Setting]:
 
 
 MEMORY_RATES = (LearnConfig.learning_rate, 2e-3)  # the package's own first, as the baselines' memories have it
-GRID: dict[str, list[Setting]] = {  # the first point of each is what a run with one point takes, and a study
+# A run with one point, and a study, takes the first of each: of the baselines what was the best on the valid users of
+# most of online-retail's five folds when the whole grid was searched.
+GRID: dict[str, list[Setting]] = {
     "popularity": [Setting()],
     "cheap": [Setting()],
     "probe": _product(readout=("last",), head_rate=(2e-3, 1e-2)),
@@ -107,16 +109,16 @@ GRID: dict[str, list[Setting]] = {  # the first point of each is what a run with
     "mtl-scratch": _product(rate=(PretrainConfig.learning_rate,), strength=(0.1, 0.3)),
     "mmoe": _product(rate=(1e-4, 1e-3)),
     "mmoe-scratch": _product(rate=(PretrainConfig.learning_rate,), strength=(0.1, 0.3)),
-    "ewc": _product(rate=(3e-4,), strength=(1e2, 1e4)),
-    "lwf": _product(rate=(3e-4,), strength=(1.0, 4.0)),
+    "ewc": _product(rate=(3e-4,), strength=(1e4, 1e2)),
+    "lwf": _product(rate=(3e-4,), strength=(4.0, 1.0)),
     "hat": _product(rate=(3e-4, 1e-3), strength=(0.75,)),
-    "piggyback": _product(rate=(3e-4, 1e-3)),
+    "piggyback": _product(rate=(1e-3, 3e-4)),
     "peterrec": _product(rate=(1e-3, 3e-3)),
-    "conure": _product(rate=(1e-3,), keep=(0.3, 0.6)),
+    "conure": _product(rate=(1e-3,), keep=(0.6, 0.3)),
     "teracon": _product(rate=(3e-4, 1e-3), strength=(0.7,)),
     "l2p": _product(rate=(3e-3, 1e-2), strength=(0.5,)),
     "dualprompt": _product(rate=(3e-3, 1e-2)),
-    "coda": _product(rate=(3e-3, 1e-2), strength=(0.1,)),
+    "coda": _product(rate=(1e-2, 3e-3), strength=(0.1,)),
     "pcl-eq1": _product(readout=("last",), memory_rate=MEMORY_RATES),
     "pcl": _product(memory_rate=MEMORY_RATES),
     "pcl-no-backbone": _product(memory_rate=MEMORY_RATES),

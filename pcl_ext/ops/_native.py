@@ -113,21 +113,21 @@ def define(
 ) -> None:
     """Register pcl_ext::name: its schema, its kernel where its module is there, its fake and its autograd rule.
 
-    check takes the op's arguments and raises for dtypes and shapes that the CPU's kernel would misread: a program that
-    was saved, and converted or given other inputs since, calls the op by its name. cuda: whether kernel takes CUDA
-    tensors too.
+    check takes the op's arguments and raises for dtypes and shapes that a kernel would misread: a program that was
+    saved, and converted or given other inputs since, calls the op by its name. cuda: whether kernel takes CUDA tensors
+    too, of which check reads no values.
     """
 
     def checked(*args):
-        if not _gpu.emulates():
-            check(*args)
+        check_devices(*args)
+        check(*args)
         return kernel(*args)
 
     LIBRARY.define(name + schema)
     if C is not None:
         LIBRARY.impl(name, checked, "CPU")
     if cuda and _gpu.CUDA is not None:
-        LIBRARY.impl(name, kernel, "CUDA")
+        LIBRARY.impl(name, checked, "CUDA")
     torch.library.register_fake(f"pcl_ext::{name}", fake, lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, _outside_transforms(autograd.apply), "Autograd")
@@ -147,13 +147,23 @@ def _outside_transforms(apply):
     return wrapper
 
 
+def check_devices(*args) -> None:
+    """All tensors among args sit on one device, whose kernel reads them all."""
+    found = {x.device for x in args if isinstance(x, Tensor)}
+    if len(found) > 1:
+        raise ValueError(f"tensors must be on one device, got {', '.join(sorted(map(str, found)))}")
+
+
 def check_floats(*tensors: Tensor | None, mixed: bool = False) -> None:
-    """One dtype of float32, float64 and bfloat16 for all; mixed: float32 and bfloat16 may stand together."""
-    found = {x.dtype for x in tensors if x is not None}
+    """One dtype for all, of those that the kernels of their device take; mixed: float32 and bfloat16 may stand
+    together."""
+    there = [x for x in tensors if x is not None]
+    found, taken = {x.dtype for x in there}, _gpu.FLOATS if _gpu.runs_cuda(there[0]) else CPU_FLOATS
     alike = len(found) <= 1 or (mixed and torch.float64 not in found)
-    if not alike or not found <= set(CPU_FLOATS):
+    if not alike or not found <= set(taken):
+        *others, last = (str(dtype)[6:] for dtype in taken)
         names = ", ".join(sorted(str(dtype)[6:] for dtype in found))
-        raise TypeError(f"kernels of pcl_ext take float32, float64 or bfloat16 throughout, got {names}")
+        raise TypeError(f"kernels of pcl_ext take {', '.join(others)} or {last} throughout, got {names}")
 
 
 def check_int64(*tensors: Tensor | None) -> None:

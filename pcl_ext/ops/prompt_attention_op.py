@@ -192,15 +192,28 @@ def _check(q, k, v, prefix_k, prefix_v, work, batch: int, num_prefixes: int) -> 
     rows, (num_heads, dim) = k.shape[0], q.shape[1:]
     check_shape("k", k, (rows, num_heads, dim), "[T, H, d]")
     check_shape("v", v, (rows, num_heads, dim), "[T, H, d]")
-    check_shape("work", work, (5 * batch + 2 * num_prefixes + 5,), "the work list of as many histories and prefixes")
     prefix_rows = 0
     if num_prefixes:
         prefix_rows = prefix_k.shape[0]
         check_shape("prefix_k", prefix_k, (prefix_rows, num_heads, dim), "[M, H, d]")
         check_shape("prefix_v", prefix_v, (prefix_rows, num_heads, dim), "[M, H, d]")
+    if _gpu.runs_cuda(q):
+        _check_cuda_list(work, batch, num_prefixes)
+        return
+    check_shape("work", work, (5 * batch + 2 * num_prefixes + 5,), "the work list of as many histories and prefixes")
     ends = int(work[batch]), int(work[batch + 1 + num_prefixes])
     if ends != (rows, prefix_rows):
         raise ValueError(f"work must be of {rows} rows and {prefix_rows} rows of prefixes, got {ends[0]} and {ends[1]}")
+
+
+def _check_cuda_list(work, batch: int, num_prefixes: int) -> None:
+    """work is as long as what kernels read of `cuda_list`; they stay inside their tensors whatever it holds."""
+    least = 2 * batch + num_prefixes + 2 if num_prefixes else batch + 1
+    if work.dim() != 1 or work.numel() < least:
+        raise ValueError(
+            f"work must be a list of at least {least} numbers for {batch} histories and {num_prefixes} prefixes, got "
+            f"shape {tuple(work.shape)}"
+        )
 
 
 def _check_forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, *_) -> None:

@@ -6,6 +6,8 @@ import torch
 from attention_cases import make
 
 from pcl_ext import ops
+from pcl_ext.ops._native import check_devices
+from pcl_ext.ops.attention_plan import cuda_list
 
 pytestmark = pytest.mark.needs_ext
 OFFSETS = torch.tensor([0, 3, 8])
@@ -92,6 +94,45 @@ def test_shapes_that_kernels_would_read_past_are_refused():
     refused("feed_forward", *wrong, 1e-5, match="weight_out must be")
     queries = (torch.randn(8, 16), table, torch.zeros(5), torch.zeros(8, dtype=torch.int64))
     refused("catalogue_cross_entropy", *queries, *[None] * 6, [True] * 3, match="bias must be")
+
+
+def test_what_cuda_kernels_would_misread_is_refused(cuda):
+    """No values are read there: only dtypes and shapes."""
+
+    def refused(name, *args, match):
+        with pytest.raises((TypeError, ValueError), match=match), torch.no_grad():
+            getattr(torch.ops.pcl_ext, name).default(*args)
+
+    q, k, v, prefix_k, prefix_v = (torch.randn(n, 2, 16, device=cuda) for n in (8, 8, 8, 4, 4))
+    offsets, prefix_offsets = OFFSETS.to(cuda), torch.tensor([0, 4], device=cuda)
+    work, numbers = cuda_list(offsets, prefix_offsets, None), (2, 1, True, 0.25)
+    prefix = (prefix_k, prefix_v)
+    out, stats = torch.ops.pcl_ext.prompt_attention.default(q, k, v, *prefix, work, *numbers)
+    taken = "take float32, bfloat16 or float16 throughout, got float64"
+    refused("prompt_attention", *(x.double() for x in (q, k, v, *prefix)), work, *numbers, match=taken)
+    refused("prompt_attention", q, k.half(), v, *prefix, work, *numbers, match="got float16, float32")
+    refused("prompt_attention", q, k, v, *prefix, work.int(), *numbers, match="int64, got int32")
+    refused("prompt_attention", q, k, v, *prefix, work[:6], *numbers, match="at least 7 numbers .* got shape")
+    refused("prompt_attention", q, k, v, None, None, work[:2], 2, 0, True, 0.25, match="at least 3 numbers")
+    refused("prompt_attention", q, k[:7], v, *prefix, work, *numbers, match="v must be")
+    refused("prompt_attention", q[:5], k, v, *prefix, work, *numbers, match="q must be")
+    refused("prompt_attention", q, k, v, prefix_k, prefix_v[..., :8], work, *numbers, match="prefix_v must be")
+    inputs, rest = (q, k, v, *prefix, work, out), (*numbers, [True] * 5)
+    refused("prompt_attention_backward", q[:5], *inputs, stats, *rest, match="grad_out must be")
+    refused("prompt_attention_backward", q, *inputs, stats[:7], *rest, match="stats must be")
+    refused("prompt_attention_backward", q, *inputs, stats.half(), *rest, match="stats must be float32, got float16")
+    items, table, index = torch.arange(8, device=cuda), torch.randn(9, 16, device=cuda), offsets[:1]
+    refused("embed", items, offsets, table, table[:, :4], None, None, match="position must be")
+    refused("embed", items, offsets, table, None, table.expand(2, 9, 16), index, match="prompt_index must be")
+    refused("embed_backward", q[:, 0, :8], items, offsets, table, None, None, None, [True] * 3, match="grad_out must")
+    refused("to_padded", table[:8], offsets.int(), 5, 0, match="int64, got int32")
+    refused("to_packed", torch.randn(3, 5, 3, device=cuda), offsets, 8, match="offsets must be")
+
+
+def test_tensors_of_several_devices_are_refused():
+    check_devices(OFFSETS, None, 3)
+    with pytest.raises(ValueError, match="must be on one device, got cpu, meta"):
+        check_devices(OFFSETS, None, OFFSETS.to("meta"), 3)
 
 
 def _in_bfloat16():
