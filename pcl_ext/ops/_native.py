@@ -158,7 +158,7 @@ def check_floats(*tensors: Tensor | None, mixed: bool = False) -> None:
     """One dtype for all, of those that the kernels of their device take; mixed: float32 and bfloat16 may stand
     together."""
     there = [x for x in tensors if x is not None]
-    found, taken = {x.dtype for x in there}, _gpu.FLOATS if _gpu.runs_cuda(there[0]) else CPU_FLOATS
+    found, taken = {x.dtype for x in there}, SCALARS if _gpu.runs_cuda(there[0]) else CPU_FLOATS
     alike = len(found) <= 1 or (mixed and torch.float64 not in found)
     if not alike or not found <= set(taken):
         *others, last = (str(dtype)[6:] for dtype in taken)

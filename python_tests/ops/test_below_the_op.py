@@ -108,8 +108,8 @@ def test_what_cuda_kernels_would_misread_is_refused(cuda):
     work, numbers = cuda_list(offsets, prefix_offsets, None), (2, 1, True, 0.25)
     prefix = (prefix_k, prefix_v)
     out, stats = torch.ops.pcl_ext.prompt_attention.default(q, k, v, *prefix, work, *numbers)
-    taken = "take float32, bfloat16 or float16 throughout, got float64"
-    refused("prompt_attention", *(x.double() for x in (q, k, v, *prefix)), work, *numbers, match=taken)
+    taken = "take float32, float64, bfloat16 or float16 throughout, got int64"
+    refused("prompt_attention", *(x.long() for x in (q, k, v, *prefix)), work, *numbers, match=taken)
     refused("prompt_attention", q, k.half(), v, *prefix, work, *numbers, match="got float16, float32")
     refused("prompt_attention", q, k, v, *prefix, work.int(), *numbers, match="int64, got int32")
     refused("prompt_attention", q, k, v, *prefix, work[:6], *numbers, match="at least 7 numbers .* got shape")

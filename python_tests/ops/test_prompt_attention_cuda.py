@@ -299,8 +299,8 @@ def test_other_head_widths_take_the_twin(cuda):
         case.run(impl="fused")
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(20, torch.bfloat16), (144, torch.float16)], ids=str)
-def test_widths_that_no_kernel_takes_are_refused_below_the_op_too(dim, dtype, cuda):
+@pytest.mark.parametrize(("dim", "dtype"), [(20, torch.bfloat16), (144, torch.float16), (16, torch.float64)], ids=str)
+def test_what_no_kernel_takes_is_refused_below_the_op_too(dim, dtype, cuda):
     case = on(make([5, 3], [4], dim=dim, dtype=dtype), cuda)
     rows = [x.detach() for x in case.rows.values()]
     work, rest = cuda_list(case.offsets, case.prefix_offsets, None), (2, 1, True, 1.0)
