@@ -2,7 +2,7 @@
 #   make dev        create it and install the package with its extras
 #   make demo       and run the demonstration; DATA=folder takes a data folder of one's own, CUDA=1 builds the CUDA kernels too (nvcc 11.8 or newer)
 #   make test       and run the tests; make test-all runs those that take minutes too
-#   make sanitize   run the tests of the ops, CUDA kernels emulated, against a build that watches memory and arithmetic (gcc)
+#   make sanitize   run the tests of the ops and of a step, CUDA kernels emulated, against a build that watches memory and arithmetic (gcc)
 #   make gpu-check  on a machine with a GPU: build the CUDA kernels, test and measure them, into benchmarks/results/ or OUT=folder.
 #                   A PYTHON that holds a torch with CUDA and what a build needs is taken as it is: no network, nothing installed
 #   make lint       check style;  make bench  measure everything, into benchmarks/results/
@@ -57,7 +57,7 @@ WATCH = LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZE)/site
 
 sanitize: $(SANITIZE)/.installed
-	$(WATCH) $(BIN)/pytest --capture=sys python_tests/ops
+	$(WATCH) $(BIN)/pytest --capture=sys python_tests/ops python_tests/model/test_step_on_cuda.py
 
 $(SANITIZE)/.installed: $(SOURCES) $(INSTALLED)
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site \

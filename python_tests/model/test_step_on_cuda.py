@@ -16,6 +16,7 @@ from pcl_ext import Backbone, BackboneConfig, MemoryConfig, PackedBatch, TaskSpe
 from pcl_ext.ops import _gpu
 
 V, LENGTHS = 40, [5, 0, 26, 1, 9, 0, 3]  # one longer than what is read
+NEW = torch.arange(3, 3 + len(LENGTHS))  # items of no history
 SPECS = {
     "items": TaskSpec("items", "items"),
     "some items": TaskSpec("some-items", "items", catalogue=tuple(range(3, 30))),
@@ -98,14 +99,14 @@ def make(spec: str, memory: str, backbone: str, learns: bool) -> tuple[UserModel
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    histories = torch.randint(1, V + 1, (sum(LENGTHS),)).split(LENGTHS)
+    histories = torch.randint(int(NEW[-1]) + 1, V + 1, (sum(LENGTHS),)).split(LENGTHS)
     return model.train(), PackedBatch.from_lists(histories, num_items=V, max_len=20)
 
 
 def targets_of(spec: TaskSpec) -> torch.Tensor:
     """One a history, as the loss takes them; of items, ids."""
     if spec.kind == "items":
-        return torch.arange(3, 3 + len(LENGTHS))
+        return NEW
     return torch.arange(len(LENGTHS)) % (3 if spec.kind == "classes" else 2)
 
 

@@ -307,6 +307,7 @@ def test_what_no_kernel_takes_is_refused_below_the_op_too(dim, dtype, cuda):
     with pytest.raises(RuntimeError, match="prompt_attention_fwd could not be launched .* CUDA error 1, "):
         torch.ops.pcl_ext.prompt_attention(*rows, work, *rest)
     out, stats = torch.zeros_like(rows[0]), torch.zeros(8, 2, 2, device=rows[0].device)
+    stats = stats.double() if dtype == torch.float64 else stats
     with pytest.raises(RuntimeError, match="prompt_attention_bwd could not be launched .* CUDA error 1, "):
         torch.ops.pcl_ext.prompt_attention_backward(rows[0], *rows, work, out, stats, *rest, [True] * 5)
 
