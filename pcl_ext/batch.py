@@ -114,7 +114,7 @@ class PackedBatch:
         user, known = torch.repeat_interleave(lengths), (ids >= 1) & (ids <= num_items)
         ids, user = ids[known], user[known]
         counts = torch.bincount(user, minlength=len(lengths))
-        newest = torch.arange(len(ids)) >= (counts.cumsum(0) - max_len)[user]
+        newest = torch.arange(len(ids), device=ids.device) >= (counts.cumsum(0) - max_len)[user]
         read = counts.clamp_max(max_len)
         before = counts - read
         older = Older(ids[~newest], _offsets(before), before) if bool(before.any()) else None
@@ -200,16 +200,16 @@ def _flat(histories: list[Ids]) -> tuple[Tensor, Tensor]:
 
 
 def _lengths(histories: Sequence[Ids]) -> Tensor:
-    return torch.tensor([len(history) for history in histories], dtype=torch.int64)
+    return torch.tensor([len(history) for history in histories], dtype=torch.int64, device="cpu")
 
 
 def _as_ids(history: Ids, row: int) -> Tensor:
     try:
         if len(history) == 0:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         if isinstance(history, np.ndarray) and history.dtype.kind in "iu":
             history = np.array(history, np.int64, order="C")  # torch takes no other byte order, nor steps backwards
-        ids = torch.as_tensor(history)
+        ids = torch.as_tensor(history, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         hint = "; one history is a list in a list: [[1, 2, 3]]" if isinstance(history, int) else ""
         raise ValueError(f"history {row} must be a list of item ids, got {str(history):.80}{hint}") from error

@@ -48,14 +48,19 @@ def start_items(
     for strength in _with_bar(strengths, name):
         regression = Ridge(x, y, strength)
         left, right = regression.factors(memory.num_features)
-        out, means = _spread(right.T, named, columns), _spread(regression.means, named, columns)
-        factor = _factor(dropped @ left, out.T, means, targets)
-        start = (left * factor**0.5, out * factor**0.5, means * factor)
-        task.start_items(*start)
+        factor = _factor(dropped @ left, right, regression.means, (targets[0], place), columns - len(named))
+        start = (left * factor**0.5, right.T * factor**0.5, regression.means * factor)
+        _start(task, *start, named)
         reached = score() if len(strengths) > 1 else 0.0
         if kept is None or reached > best:
             best, kept = reached, start
-    task.start_items(*kept)
+    _start(task, *kept, named)
+
+
+def _start(task: Task, table: Tensor, rows: Tensor, bias: Tensor, named: Tensor) -> None:
+    """Start a task at the output rows and biases of what is named, and at zeros elsewhere."""
+    spread = (_spread(values.to(task.head.rows.dtype), named, len(task.catalogue)) for values in (rows, bias))
+    task.start_items(table, *spread)
 
 
 def _named(column: Tensor, count: int) -> Tensor:
@@ -107,12 +112,15 @@ def _half(weights: Tensor, task: Task) -> Tensor:
     return weights * kept.repeat_interleave(each) * 2.0
 
 
-def _factor(read: Tensor, right: Tensor, means: Tensor, targets: tuple[Tensor, Tensor]) -> float:
-    """The factor with the least cross-entropy, on some of the users, drawn at random: read [n, k], right [k, C]."""
+def _factor(read: Tensor, right: Tensor, means: Tensor, targets: tuple[Tensor, Tensor], zeros: int = 0) -> float:
+    """The factor with the least cross-entropy, on some of the users, drawn at random: read [n, k], right [k, C].
+
+    zeros  how many more columns have a score of 0 for everybody
+    """
     each = max(1, _MOST_SCORES // right.shape[1])
     most = max(each, _FEWEST_USERS)
     drawn = torch.arange(len(read)) if len(read) <= most else torch.randperm(len(read))[:most]
-    losses = [0.0] * len(_SCALES)
+    losses, rest = [0.0] * len(_SCALES), torch.tensor(float(zeros), dtype=read.dtype).log()
     for users in drawn.split(each):
         place_of = torch.full((len(read),), -1)
         place_of[users] = torch.arange(len(users))
@@ -121,5 +129,6 @@ def _factor(read: Tensor, right: Tensor, means: Tensor, targets: tuple[Tensor, T
         scores = read[users] @ right + means
         for place, factor in enumerate(_SCALES):
             own = scores[row, column] * factor
-            losses[place] += float((torch.logsumexp(scores * factor, 1)[row] - own).sum())
+            total = torch.logsumexp(scores * factor, 1).logaddexp(rest)
+            losses[place] += float((total[row] - own).sum())
     return float(_SCALES[losses.index(min(losses))])

@@ -229,6 +229,11 @@ def _step(
 
 def _end_epoch(progress: Progress, score: Score, problem: Problem) -> bool:
     """Append the epoch to the curve; True where it is the one to keep so far."""
+    if not math.isfinite(score.loss):
+        raise FloatingPointError(
+            f"{problem.label}: the loss on the valid users is {score.loss}; mend their targets where these are out of "
+            "range, or lower learning_rate"
+        )
     best = _is_better(progress, score, problem)
     entry = {"epoch": progress.epoch, "loss": progress.loss_sum / max(progress.step, 1), "valid": score.metrics}
     progress.curve.append(entry | {"valid_loss": score.loss, "seconds": progress.seconds, "best": best})

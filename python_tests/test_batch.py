@@ -212,8 +212,11 @@ def test_another_default_device_is_no_matter():
     values, offsets, rows = np.arange(1, 8), np.array([0, 3, 7]), np.array([1])
     with torch.device("meta"):
         batch = PackedBatch.from_stored(values, offsets, rows, np.array([4]), 2)
+        lists = PackedBatch.from_lists([(4, 5, 6, 7), [], [2], np.array([3])], num_items=9, max_len=2)
     assert batch.items.tolist() == [6, 7]
     assert batch.older.items.tolist() == [4, 5]
+    assert lists.whole[0].tolist() == [4, 5, 6, 7, 2, 3]
+    assert lists.older.on_host.tolist() == [2, 0, 0, 0]
 
 
 def test_lists_and_arrays_of_the_same_ids_are_the_same_batch():

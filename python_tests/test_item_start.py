@@ -83,6 +83,30 @@ def test_the_factor_of_the_start_is_fitted_on_users_of_any_length(monkeypatch):
     assert factor > 1
 
 
+def test_columns_that_nobody_has_as_a_target_count_without_being_held():
+    """A factor over targets alone is that over the whole catalogue, another one than where the rest is forgotten."""
+    torch.manual_seed(0)
+    rows, column = torch.randn(50, 16), torch.randint(0, 50, (1000,))
+    read, user = rows[column] * 0.05 + torch.randn(1000, 16) * 0.1, torch.arange(1000)
+    right, means = rows.T * 0.3, torch.rand(50) / 100
+    whole = (torch.cat([right, torch.zeros(16, 2950)], 1), torch.cat([means, torch.zeros(2950)]))
+    want = item_start._factor(read, *whole, (user, column))
+    assert item_start._factor(read, right, means, (user, column), 2950) == want
+    assert item_start._factor(read, right, means, (user, column)) != want
+
+
+def test_scores_of_a_large_catalogue_are_held_for_its_targets_alone(dataset, pretrained, monkeypatch):
+    model = copy.deepcopy(pretrained)
+    model.backbone.trained_items[:] = False
+    task = model.add_task(dataset.task("range").spec, MemoryConfig(placement="none"))
+    monkeypatch.setattr(item_start, "_MOST_ALL", 1)
+    monkeypatch.setattr(item_start, "_MOST_EXAMPLES", 3)
+    with mock.patch.object(item_start, "_factor", return_value=2.0) as factor:
+        start_items(model, dataset, "range", (3.0,), lambda: 0.0)
+    _, right, means, _, zeros = factor.call_args.args
+    assert right.shape[1] == len(means) == len(task.catalogue) - zeros < len(task.catalogue)
+
+
 @pytest.mark.parametrize("hashed", [False, True])
 def test_half_of_the_events_are_left_out_the_mean_kept(hashed):
     """An event's two hashed rows go together, other neighbours do not."""

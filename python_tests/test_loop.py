@@ -115,6 +115,13 @@ def test_the_loss_is_taken_in_the_precision_that_is_asked_for(precision):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_valid_loss_that_is_not_finite_stops_the_run(value):
+    """No record of a run can hold it."""
+    with pytest.raises(FloatingPointError, match=f"t: the loss on the valid users is {value}; mend their targets"):
+        one_weight([score(0.5), score(0.5, value)])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(value):
     seen, weight = [], torch.ones(1, requires_grad=True)
 

@@ -133,6 +133,13 @@ def test_a_readout_is_one_of_the_known(readout):
         MemoryConfig(readout=readout)
 
 
+@pytest.mark.parametrize("name", ["tied", "whole_history"])
+@pytest.mark.parametrize("value", [1, np.True_])  # the latter JSON does not take: it was found while learning
+def test_what_is_true_or_false_is_a_bool(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be true"):
+        MemoryConfig(**{name: value})
+
+
 def test_an_unknown_task_is_a_value_error_everywhere(model, dataset):
     for call in (lambda: learn_task(model, dataset, "churn"), lambda: model.predict([[1]], "churn")):
         with pytest.raises(

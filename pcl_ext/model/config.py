@@ -155,7 +155,7 @@ class MemoryConfig:
             check_whole(self, item_width=1)
         if not isinstance(self.whole_history, bool):
             raise ValueError(f"whole_history must be true or false, got {self.whole_history!r}")
-        if self.tied not in (None, True, False):
+        if self.tied is not None and not isinstance(self.tied, bool):
             raise ValueError(f"tied must be true, false or null, got {self.tied!r}")
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")

@@ -19,7 +19,7 @@ class Dropout(nn.Dropout):
             return x
         if not self.p or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
         dropped = min(round(self.p * LEVELS), LEVELS - 1)
         keep = drawn >= dropped - LEVELS // 2

@@ -152,4 +152,4 @@ def _among_present(given: list, index: Tensor) -> Tensor:
     for one in given:
         number.append(-1 if one is None else there)
         there += one is not None
-    return torch.tensor(number).to(index.device, non_blocking=True)[index]
+    return torch.tensor(number, device="cpu").to(index.device, non_blocking=True)[index]

@@ -100,19 +100,32 @@ class UserState:
         low, high = (int(x) for x in batch.whole[0].aminmax()) if len(items) else (1, 1)
         if not 1 <= low <= high <= config.num_items:
             raise ValueError(f"items must be in 1..{config.num_items}, got {low}..{high}")
-        over, older = self.lengths + batch.lengths > config.max_len, (self.older_items, self.older_offsets)
-        if batch.older is not None or bool(over.any()):
-            (items, offsets), older = self._begin_again(over, items, offsets, batch.older)
+        unread = None
+        if batch.older is not None:
+            (items, offsets), unread = self._older_among(items, offsets, batch.older)
+        over, older = self.lengths + offsets.diff() > config.max_len, (self.older_items, self.older_offsets)
+        if unread is not None or bool(over.any()):
+            (items, offsets), older = self._begin_again(over, items, offsets, unread)
         self._append(items, offsets, torch.where(over, 0, self.lengths))
         self.older_items, self.older_offsets = older
 
+    def _older_among(
+        self, items: Tensor, offsets: Tensor, older: Older
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """New events after the older ones of histories that hold something already, which these follow; and those of
+        the others, as a part of `_join`."""
+        first, counts = older.offsets[:-1], older.offsets.diff()
+        among = torch.where(self.lengths > 0, counts, 0)
+        joined = _join([(older.items.long(), first, among), (items, offsets[:-1], offsets.diff())])
+        return joined, (older.items, first, counts - among)
+
     def _begin_again(
-        self, over: Tensor, items: Tensor, offsets: Tensor, older: Older | None
+        self, over: Tensor, items: Tensor, offsets: Tensor, unread: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Where the histories that are `over` [B] bool the window are emptied first: items and offsets to append, new
         events after the held ones that such a history begins with; and of all that then lies before the window.
 
-        older  of the new events
+        unread  what histories that hold nothing have before their new events, a part of `_join`
         """
         new, end = offsets.diff(), self.starts[:-1] + self.lengths
         read = torch.where(over, new.clamp_max(self.keep), new)
@@ -120,8 +133,8 @@ class UserState:
         gone = torch.where(over, self.lengths - held, 0)
         parts = [(self.older_items, self.older_offsets[:-1], self.older_offsets.diff())]
         parts.append((self.items, self.starts[:-1], gone))
-        if older is not None:
-            parts.append((older.items, older.offsets[:-1], older.offsets.diff()))
+        if unread is not None:
+            parts.append(unread)
         parts.append((items, offsets[:-1], new - read))
         append = _join([(self.items, end - held, held), (items, offsets[1:] - read, read)])
         return append, _join(parts)
@@ -240,7 +253,7 @@ class UserState:
         named = {f"{name}.{depth}": t for name, rows in parts.items() for depth, t in enumerate(rows)}
         names = ("items", "starts", "lengths", "newest", "older_items", "older_offsets")
         single = {name: getattr(self, name) for name in names}
-        return named | single | {"keep": torch.tensor(self.keep), "backbone": _hash(self.backbone)}
+        return named | single | {"keep": torch.tensor(self.keep, device="cpu"), "backbone": _hash(self.backbone)}
 
     @classmethod
     def from_tensors(cls, backbone: Backbone, tensors: Mapping[str, Tensor]) -> UserState:
@@ -301,4 +314,4 @@ def _hash(backbone: Backbone) -> Tensor:
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

@@ -63,3 +63,12 @@ def test_nothing_falls_in_evaluation_mode_and_of_nothing():
     x = torch.randn(50, 4)
     assert Dropout(0.9).eval()(x) is x
     assert Dropout(0.9)(x[:0]).shape == (0, 4)
+
+
+def test_another_default_device_is_no_matter():
+    x = torch.ones(300, 7)
+    torch.manual_seed(0)
+    want = Dropout(0.3)(x)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        assert torch.equal(Dropout(0.3)(x), want)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from model_cases import V, add, histories
+from model_cases import V, add, histories, make_model
 from torch import nn
 
-from pcl_ext.model import Backbone, BackboneConfig, UserModel
+from pcl_ext.batch import PackedBatch
+from pcl_ext.model import Backbone, BackboneConfig, UserModel, UserState
 
 
 @pytest.mark.parametrize("ask", ["model", "tasks", "task", "other", "whole"])
@@ -42,3 +43,25 @@ def test_what_is_frozen_in_inference_mode_may_be_learned_beside():
         model.freeze_backbone()
         model.freeze_task("click")
     assert not [name for name, tensor in model.state_dict().items() if tensor.is_inference()]
+
+
+def test_another_default_device_is_no_matter():
+    model, given = make_model(positions="rotary"), histories()
+    for name in ("click", "age"):
+        add(model, name, "tail", readout=("last", "mean", "item_memory"))
+
+    def use():
+        batch = PackedBatch.from_lists(given, num_items=V, max_len=20)
+        state = model.user_state(batch)
+        state.extend(batch)
+        again = UserState.from_tensors(model.backbone, state.tensors())
+        mixed = model(batch, task_index=torch.tensor([0, 1] * 3, device="cpu"))
+        return model.predict(given, "age"), mixed, model(again, "click")
+
+    answers, mixed, of_state = use()
+    with torch.device("meta"):
+        there = use()
+    assert there[0] == answers
+    assert torch.equal(there[2], of_state)
+    for name, parts in mixed.items():
+        assert all(map(torch.equal, there[1][name], parts))

@@ -15,8 +15,8 @@ LENGTHS = [20, 3, 0, 9, 8, 31]
 READOUT = ("last", "mean", "item_memory")
 
 
-def long_batch(lengths=LENGTHS, seed=0):
-    return PackedBatch.from_lists(histories(lengths, seed), num_items=V, max_len=MOST)
+def long_batch(lengths=LENGTHS, seed=0, window=MOST):
+    return PackedBatch.from_lists(histories(lengths, seed), num_items=V, max_len=window)
 
 
 def click(model, name="click", **settings):
@@ -76,8 +76,9 @@ def test_closing_changes_nothing():
     torch.testing.assert_close(model(batch, "click"), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [MOST, 3])
 @pytest.mark.parametrize("placement", ["none", "tail"])
-def test_a_user_state_holds_what_lies_before_its_window(placement):
+def test_a_user_state_holds_what_lies_before_its_window(placement, window):
     model = make_model(max_len=MOST, positions="rotary")
     click(model, placement=placement, readout=READOUT)
     rounds = [LENGTHS, [0, 4, 1, 2, 3, 0], [12, 0, 0, 1, 0, 0], [1, 1, 1, 9, 20, 2], [3, 3, 8, 0, 0, 5]]
@@ -85,7 +86,7 @@ def test_a_user_state_holds_what_lies_before_its_window(placement):
     for seed, lengths in enumerate(rounds):
         new = histories(lengths, seed)
         held = [old + more for old, more in zip(held, new)]
-        state.extend(long_batch(lengths, seed))
+        state.extend(long_batch(lengths, seed, window))
         items, offsets = state.batch().whole
         assert [part.tolist() for part in items.split(offsets.diff().tolist())] == held
         torch.testing.assert_close(model(state, "click"), model(state.batch(), "click"), rtol=1e-4, atol=1e-5)
