@@ -91,6 +91,7 @@ void prompt_attention_bwd(nb::tuple pointers, nb::tuple numbers, bool causal, do
 
 bool attention_plan(uintptr_t offsets, uintptr_t prefix_offsets, uintptr_t prefix_index, uintptr_t work, int64_t batch,
                     int64_t num_prefixes, int64_t total, int64_t prefix_total) {
+  const nb::gil_scoped_release release;
   return pcl::attention_plan_cpu(at<const int64_t>(offsets), at<const int64_t>(prefix_offsets),
                                  at<const int64_t>(prefix_index), at<int64_t>(work), batch, num_prefixes, total,
                                  prefix_total);
@@ -270,7 +271,11 @@ NB_MODULE(_C, m) {
   m.def("plan_batches", &plan_batches);
   m.def("isas", &isas);
   m.def("has_threads", &pcl::has_threads);
+#ifdef __clang__
+  m.def("compiler", [] { return __VERSION__; });
+#else
   m.def("compiler", [] { return "g++ " __VERSION__; });
+#endif
 #ifdef PCL_SANITIZE
   m.def("read_past_the_end", [](uintptr_t p, int64_t count) { return pcl::read_past_the_end(at<float>(p), count); });
   m.def("overflow_an_int", &pcl::overflow_an_int);

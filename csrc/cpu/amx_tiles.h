@@ -2,7 +2,7 @@
 // edges can be tested on any machine.
 //
 // Tiles are a type with eight tiles 0..7 of 16 rows of 64 bytes and
-//   configure(), release()      once per thread, before the first tile is used and after the last
+//   configure(), release()      before a thread's first use of a tile and after its last, again for every Session
 //   zero<t>(), load<t>(from, stride in bytes), store<t>(to, stride in bytes)
 //   dot<c, a, b>()              c += a b: a holds rows of 16 pairs, b 16 rows of pairs
 #pragma once

@@ -5,8 +5,8 @@
 //                                                           panel of 16 columns
 //   kRows      rows to give at once where there is a choice
 //   kDepth     depth is a multiple of this many pairs; a and b are 0 where they are padded for it
-//   kRowPad    rows of a that can be read: a multiple of this. Above 1 every pair of a row is beside the next (a.k is
-//   1) Session    lives while a thread multiplies
+//   kRowPad    rows of a that can be read: a multiple of this. Above 1, a.k is 1: pairs of a row lie side by side
+//   Session    lives while a thread multiplies
 // PairEngine is for AVX512_BF16; amx_tiles.h has the engine for AMX. Every sum runs over k in order and depends on
 // nothing but its row of a and its column of b.
 #pragma once

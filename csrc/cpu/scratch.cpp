@@ -12,9 +12,10 @@ Memory allocate(int64_t bytes) {
 }
 
 void* scratch(int64_t bytes) {
+  constexpr int64_t kKept = 1 << 26;  // more is let go by the next call that needs less
   thread_local Memory memory;
   thread_local int64_t size = 0;
-  if (bytes > size) {
+  if (bytes > size || (size > kKept && bytes <= kKept)) {
     memory.reset();
     size = 0;
     memory = allocate(bytes);

@@ -15,6 +15,7 @@ using Memory = std::unique_ptr<void, FreeMemory>;
 Memory allocate(int64_t bytes);
 
 // A thread's own, of at least so many bytes. It is kept between calls: fresh pages cost as much as the work on them.
+// What a rare long history takes, over 64 MB, is kept until the thread's next call that takes less.
 void* scratch(int64_t bytes);
 
 }  // namespace pcl
