@@ -228,6 +228,8 @@ def encode(args) -> int:
 
 def _work(job: DatasetJob) -> int:
     """RANK and WORLD_SIZE are how torchrun tells its processes who they are."""
+    if job.out.suffix in (".csv", ".tsv", ".jsonl"):
+        raise ValueError(f"--out is written as Parquet: name it so, got {job.out.name}")
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     started = time.monotonic()
     share = job.run(rank, processes)

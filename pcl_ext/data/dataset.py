@@ -152,7 +152,11 @@ class Dataset:
 
     def rows_of(self, user_ids) -> np.ndarray:
         """Rows of the users with these ids, [m] int64; -1 for unknown ones."""
-        ids = np.asarray(user_ids, np.int64)
+        ids = np.asarray(user_ids)
+        if ids.dtype.kind not in "iuf":
+            what = f"user_ids must be integers [m], got {ids.dtype} {list(ids.shape)}"
+            raise ValueError(f"{what}; users.parquet says which number each of a log's texts is")
+        ids = ids.astype(np.int64)
         found = np.full(len(ids), -1)
         if not self.num_users:
             return found

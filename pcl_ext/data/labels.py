@@ -11,7 +11,7 @@ from pcl_ext.data._arrow import pa, pc
 from pcl_ext.data.coded import count_codes
 from pcl_ext.data.config import TaskConfig
 from pcl_ext.data.examples import user_chunks
-from pcl_ext.data.log import EventLog
+from pcl_ext.data.log import MISSING, EventLog
 from pcl_ext.data.parquet import LARGEST
 from pcl_ext.data.targets import task_events
 from pcl_ext.data.times import NUMBER
@@ -19,7 +19,6 @@ from pcl_ext.data.times import NUMBER
 _LOG = logging.getLogger(__name__)
 _EVENTS = 1 << 20  # whose values are sorted at a time
 _FEW = 10  # train users of a class that is said to be rare
-_WORDS = {"", "-", "?", "na", "n/a", "nan", "none", "null", "unknown"}  # lower case; they often mean that it is missing
 
 
 class Labels(NamedTuple):
@@ -117,7 +116,7 @@ def make_labels(values: pa.Array, task: TaskConfig, train: np.ndarray) -> Labels
         raise ValueError(f"{label}: no user has a value")
     if values.null_count:
         _LOG.info("%s: users left out, without a value: %d of %d", label, values.null_count, len(values))
-    if task.kind == "classes":
+    if names is not None:
         _tell_rare(target[user][train[user]].astype(np.int64), names, label)
     if (largest := np.abs(target[user]).max()) > LARGEST:
         raise ValueError(f"{label}: targets must be at most {LARGEST:g} in size, got {largest:g}; take a larger unit")
@@ -216,7 +215,7 @@ def _tell_missing_words(values: pa.Array, classes: pa.Array, label: str) -> None
     """Log the classes whose name is a word for a missing value: a text column keeps it as a text."""
     if pa.types.is_string(classes.type) or pa.types.is_large_string(classes.type):
         for word in classes.to_pylist():
-            if word.lower() in _WORDS:
+            if word.lower() in MISSING:
                 users = pc.sum(pc.equal(values, word)).as_py()
                 _LOG.info('%s: "%s" is a class, of %d users; ignore = ["%s"] leaves them out', label, word, users, word)
 

@@ -17,6 +17,7 @@ from pcl_ext.data.times import TimeColumn
 
 _LOG = logging.getLogger(__name__)
 _ROWS = 1 << 20  # of a log whose pairs are sorted at a time
+MISSING = {"", "-", "?", "na", "n/a", "nan", "none", "null", "unknown"}  # lower case; words that often mean so
 _KIND = {"int64": "integers", "string": "text"}
 
 
@@ -123,9 +124,12 @@ class EventLog:
         values, codes = encode(columns, labels)
         self.item, self.listed_items = Ids(values, codes[0]), codes[1] if items is not None else np.empty(0, np.int32)
         del columns
+        _tell_odd_ids(self.user, names.user)
+        _tell_odd_ids(self.item, names.item)
         self._let_go({names.user, names.item} - {names.time})
-        if len(np.unique(self.listed_items)) < len(self.listed_items):
-            raise ValueError("[items] item must be unique, an id is there twice")
+        if (twice := np.bincount(self.listed_items) > 1).any():
+            item = self.item.values[twice.argmax()].as_py()
+            raise ValueError(f"[items] item must be unique, {item!r} is there twice")
         if names.time is None:
             self._times, self.time = None, np.arange(self.num_events)
         else:
@@ -239,6 +243,21 @@ class EventLog:
 def _tell_left_out(before: int, after: int, why: str) -> None:
     if after < before:
         _LOG.info("left out: %d of %d events, %s", before - after, before, why)
+
+
+def _tell_odd_ids(ids: Ids, name: str) -> None:
+    """Log texts that are ids like others but are hardly meant to be: words for a missing id, and padded ones."""
+    if ids.is_integer:
+        return
+    word = "[events]: %r in %r is an id like others, of %d events; `where` leaves it out"
+    blank = "[events]: ids in %r that begin or end with a blank are others than those without: %d, as %r"
+    for start in range(0, len(ids), _ROWS):
+        part = ids.values.slice(start, _ROWS)
+        bare = pc.ascii_trim_whitespace(part)
+        for at in np.flatnonzero(pc.is_in(pc.ascii_lower(bare), value_set=pa.array(sorted(MISSING)))):
+            _LOG.info(word, part[at].as_py(), name, np.count_nonzero(ids.codes == start + at))
+        if len(padded := part.filter(pc.not_equal(bare, part))):
+            _LOG.info(blank, name, len(padded), padded[0].as_py())
 
 
 def _leave_out_empty(events: dict[str, pa.ChunkedArray], names: EventsConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from pcl_ext.data.config import TaskConfig
 from pcl_ext.data.examples import user_chunks
 from pcl_ext.data.log import EventLog, first_of_pairs
 
+_LOG = logging.getLogger(__name__)
 _EVENTS = 1 << 20  # of the histories that are looked through at a time
 
 
@@ -42,13 +44,14 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
     chosen, user, item, cut = chosen[wanted], user[wanted], item[wanted], cut[wanted]
     if not task.repeats:
         fresh = ~_visible(log, user, item, cut)
+        if left_out := len(fresh) - int(fresh.sum()):
+            what = "%s: targets left out, items of the visible history: %d of %d; repeats = true keeps them"
+            _LOG.info(what, label, left_out, len(fresh))
         chosen, user, item, cut = chosen[fresh], user[fresh], item[fresh], cut[fresh]
     if task.pick != "all":
         side = np.diff(user, prepend=-1) if task.pick == "first" else np.diff(user, append=-1)
         picked = side != 0
         chosen, user, item, cut = chosen[picked], user[picked], item[picked], cut[picked]
-    if not kept.any():
-        raise ValueError(f"{label}: no event satisfies where, from, until and items")
     if not len(user):
         raise ValueError(
             f"{label}: every event that satisfies where, from, until and items is part of the visible history, or has "
@@ -61,7 +64,8 @@ def item_targets(log: EventLog, task: TaskConfig) -> ItemTargets:
 def task_events(log: EventLog, task: TaskConfig) -> tuple[np.ndarray, int | None, np.ndarray | None]:
     """[E] bool, the events of kept users that a task is about; its `from`; and [all items] bool, its `items`.
 
-    ValueError where the whole of a history is visible and shows events that are not before `from`.
+    ValueError where there is none, or where the whole of a history is visible and shows events that are not before
+    `from`.
     """
     label = f"task {task.name!r}"
     start, until = log.bound(task.start, f"{label}: from"), log.bound(task.until, f"{label}: until")
@@ -73,6 +77,8 @@ def task_events(log: EventLog, task: TaskConfig) -> tuple[np.ndarray, int | None
         kept &= gather(items, log.item.codes)
     if task.cut == "end" and start is not None:
         _check_window(log, task, start)
+    if not kept.any():
+        raise ValueError(f"{label}: no event satisfies where, from, until and items")
     return kept, start, items
 
 

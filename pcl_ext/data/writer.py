@@ -112,6 +112,9 @@ class DatasetWriter:
         }
         if time is not None:
             columns["time"] = pa.array(_integers("time", time))
+        if len({len(column) for column in columns.values()}) > 1:
+            got = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+            raise ValueError(f"the columns of task {spec.name!r} must be of one length, got {got}")
         self._append(f"tasks/{spec.name}.parquet", pa.table(columns))
         self.counts["tasks"][spec.name] = self.counts["tasks"].get(spec.name, 0) + len(columns["target"])
 

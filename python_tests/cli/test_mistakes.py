@@ -136,6 +136,10 @@ def test_predict_names_the_line_that_is_broken_and_answers_those_before(made, pc
             ["encode", "RUN", "--data", "DATA", "--out", "DATA/histories.parquet"],
             "histories.parquet is there and was not made by pcl encode; choose another file",
         ),
+        (
+            ["encode", "RUN", "--data", "DATA", "--out", "NEW.csv"],
+            "--out is written as Parquet: name it so, got new.csv",
+        ),
         (["predict", "RUN", "--task", "click", "--data", "DATA"], "--data and --out come together"),
         (["predict", "RUN", "--task", "click", "--out", "NEW"], "--data and --out come together"),
         (["export", "RUN"], "required: --task; --help"),

@@ -34,6 +34,8 @@ def test_arrays_equal_what_was_written(write_folder, monkeypatch, batch_rows, ki
 def test_users_in_any_order_are_found(write_folder):
     dataset = Dataset(write_folder(user_id=pa.array([14, -3, 12, 99, 10])))
     assert dataset.rows_of([99, 14, 13, -3, 1000, -1000, 14]).tolist() == [3, 0, -1, 1, -1, -1, 0]
+    with pytest.raises(ValueError, match=r"user_ids must be integers \[m\], got <U3 \[1\]; users.parquet says"):
+        dataset.rows_of(["ann"])
 
 
 def test_reading_files_says_how_far_it_is(write_folder, caplog, monkeypatch):

@@ -115,10 +115,11 @@ def test_histories_that_are_no_histories_are_refused(tmp_path, change, words):
         ({"cut": [2**32 + 1]}, "cut must be in 0..2147483647, got 4294967297..4294967297"),
         ({"user_id": ["7"]}, "user_id must be integers [n], got <U1 [1]"),
         ({"time": [1.5]}, "time must be integers [n], got float64 [1]"),
+        ({"user_id": [7, 8]}, "the columns of task 't' must be of one length, got user_id 2, target 1, cut 1"),
     ],
     ids=str,
 )
-def test_tables_are_not_rounded(tmp_path, change, words):
+def test_tables_are_not_rounded_or_cut(tmp_path, change, words):
     rows = {"user_id": [7], "target": [1], "cut": [3]} | change
     with pytest.raises(ValueError, match="must") as error, DatasetWriter(tmp_path / "out", "tiny", 3) as writer:
         writer.task(TaskSpec("t", "binary"), **rows)

@@ -158,3 +158,20 @@ def test_a_quoted_cell_may_have_lines_wherever_the_file_is_cut(prepare):
     text = "line\nof text\n" * 40
     log = "user_id,item_id,time,note\n" + "".join(f'ann,i{n},{n},"{text}"\n' for n in range(5000))
     assert len(histories(prepare(BASE, log))["ann"]) == 5000
+
+
+def test_ids_that_look_missing_or_padded_are_said(prepare, caplog):
+    log = "user_id,item_id,time\nNULL,x,1\nNULL,y,2\nann,x,1\nann ,unknown,2\nbob,y,2\n"
+    with caplog.at_level("INFO", "pcl_ext"):
+        prepare(BASE, log)
+    assert [line for line in caplog.messages if line.startswith("[events]")] == [
+        "[events]: 'NULL' in 'user_id' is an id like others, of 2 events; `where` leaves it out",
+        "[events]: ids in 'user_id' that begin or end with a blank are others than those without: 1, as 'ann '",
+        "[events]: 'unknown' in 'item_id' is an id like others, of 1 events; `where` leaves it out",
+    ]
+    caplog.clear()
+    with caplog.at_level("INFO", "pcl_ext"):
+        dataset = prepare(
+            BASE + 'where = [["user_id", "!=", "NULL"]]\n', log.replace("ann ", "ann").replace("unknown", "z")
+        )
+    assert dataset.num_users == 2

@@ -110,6 +110,11 @@ def test_the_good_file_is_good(tmp_path):
         ('kind = "regression"', 'kind = "binary"\nlabels = [1, -inf]', "task.labels must be finite, got -inf"),
         ('time = "time"', 'where = [["price", "<", 1e999]]', "events.where must be finite, got inf"),
         ('kind = "regression"', 'kind = "binary"', "task 'age': binary needs 2 values"),
+        (
+            'kind = "regression"\ncolumn = "age"',
+            'kind = "regression"\nsource = "events"\nreduce = "count"\nwhere = [["price", "==", 7]]',
+            "task 'age': no event satisfies where, from, until and items",
+        ),
         ('kind = "regression"', 'kind = "binary"\nthreshold = 1\npositive = 3', "only one of threshold and positive"),
         ('kind = "regression"', 'kind = "binary"\npositive = "x"', "positive must be values of the column (int64)"),
         (
@@ -162,7 +167,7 @@ def test_mistakes_in_the_file(tmp_path, old, new, words):
             {"users": "user_id,age\nann,3\n"},
             "[users] user holds text where [events] holds integers, and as text none is the same: 'ann' is not in",
         ),
-        ({"items": ITEMS + "3,k\n"}, "[items] item must be unique"),
+        ({"items": ITEMS + "3,k\n"}, "[items] item must be unique, 3 is there twice"),
         (
             {"log": LOG + "1,,3,1\n"},
             "empty cells among 41 rows: 'item_id' in 1; skip_empty = true leaves",

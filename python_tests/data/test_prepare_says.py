@@ -134,8 +134,18 @@ def test_users_without_a_value_and_rare_classes_are_said(said):
     lines = said(task('kind = "classes"\ncolumn = "job"\n'), log, table)
     assert "task 't': users left out, without a value: 1 of 60" in lines
     assert "task 't': classes with fewer than 10 train users: 1 of 3; 'judge' has 1" in lines
+    assert "task 't': classes with fewer than 10 train users: 1 of 2; 'judge' has 1" in said(
+        task('kind = "binary"\ncolumn = "job"\npositive = "judge"\n'), log, table
+    )
     lines = said(task('kind = "classes"\ncolumn = "job"\nlabels = ["cook", "nurse"]\n'), log, table)
     assert not [line for line in lines if "than 10 train users" in line]
+
+
+def test_targets_that_the_history_holds_are_said(said):
+    toml = BASE + 'until = 4\n[[task]]\nname = "t"\nkind = "items"\nsource = "events"\nfrom = 4\n'
+    line = "task 't': targets left out, items of the visible history: 1 of 3; repeats = true keeps them"  # ann's x
+    assert line in said(toml)
+    assert line not in said(toml + "repeats = true\n")
 
 
 def test_infinite_values_are_said(said):
