@@ -154,6 +154,8 @@ def _ids_of(history: Any, row: int, column: str | None) -> np.ndarray:
     elif isinstance(history, np.ndarray):
         got += f" of {ids.dtype}"
     hint = "; ItemIds.known turns those of a log into them" if ids.dtype.kind == "U" else ""
+    if column is None and _is_whole(history):
+        hint = "; one history is a list in a list: [[1, 2, 3]]"
     raise ValueError(f"{where} must be a flat list of integer item ids, got {got}{hint}")
 
 

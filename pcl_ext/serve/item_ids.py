@@ -28,7 +28,8 @@ class ItemIds:
 
         self.path = path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; it must be the items.parquet of a dataset")
+            what = "a folder" if path.is_dir() else "missing"
+            raise FileNotFoundError(f"{path} must be the items.parquet of a dataset, it is {what}")
         if (table := read_items(path)) is None:
             raise ValueError(f"{path} must be a table of item_id and original_id, it has no original_id")
         ids, originals = (column.tolist() for column in table)

@@ -58,6 +58,7 @@ def test_nothing(data):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        ([3, 4], r"history 0 must be a flat list of integer item ids, got 3; one history is a list in a list"),
         ([[1], [1.5]], r"history 1 must be a flat list of integer item ids, got \[1.5\]"),
         ([[1], 2], "history 1 must be a flat list"),
         ([[1], [[2], [3, 4]]], "history 1 must be a flat list"),
@@ -172,6 +173,12 @@ def test_items_are_named_once(tmp_path, columns, words):
     pq.write_table(pa.table({"item_id": [1, 2, 3]} | columns), tmp_path / "items.parquet")
     with pytest.raises(ValueError, match=words):
         ItemIds(tmp_path / "items.parquet")
+
+
+def test_the_table_of_items_is_a_file(tmp_path):
+    for path, words in ((tmp_path, "a folder"), (tmp_path / "other.parquet", "missing")):
+        with pytest.raises(FileNotFoundError, match=f"must be the items.parquet of a dataset, it is {words}"):
+            ItemIds(path)
 
 
 class Frame:
