@@ -50,11 +50,9 @@ class PlainModel(nn.Module):
             )
         self.backbone, self.part, self.readouts = model.backbone, part, _readouts(part)
         self.register_buffer("tail", part.tail())
-        prefix = part.prefix()
-        self.has_prefix = prefix is not None
+        self.has_prefix = part.has_prefix
         if self.has_prefix:
-            with torch.no_grad():
-                kept = model.backbone.prefix(prefix, torch.tensor([0, len(prefix)], device=prefix.device))
+            kept = part.layer_prefix(model.backbone)
             self.register_buffer("keys", torch.stack(list(kept.keys)).transpose(1, 2).contiguous())  # [layers, H, M, d]
             self.register_buffer("values", torch.stack(list(kept.values)).transpose(1, 2).contiguous())
 
@@ -160,7 +158,7 @@ _READOUTS = {
 def _readouts(part: Task) -> list[Callable]:
     read = {name: memory for name, memory in part.memories.items() if memory.num_features}
     for name, memory in part.memories.items():
-        if type(memory) not in _READOUTS and name not in ("tail", "prefix"):
+        if type(memory) not in _READOUTS and name not in ("tail", "prefix", "layers"):
             raise ValueError(f"task {part.spec.name!r} reads {name}, which cannot be exported yet")
     return [_READOUTS[type(memory)](memory) for memory in read.values()]
 

@@ -51,7 +51,7 @@ def with_repeats(placement):
 
 
 @pytest.mark.parametrize("front", [False, True], ids=["padded behind", "padded in front"])
-@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "both"])
+@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "both", "layers"])
 @pytest.mark.parametrize("task", [*TASKS, "again"])
 def test_the_plain_model_is_the_model(task, placement, front):
     model = with_repeats(placement) if task == "again" else make_model(task, placement=placement)

@@ -23,7 +23,7 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "both"])
+@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "both", "layers"])
 def test_there_and_back(tmp_path, placement):
     model = make_model(*SPECS, placement=placement)
     save_pretrained(model, tmp_path / "run", RECORD)

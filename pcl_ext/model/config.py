@@ -8,7 +8,7 @@ from typing import Any
 
 KINDS = ("transformer", "nextitnet")
 POSITIONS = ("learned_from_end", "rotary")
-PLACEMENTS = ("none", "tail", "prefix", "both")
+PLACEMENTS = ("none", "tail", "prefix", "both", "layers")
 READOUTS = ("last", "mean", "item_memory", "pooled", "earlier")
 CONTEXTS = ("none", "texts", "prompts")
 
@@ -109,7 +109,8 @@ class MemoryConfig:
     """What one task stores.
 
     Args:
-        placement: where its prompt goes: tail (added to the last embeddings, Eq. 1), prefix, both or none
+        placement: where its prompt goes: tail (added to the last embeddings, Eq. 1), prefix (in front of the history),
+            both, layers (in front of it in every layer: keys and values of its own, prefix tuning) or none
         prompt_len: t, rows of each prompt
         readout: what the head reads: any of last (newest state), mean (means of every layer's states), item_memory
             (a table of the task's own with item_width numbers an item, pooled over the history), pooled (learned
@@ -161,11 +162,13 @@ class MemoryConfig:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
         if self.contextual not in CONTEXTS:
             raise ValueError(f"contextual must be one of {', '.join(CONTEXTS)}, got {self.contextual!r}")
-        if self.contextual != "none" and self.placement == "none":
-            raise ValueError(f"contextual {self.contextual!r} needs a prompt to act on, got placement 'none'")
+        if self.contextual != "none" and self.placement in ("none", "layers"):
+            raise ValueError(
+                f"contextual {self.contextual!r} needs a tail or a prefix to act on, got placement {self.placement!r}"
+            )
         if self.contextual != "none" and not self.prompt_len:
             raise ValueError(f"contextual {self.contextual!r} needs a prompt to act on, got prompt_len 0")
-        if self.low_rank and self.placement in ("prefix", "both"):
+        if self.low_rank and self.placement in ("prefix", "both", "layers"):
             raise ValueError(f"low_rank reads histories without a prefix, got placement {self.placement!r}")
         if self.readout is not None:
             names = self.readout if isinstance(self.readout, (tuple, list)) else (self.readout,)

@@ -56,7 +56,7 @@ def encode_each(backbone: Backbone, batch: PackedBatch, tasks: dict[str, Task]) 
     Two tasks or more without a prefix share what no tail prompt reaches.
     """
     several = len(tasks) > 1
-    shared = {name: task for name, task in tasks.items() if several and task.prefix() is None}
+    shared = {name: task for name, task in tasks.items() if several and not task.has_prefix}
     if len(shared) == 1:
         shared = {}
     for name, task in tasks.items():
@@ -100,7 +100,7 @@ def _longest(tails: Iterable[Tensor | None]) -> int:
 
 
 def _check_state(state: UserState, name: str, task: Task) -> None:
-    if task.prefix() is not None:
+    if task.has_prefix:
         raise ValueError(
             f"task {name!r} has a prefix, which every row of a history sees, and a UserState holds rows "
             "without one; read state.batch() instead"

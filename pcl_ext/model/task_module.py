@@ -101,8 +101,16 @@ class Task(nn.Module):
             return None
         return rows if self.context is None else rows + self.context()
 
+    @property
+    def has_prefix(self) -> bool:
+        """Whether the rows of a history see some of the task's in front of it."""
+        return self.config.placement in ("prefix", "both", "layers") and self.config.prompt_len > 0
+
     def layer_prefix(self, backbone: Backbone) -> LayerPrefix | None:
-        """Keys and values of the prefix in every layer of the backbone, as they are kept or computed now; or None."""
+        """Keys and values of the prefix in every layer of the backbone, as they are learned, kept or computed now; or
+        None."""
+        if "layers" in self.memories:
+            return self.memories["layers"].layer_prefix()
         rows = self.prefix()
         if rows is None:
             return None
@@ -118,11 +126,11 @@ class Task(nn.Module):
 
     @torch.no_grad()
     def keep_prefix(self, backbone: Backbone) -> None:
-        """Store keys and values of the prefix, [num_layers, P, H, d] each; nothing where there is no prefix."""
+        """Store keys and values of the prefix, [num_layers, P, H, d] each; nothing where there are none to compute."""
         for name in KEPT:
             self._buffers.pop(name, None)
         prefix = self.layer_prefix(backbone)
-        if prefix is not None:
+        if prefix is not None and "layers" not in self.memories:
             for name, rows in zip(KEPT, (prefix.keys, prefix.values)):
                 self.register_buffer(name, torch.stack(rows))
 

@@ -17,6 +17,7 @@ from pcl_ext.model.memories import (
     EarlierReadouts,
     ItemMemory,
     LastState,
+    LayerPrompt,
     LearnedPool,
     LowRankPrompts,
     MeanStates,
@@ -40,6 +41,8 @@ def prompts(config: MemoryConfig, backbone: Backbone) -> dict[str, Memory]:
         made["tail"] = TailPrompt(config.prompt_len, dim)
     if config.placement in ("prefix", "both"):
         made["prefix"] = PrefixPrompt(config.prompt_len, dim)
+    if config.placement == "layers":
+        made["layers"] = LayerPrompt(config.prompt_len, backbone.config)
     if config.low_rank:
         made["low_rank"] = LowRankPrompts(backbone, config.low_rank)
     return made

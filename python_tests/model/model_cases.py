@@ -7,7 +7,7 @@ from pcl_ext.model import Backbone, BackboneConfig, MemoryConfig, UserModel
 from pcl_ext.task import TaskSpec
 
 V, LENGTHS = 40, [5, 0, 1, 12, 30, 3]
-PLACEMENTS = ["none", "tail", "prefix", "both"]
+PLACEMENTS = ["none", "tail", "prefix", "both", "layers"]
 SPECS = {
     "rank": TaskSpec("rank", "items", "what is bought next", catalogue=tuple(range(5, 25))),
     "click": TaskSpec("click", "binary", "clicks"),

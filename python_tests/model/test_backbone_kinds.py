@@ -100,7 +100,7 @@ def test_a_history_does_not_depend_on_the_batch(model):
         torch.testing.assert_close(model.backbone(pack([history]))[-1], rows)
 
 
-@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "both"])
+@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "both", "layers"])
 def test_tasks_alone_together_and_mixed(model, placement):
     """Trunks are shared, prefixes are rows in front: the same as every task alone, however it is computed."""
     for place, name in enumerate(SPECS):
@@ -126,7 +126,21 @@ def test_a_prefix_is_rows_in_front_of_every_history(model):
         torch.testing.assert_close(got, want[~is_prompt])
 
 
-@pytest.mark.parametrize("placement", ["tail", "prefix"])
+@torch.no_grad()
+def test_layers_can_hold_whatever_a_prefix_computes(model):
+    """Keys and values of every layer; of convolutions, what the two of a block read."""
+    prefix, layers = (
+        add(model, name, placement, readout=("last", "mean"))
+        for name, placement in (("click", "prefix"), ("age", "layers"))
+    )
+    computed = prefix.layer_prefix(model.backbone)
+    pairs = zip(computed.keys, computed.values)
+    layers.memories["layers"].rows.copy_(torch.stack([torch.stack(pair).flatten(2) for pair in pairs]))
+    vectors = model.encode(pack(histories()))
+    torch.testing.assert_close(vectors["age"], vectors["click"])
+
+
+@pytest.mark.parametrize("placement", ["tail", "prefix", "layers"])
 def test_prompts_learn_on_a_frozen_backbone(model, placement):
     """The gradient along a direction is the difference of two outputs, in float64."""
     task, batch = add(model.double(), "click", placement, 3), pack(histories())

@@ -23,7 +23,7 @@ def of_lengths(*lengths):
     return PackedBatch.from_packed(torch.ones(int(offsets[-1]), dtype=torch.int64), offsets)
 
 
-@pytest.mark.parametrize("placement", ["none", "tail", "prefix"])
+@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "layers"])
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_history_that_is_too_long_is_refused(model, placement, learning, mixed):

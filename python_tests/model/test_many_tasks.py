@@ -18,7 +18,9 @@ def add_many(model, placements):
 
 
 @pytest.mark.parametrize("rows", [1, 40, 16_384])
-@pytest.mark.parametrize("placements", [["tail"] * 7, ["none"] * 3, ["tail", "none", "none", "prefix", "both", "tail"]])
+@pytest.mark.parametrize(
+    "placements", [["tail"] * 7, ["none"] * 3, ["tail", "none", "layers", "none", "prefix", "both", "tail"]]
+)
 def test_one_pass_equals_every_task_alone(model, monkeypatch, placements, rows):
     monkeypatch.setattr(many_tasks, "TAIL_ROWS", rows)
     add_many(model, placements)

@@ -263,9 +263,11 @@ def test_a_reader_without_its_sources_is_refused(model):
     ("options", "message"),
     [
         ({"contextual": "texts", "prompt_len": 0}, "contextual 'texts' needs a prompt to act on, got prompt_len 0"),
-        ({"contextual": "prompts", "placement": "none"}, "needs a prompt to act on, got placement 'none'"),
+        ({"contextual": "prompts", "placement": "none"}, "needs a tail or a prefix to act on, got placement 'none'"),
+        ({"contextual": "texts", "placement": "layers"}, "needs a tail or a prefix to act on, got placement 'layers'"),
         ({"readout": ("earlier",)}, "reads histories without prompts, got placement 'tail'"),
         ({"low_rank": 2, "placement": "both"}, "reads histories without a prefix, got placement 'both'"),
+        ({"low_rank": 2, "placement": "layers"}, "reads histories without a prefix, got placement 'layers'"),
         ({"item_rows": 1}, "item_rows must be a whole number from 2 up"),
     ],
 )

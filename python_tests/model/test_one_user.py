@@ -32,7 +32,7 @@ def assert_short_and_right(model, task, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("positions", ["learned_from_end", "rotary"])
-@pytest.mark.parametrize("placement", ["none", "tail", "both"])
+@pytest.mark.parametrize("placement", ["none", "tail", "both", "layers"])
 @pytest.mark.parametrize("readout", [("last",), ("last", "mean", "item_memory")])
 def test_the_short_way_has_the_same_bits(positions, placement, readout, monkeypatch):
     model = make_model(positions=positions)

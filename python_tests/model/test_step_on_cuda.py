@@ -29,6 +29,7 @@ MEMORIES = {
     "tail": {"prompt_len": 4},
     "prefix": {"placement": "prefix", "prompt_len": 5},
     "both": {"placement": "both", "prompt_len": 3},
+    "layers": {"placement": "layers", "prompt_len": 3},
     "last": {"placement": "none", "readout": ("last",)},
     "every readout": {"prompt_len": 4, "readout": ("last", "mean", "item_memory", "pooled"), "members": 2},
     "hashed items": {"readout": ("last", "item_memory"), "item_rows": 8},
@@ -46,7 +47,7 @@ STEPS = [
     *(("binary", memory, "transformer", False) for memory in MEMORIES if memory != "tail"),
     *(("items", memory, "transformer", True) for memory in ("tail", "prefix", "last")),
     *(("binary", memory, "rotary", False) for memory in ("tail", "prefix")),
-    *(("binary", memory, "nextitnet", False) for memory in ("tail", "prefix", "last")),
+    *(("binary", memory, "nextitnet", False) for memory in ("tail", "prefix", "layers", "last")),
 ]
 
 

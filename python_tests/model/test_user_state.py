@@ -55,7 +55,7 @@ def add_plain(model, readout):
     add(model, TaskSpec("plain", "binary"), "none", readout=readout)
 
 
-@pytest.mark.parametrize("placement", ["tail", "prefix", "both"])
+@pytest.mark.parametrize("placement", ["tail", "prefix", "both", "layers"])
 def test_a_prompt_of_no_rows_is_none(model, placement):
     task, events = add(model, "click", placement, 0), rounds()
     assert (task.tail(), task.prefix(), task.layer_prefix(model.backbone)) == (None, None, None)

@@ -54,7 +54,7 @@ def test_the_window_alone_is_read_as_before():
     assert same.all(1).tolist() == [n <= MOST for n in LENGTHS]
 
 
-@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "both"])
+@pytest.mark.parametrize("placement", ["none", "tail", "prefix", "both", "layers"])
 def test_every_way_of_reading_agrees(placement):
     model, batch = make_model(max_len=MOST), long_batch()
     for name, readout in (("a", READOUT), ("b", ("last", "item_memory")), ("c", ("item_memory",))):

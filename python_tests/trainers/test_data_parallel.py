@@ -24,6 +24,7 @@ SETTINGS = [
     {},
     {"placement": "prefix"},
     {"placement": "both"},
+    {"placement": "layers"},
     {"contextual": "texts"},
     {"contextual": "prompts"},
     {"placement": "none", "readout": ("earlier", "pooled")},

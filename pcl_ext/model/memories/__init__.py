@@ -6,13 +6,14 @@ from pcl_ext.model.memories.earlier import EarlierReadouts
 from pcl_ext.model.memories.item_memory import ItemMemory
 from pcl_ext.model.memories.learned_pool import LearnedPool
 from pcl_ext.model.memories.low_rank import LowRankPrompts
-from pcl_ext.model.memories.prompts import PrefixPrompt, TailPrompt
+from pcl_ext.model.memories.prompts import LayerPrompt, PrefixPrompt, TailPrompt
 from pcl_ext.model.memories.states import LastState, MeanStates
 
 __all__ = [
     "ContextualPrompt",
     "EarlierReadouts",
     "ItemMemory",
+    "LayerPrompt",
     "LastState",
     "LearnedPool",
     "LowRankPrompts",

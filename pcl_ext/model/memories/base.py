@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pcl_ext.model.encoded import Encoded
+from pcl_ext.model.layout import LayerPrefix
 
 
 class Memory(nn.Module):
@@ -20,6 +21,10 @@ class Memory(nn.Module):
 
     def prefix(self) -> Tensor | None:
         """[P, D], rows in front of a history."""
+        return None
+
+    def layer_prefix(self) -> LayerPrefix | None:
+        """What every layer reads in front of a history, where that is learned itself."""
         return None
 
     def reread(self, encoded: Encoded) -> Encoded | None:
