@@ -69,6 +69,7 @@ def _lists(work: Tensor, batch: int, num_prefixes: int) -> tuple[int, int, int]:
 
 def forward(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale, *, isa=BEST_ISA):
     """out [T, H, d] and, for backward, [T, H, 2]: each row's largest score, one over its softmax denominator."""
+    work = work.contiguous()
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
     stats = torch.empty(*q.shape[:2], 2, dtype=sums, device=q.device)
     if not _gpu.runs_cuda(q):
@@ -100,6 +101,7 @@ def _fill(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, causal, scale,
 
 def newest(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes, scale, *, isa=BEST_ISA):
     """out [m, H, d] of the histories' newest rows q [m, H, d], on the CPU; nothing for a backward is kept."""
+    work = work.contiguous()
     pointers, numbers, _copies = _inputs(q, k, v, prefix_k, prefix_v, work, batch, num_prefixes)
     out = q.new_empty(*q.shape)
     work_of = (SCALARS[q.dtype], isa, torch.get_num_threads())

@@ -129,6 +129,17 @@ def test_what_cuda_kernels_would_misread_is_refused(cuda):
     refused("to_packed", torch.randn(3, 5, 3, device=cuda), offsets, 8, match="offsets must be")
 
 
+def test_a_work_list_may_have_strides():
+    case = make([3, 5], [4], dim=16)
+    work = ops.attention_plan(case.offsets, case.prefix_offsets).work
+    apart = torch.stack([work, torch.full_like(work, -1)], 1)[:, 0]
+    q, *others = (x.detach() for x in case.rows.values())
+    for name, asked, rest in (("prompt_attention", q, (True, 0.25)), ("newest_attention", q[[2, 7]], (0.25,))):
+        op = getattr(torch.ops.pcl_ext, name).default
+        got, want = (op(asked, *others, x, 2, 1, *rest) for x in (apart, work))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def test_tensors_of_several_devices_are_refused():
     check_devices(OFFSETS, None, 3)
     with pytest.raises(ValueError, match="must be on one device, got cpu, meta"):

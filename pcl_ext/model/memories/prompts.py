@@ -34,7 +34,7 @@ class PrefixPrompt(Memory):
 
 class LayerPrompt(Memory):
     """What every layer reads in front of every history, learned for each layer by itself: keys and values, or what the
-    two convolutions of a NextItNet block read (prefix tuning; Li and Liang, 2021)."""
+    two convolutions of a NextItNet block read (prefix tuning; Li and Liang, 2021). rows [num_layers, 2, P, D]."""
 
     def __init__(self, length: int, shape: BackboneConfig):
         super().__init__()
